@@ -1,0 +1,386 @@
+"""A pretrained two-tower model behind one interface, whatever its family."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, overload
+
+import torch
+from PIL import Image
+from torch import nn
+
+from ..errors import BackboneError, unknown_name
+from .families import FAMILIES, Pretrained, Tower, TowerName, submodule
+from .preprocess import Preprocess
+from .surgery import Insertion, changed_attention, inserted_tokens
+from .text import clean
+
+KINDS = ("q", "k", "v", "o", "fc1", "fc2")
+_PROBES = ("", "A photo of a cat.", "it's 12 o'clock, 3/4 full", "naïve café 猫 😀", "x" * 40)
+
+
+@dataclass(frozen=True)
+class ImageTokens:
+    """What `encode_images(pixels, tokens=True)` gives.
+
+    pooled    (B, D) the image features
+    patches   (B, N, D) one feature per patch in the same joint space, row by row over `grid`
+    grid      (h, w), h * w = N
+    inserted  (B, n, W) rows put in by `Backbone.inserted`, after the tower's last norm and before any projection
+    """
+
+    pooled: torch.Tensor
+    patches: torch.Tensor
+    grid: tuple[int, int]
+    inserted: torch.Tensor
+
+
+class Backbone:
+    """A frozen image tower and text tower that share one space; made by `clipadapt.load_backbone`.
+
+    source        where it came from: a hub id, a folder, a file, or "embedded"
+    family        "clip", "siglip", ... (a key of `families.FAMILIES`)
+    model         the transformers model itself, in evaluation mode, no parameter asking for a gradient
+    preprocess    PIL picture -> (3, H, W) float32
+    image_size    (height, width) that `preprocess` gives
+    dim           D, length of a feature
+    capabilities  what a method may ask for by name in its `requires`
+    """
+
+    def __init__(self, source: str, pretrained: Pretrained, device: str | torch.device = "cpu") -> None:
+        self.source = source
+        self.family = pretrained.family
+        self.model: Any = pretrained.model.eval().requires_grad_(False).to(device)
+        self.processor = pretrained.processor
+        self.tokenizer = pretrained.tokenizer
+        self.preprocess = Preprocess.from_config(pretrained.processor.to_dict())
+        self._family = FAMILIES[self.family]
+        self._fingerprint: tuple[Any, str] | None = None
+        config = self.model.config
+        self.patch_size: int = config.vision_config.patch_size
+        self.dim: int = getattr(config.text_config, "projection_size", None) or config.projection_dim
+
+    # -- what it is -------------------------------------------------------------------------------------------------
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        size = self.preprocess.crop or self.preprocess.resize
+        return size if isinstance(size, tuple) else (self.model.config.vision_config.image_size,) * 2
+
+    @property
+    def logit_scale(self) -> float:
+        """The learned factor on cosines, e.g. 100.0."""
+        return float(self.model.logit_scale.detach().exp())
+
+    @property
+    def logit_bias(self) -> float:
+        """Added after the factor; 0 except for models trained with the sigmoid loss."""
+        bias = getattr(self.model, "logit_bias", None)
+        return 0.0 if bias is None else float(bias.detach())
+
+    @property
+    def context_length(self) -> int:
+        """Most tokens of a text, start and end included."""
+        longest = self.model.config.text_config.max_position_embeddings - self._family.position_offset
+        return min(longest, getattr(self.tokenizer, "model_max_length", longest))
+
+    @property
+    def capabilities(self) -> frozenset[str]:
+        always = {"tokens", "patches", "prompts", "attention", "gradients", "lora", "export"}
+        causal = {"causal-text"} if self._family.padding == "causal" else set()
+        texts = {"texts"} if self.tokenizer is not None else set()
+        return frozenset(always | causal | texts)
+
+    def __repr__(self) -> str:
+        return f"Backbone({self.source!r}, family={self.family!r}, dim={self.dim}, image_size={self.image_size})"
+
+    # -- encoding ---------------------------------------------------------------------------------------------------
+
+    @overload
+    def encode_images(
+        self, pixels: torch.Tensor, *, tokens: Literal[False] = False, normalize: bool = True
+    ) -> torch.Tensor: ...
+
+    @overload
+    def encode_images(self, pixels: torch.Tensor, *, tokens: Literal[True], normalize: bool = True) -> ImageTokens: ...
+
+    def encode_images(
+        self, pixels: torch.Tensor, *, tokens: bool = False, normalize: bool = True
+    ) -> torch.Tensor | ImageTokens:
+        """Preprocessed pixels (B, 3, H, W) -> image features (B, D), of unit length unless `normalize` is off.
+
+        H and W may differ from the trained size and from each other: positions are then interpolated (bicubic).
+        With `tokens` an `ImageTokens` is returned. Gradients flow back to the pixels unless the caller stops them.
+        """
+        if pixels.ndim != 4 or pixels.shape[1] != 3:
+            raise BackboneError(f"Pixels must be (B, 3, H, W), but are {tuple(pixels.shape)}.")
+        grid = (pixels.shape[2] // self.patch_size, pixels.shape[3] // self.patch_size)
+        if not all(grid):
+            raise BackboneError(
+                f"Pictures of {tuple(pixels.shape[2:])} pixels are smaller than one patch of {self.patch_size}."
+            )
+        pixels = pixels.to(self.device)
+        if self._family.patchified:
+            output = self.model.get_image_features(**_patchify(pixels, self.patch_size))
+        else:
+            output = self.model.get_image_features(pixels, interpolate_pos_encoding=True)
+        pooled = output.pooler_output  # (B, D)
+        if not tokens:
+            return _unit(pooled, normalize)
+        norm = submodule(self.model, self._family.vision.norm)
+        rows = output.last_hidden_state  # (B, 1 + N, W), or (B, N, W) already normed
+        patches = self._project_patches(norm(rows[:, 1:]) if self._family.class_token else rows)
+        taken = self._taken_out if self._taken_out is not None else rows[:, :0]
+        return ImageTokens(_unit(pooled, normalize), _unit(patches, normalize), grid, norm(taken))
+
+    _taken_out: torch.Tensor | None = None  # rows that `inserted` removed behind the last block, in the latest pass
+
+    def _project_patches(self, rows: torch.Tensor) -> torch.Tensor:
+        """(B, N, W) -> (B, N, D). A pooling head sees each patch as if it were the whole picture."""
+        if self._family.class_token:
+            return self.model.visual_projection(rows)
+        alone = rows.reshape(-1, 1, rows.shape[-1])  # (B * N, 1, W)
+        return self.model.vision_model.head(alone).reshape(*rows.shape[:2], -1)
+
+    def encode_texts(self, texts: Sequence[str], *, normalize: bool = True) -> torch.Tensor:
+        """T texts -> (T, D), of unit length unless `normalize` is off. All go through the tower in one batch."""
+        return self.encode_tokens(self.tokenize(texts), normalize=normalize)
+
+    def tokenize(self, texts: Sequence[str]) -> torch.Tensor:
+        """T texts -> (T, L) int64, start and end included, filled with zeros behind the end.
+
+        Texts are cleaned first (see `text.clean`); what exceeds `context_length` is cut, keeping the end token.
+        """
+        if isinstance(texts, str):
+            raise BackboneError("Texts must be a list of strings; put the one string into a list.")
+        if self.tokenizer is None:
+            raise BackboneError(f"{self.source} has no tokenizer, so it encodes token ids only (encode_tokens).")
+        specials = self.tokenizer.all_special_tokens
+        cleaned = [clean(text, specials) for text in texts]
+        if not cleaned:
+            return torch.zeros(0, 0, dtype=torch.int64)
+        rows = self.tokenizer(cleaned, truncation=True, max_length=self.context_length)["input_ids"]
+        ids = [torch.tensor(row, dtype=torch.int64) for row in rows]
+        return nn.utils.rnn.pad_sequence(ids, batch_first=True)  # (T, L)
+
+    def encode_tokens(self, ids: torch.Tensor, *, normalize: bool = True) -> torch.Tensor:
+        """Token ids (T, L) as `tokenize` gives them -> (T, D), of unit length unless `normalize` is off.
+
+        Costs no more than the longest text of the batch needs, except where padding is attended to.
+        """
+        if ids.ndim != 2 or ids.dtype != torch.int64:
+            raise BackboneError(f"Token ids must be (T, L) int64, but are {tuple(ids.shape)} {ids.dtype}.")
+        if ids.numel() == 0:
+            return torch.zeros(ids.shape[0], self.dim, device=self.device)
+        output = self.model.get_text_features(**self._text_inputs(ids.to(self.device)))
+        return _unit(output.pooler_output, normalize)
+
+    def _text_inputs(self, ids: torch.Tensor) -> dict[str, torch.Tensor]:
+        if ids.shape[1] > self.context_length and self._family.padding != "causal":
+            raise BackboneError(f"Texts of {ids.shape[1]} tokens exceed the context length {self.context_length}.")
+        if self._family.padding == "causal":
+            return {"input_ids": ids[:, : int(self.end_positions(ids).max()) + 1]}
+        pad = self._pad_id
+        filled = (ids != 0) & (ids != pad)  # (T, L)
+        length = torch.where(filled, torch.arange(1, ids.shape[1] + 1, device=ids.device), 0).amax(1)  # (T,)
+        inside = torch.arange(ids.shape[1], device=ids.device) < length[:, None]  # (T, L)
+        ids = torch.where(inside, ids, pad)
+        if self._family.padding == "fixed":
+            return {"input_ids": nn.functional.pad(ids, (0, self.context_length - ids.shape[1]), value=pad)}
+        longest = int(length.max())
+        return {"input_ids": ids[:, :longest], "attention_mask": inside[:, :longest].long()}
+
+    @property
+    def _pad_id(self) -> int:
+        pad = getattr(self.tokenizer, "pad_token_id", None)
+        return self.model.config.text_config.pad_token_id if pad is None else pad
+
+    def end_positions(self, ids: torch.Tensor) -> torch.Tensor:
+        """(T, L) -> (T,) column of the first end token, where a causal text tower is pooled."""
+        end = self.model.config.text_config.eos_token_id
+        # configurations older than the tokenizer fix say 2, and the end token is the largest id
+        found = ids == (ids.amax() if self.family == "clip" and end == 2 else end)
+        if not found.any(1).all():
+            row = int((~found.any(1)).nonzero()[0])
+            raise BackboneError(f"Row {row} of the token ids has no end token; each text must end with it.")
+        return found.int().argmax(1)
+
+    def embed_tokens(self, ids: torch.Tensor) -> torch.Tensor:
+        """Token ids (..., L) -> their vectors (..., L, W) before positions are added, to start prompts from words."""
+        return submodule(self.model, self._family.text.tokens)(ids.to(self.device))
+
+    # -- towers -----------------------------------------------------------------------------------------------------
+
+    def tower(self, tower: TowerName) -> Tower:
+        if tower not in ("text", "vision"):
+            raise unknown_name("tower", tower, ("text", "vision"))
+        return self._family.text if tower == "text" else self._family.vision
+
+    def blocks(self, tower: TowerName) -> nn.ModuleList:
+        """The transformer blocks of a tower, first to last."""
+        return submodule(self.model, self.tower(tower).blocks)  # type: ignore[return-value]
+
+    def width(self, tower: TowerName) -> int:
+        """Length of a hidden row."""
+        config = self.model.config
+        return (config.text_config if tower == "text" else config.vision_config).hidden_size
+
+    def target_modules(
+        self,
+        tower: TowerName | Literal["both"] = "both",
+        kinds: Sequence[str] = ("q", "k", "v"),
+        layers: Sequence[int] | None = None,
+    ) -> list[str]:
+        """Full names, inside `model`, of the linear layers of the blocks: what `peft` wants as `target_modules`.
+
+        kinds   of q, k, v (attention inputs), o (attention output), fc1, fc2
+        layers  numbers of blocks, negative from the end; all without
+        """
+        for kind in kinds:
+            if kind not in KINDS:
+                raise unknown_name("kind of linear layer", kind, KINDS)
+        names = []
+        for one in ("text", "vision") if tower == "both" else (tower,):
+            parts = self.tower(one)  # type: ignore[arg-type]
+            for layer in self.layer_numbers(one, layers):  # type: ignore[arg-type]
+                names += [f"{parts.blocks}.{layer}.{getattr(parts, kind)}" for kind in kinds]
+        if not names:
+            raise BackboneError("These kinds and layers name no linear layer at all.")
+        return names
+
+    def layer_numbers(self, tower: TowerName, layers: Sequence[int] | None) -> list[int]:
+        """Numbers of blocks, negative ones counted from the end; all blocks for None."""
+        depth = len(self.blocks(tower))
+        if layers is None:
+            return list(range(depth))
+        for layer in layers:
+            if not -depth <= layer < depth:
+                raise BackboneError(f"Layer {layer} is outside the {depth} blocks of the {tower} tower.")
+        return [layer % depth for layer in layers]
+
+    # -- surgery ----------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def inserted(
+        self, *, text: Sequence[Insertion] = (), vision: Sequence[Insertion] = ()
+    ) -> Iterator[None]:
+        """While it lasts, every encoding has these tokens put in (see `Insertion`); afterwards nothing remains."""
+        with ExitStack() as stack:
+            if text:
+                stack.enter_context(inserted_tokens(self, "text", text))
+            if vision:
+                stack.enter_context(inserted_tokens(self, "vision", vision))
+            yield
+
+    @contextmanager
+    def attention(
+        self,
+        mode: str = "qk",
+        *,
+        layers: Sequence[int] | None = (-1,),
+        tower: TowerName = "vision",
+        bias: torch.Tensor | None = None,
+    ) -> Iterator[dict[int, torch.Tensor]]:
+        """While it lasts, chosen blocks attend in another way; yields their weights of the latest pass.
+
+        mode    which projections are compared: "qk" (as trained), "qq", "kk", "vv"; "qq+kk" sums two attention
+                maps; "identity" lets every row see itself only
+        layers  blocks concerned, negative from the end; None for all
+        bias    added to the scores before the softmax, broadcast to (B, heads, N, N); -inf forbids
+        yields  {block number: (B, heads, N, N)}; with the default arguments this just reads attention maps
+
+        A causal tower stays causal in every mode.
+        """
+        with changed_attention(self, tower, self.layer_numbers(tower, layers), mode, bias) as maps:
+            yield maps
+
+    # -- identity, copies, files ------------------------------------------------------------------------------------
+
+    @property
+    def fingerprint(self) -> str:
+        """Hexadecimal digest of weights, preprocessing and tokenizer; the same wherever and however they are stored.
+
+        Weights count as float32, so a half-precision copy loaded as float32 has its own. Recomputed when a weight
+        has changed.
+        """
+        state = self.model.state_dict()
+        stamp = [(name, tensor.data_ptr(), tensor._version) for name, tensor in state.items()]
+        if self._fingerprint is None or self._fingerprint[0] != stamp:
+            digest = hashlib.blake2b(digest_size=16)
+            for name, tensor in sorted(state.items()):
+                digest.update(f"{name} {tuple(tensor.shape)}".encode())
+                digest.update(tensor.detach().float().cpu().contiguous().numpy())
+            digest.update(repr(self.preprocess).encode())
+            digest.update(self._tokenizer_digest())
+            self._fingerprint = (stamp, digest.hexdigest())
+        return self._fingerprint[1]
+
+    def _tokenizer_digest(self) -> bytes:
+        """By what it does (vocabulary and a few sentences), since its files change with library versions."""
+        if self.tokenizer is None:
+            return b""
+        vocabulary = sorted(self.tokenizer.get_vocab().items())
+        sentences = self.tokenizer(list(_PROBES))["input_ids"]
+        return json.dumps([vocabulary, sentences]).encode()
+
+    def to(self, device: str | torch.device) -> Backbone:
+        """Move the weights; returns itself."""
+        self.model.to(device)
+        return self
+
+    def copy(self) -> Backbone:
+        """An independent backbone with its own weights."""
+        return Backbone(self.source, Pretrained(self.family, copy.deepcopy(self.model), self.processor, self.tokenizer))
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Write a plain transformers folder (safetensors), complete or not at all; `load_backbone` reads it back."""
+        target = Path(folder)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        aside = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+        try:
+            for part in (self.model, self.processor, self.tokenizer):
+                if part is not None:
+                    part.save_pretrained(aside)
+            _replace_folder(aside, target)
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
+
+
+def _unit(features: torch.Tensor, normalize: bool) -> torch.Tensor:
+    return nn.functional.normalize(features, dim=-1) if normalize else features
+
+
+def _patchify(pixels: torch.Tensor, size: int) -> dict[str, torch.Tensor]:
+    """(B, 3, H, W) -> flattened patches (B, N, size * size * 3), their grid and a mask that hides none of them."""
+    batch, height, width = pixels.shape[0], pixels.shape[2] // size, pixels.shape[3] // size
+    cut = pixels[:, :, : height * size, : width * size].unflatten(3, (width, size)).unflatten(2, (height, size))
+    patches = cut.permute(0, 2, 4, 3, 5, 1).reshape(batch, height * width, -1)  # (B, h, w, size, size, 3) flattened
+    return {
+        "pixel_values": patches,
+        "pixel_attention_mask": torch.ones(batch, height * width, dtype=torch.int64, device=pixels.device),
+        "spatial_shapes": torch.tensor([[height, width]] * batch, device=pixels.device),
+    }
+
+
+def _replace_folder(new: Path, target: Path) -> None:
+    """Put `new` in the place of `target`; an older folder there is moved away first, then deleted."""
+    if target.exists():
+        old = Path(tempfile.mkdtemp(prefix=f".{target.name}-old-", dir=target.parent))
+        os.replace(target, old)
+        os.replace(new, target)
+        shutil.rmtree(old)
+    else:
+        os.replace(new, target)

@@ -1,0 +1,126 @@
+"""From a picture to the pixels a backbone was trained on: resize, centre crop, scale, normalise (PIL and numpy only)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
+OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+@dataclass(frozen=True)
+class Preprocess:
+    """The image transform of one backbone; equal bit for bit to the PIL image processors of `transformers`.
+
+    resize     shortest side in pixels (keeps the aspect ratio), or (height, width), or None
+    crop       (height, width) of the centre crop (black where the picture is smaller), or None
+    resample   PIL's number of the filter (2 bilinear, 3 bicubic)
+    rescale    factor on the values 0..255
+    mean, std  per RGB channel, after rescaling
+    """
+
+    resize: int | tuple[int, int] | None = 224
+    crop: tuple[int, int] | None = (224, 224)
+    resample: int = 3
+    rescale: float = 1 / 255
+    mean: tuple[float, ...] = OPENAI_MEAN
+    std: tuple[float, ...] = OPENAI_STD
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> Preprocess:
+        """Read the dictionary of a transformers image processor, its class defaults filled in."""
+        size, crop = config.get("size") or {}, config.get("crop_size") or {}
+        if "max_num_patches" in config:  # SigLIP 2 NaFlex: the square with that many patches
+            side = int(config["max_num_patches"] ** 0.5) * config["patch_size"]
+            size = {"height": side, "width": side}
+        resize = size.get("shortest_edge") or (size.get("height"), size.get("width"))
+        return cls(
+            resize=resize if config.get("do_resize", True) else None,
+            crop=(crop["height"], crop["width"]) if config.get("do_center_crop") else None,
+            resample=int(config.get("resample", 3)),
+            rescale=config.get("rescale_factor", 1 / 255) if config.get("do_rescale", True) else 1.0,
+            mean=tuple(config["image_mean"]) if config.get("do_normalize", True) else (0.0, 0.0, 0.0),
+            std=tuple(config["image_std"]) if config.get("do_normalize", True) else (1.0, 1.0, 1.0),
+        )
+
+    def to_config(self) -> dict[str, Any]:
+        """The same transform as the content of a `preprocessor_config.json`."""
+        size = {"shortest_edge": self.resize} if isinstance(self.resize, int) else _height_width(self.resize)
+        return {
+            "image_processor_type": "CLIPImageProcessor",
+            "do_convert_rgb": True,
+            "do_resize": self.resize is not None,
+            "size": size or {"shortest_edge": 224},
+            "do_center_crop": self.crop is not None,
+            "crop_size": _height_width(self.crop) or {"height": 224, "width": 224},
+            "resample": self.resample,
+            "do_rescale": True,
+            "rescale_factor": self.rescale,
+            "do_normalize": True,
+            "image_mean": list(self.mean),
+            "image_std": list(self.std),
+        }
+
+    def __call__(self, picture: Image.Image) -> torch.Tensor:
+        """A PIL picture of any mode -> (3, H, W) float32; transparency is laid on white."""
+        picture = to_rgb(picture)
+        if self.resize is not None:
+            picture = picture.resize(_target_size(picture.size, self.resize), self.resample)
+        values = np.asarray(picture)  # (H, W, 3) uint8
+        if self.crop is not None:
+            values = _centre_crop(values, *self.crop)
+        table = _value_table(self.rescale, self.mean, self.std)
+        planes = [table[channel][values[:, :, channel]] for channel in range(3)]
+        return torch.from_numpy(np.stack(planes))
+
+
+def to_rgb(picture: Image.Image) -> Image.Image:
+    """RGB, with any transparency composited on white."""
+    if picture.mode == "RGB" and picture.info.get("transparency") is None:
+        return picture
+    if "A" in picture.getbands() or picture.info.get("transparency") is not None:
+        layer = picture.convert("RGBA")
+        white = Image.new("RGBA", layer.size, (255, 255, 255, 255))
+        picture = Image.alpha_composite(white, layer)
+    return picture.convert("RGB")
+
+
+@lru_cache(maxsize=64)
+def _value_table(rescale: float, mean: tuple[float, ...], std: tuple[float, ...]) -> np.ndarray:
+    """Every possible output: (3, 256) float32, indexed by channel and 8-bit value.
+
+    Rescaling happens in float64 and is rounded to float32 before mean and deviation, as the reference does.
+    """
+    scaled = (np.arange(256, dtype=np.float64) * rescale).astype(np.float32)  # (256,)
+    mean_, std_ = np.array(mean, np.float32)[:, None], np.array(std, np.float32)[:, None]
+    return (scaled - mean_) / std_  # (3, 256)
+
+
+def _target_size(size: tuple[int, int], resize: int | tuple[int, int]) -> tuple[int, int]:
+    """PIL's (width, height) after resizing a picture of `size` (width, height)."""
+    if not isinstance(resize, int):
+        return resize[1], resize[0]
+    width, height = size
+    long = int(resize * max(size) / min(size))
+    return (resize, long) if width <= height else (long, resize)
+
+
+def _centre_crop(values: np.ndarray, height: int, width: int) -> np.ndarray:
+    """(H, W, 3) -> (height, width, 3), zeros where the picture is too small."""
+    pad_h, pad_w = max(height - values.shape[0], 0), max(width - values.shape[1], 0)
+    if pad_h or pad_w:
+        before_h, before_w = -(-pad_h // 2), -(-pad_w // 2)
+        values = np.pad(values, ((before_h, pad_h - before_h), (before_w, pad_w - before_w), (0, 0)))
+    top, left = (values.shape[0] - height) // 2, (values.shape[1] - width) // 2
+    return values[top : top + height, left : left + width]
+
+
+def _height_width(size: tuple[int, int] | None) -> dict[str, int] | None:
+    return None if size is None else {"height": size[0], "width": size[1]}

@@ -1,0 +1,179 @@
+"""One picture, read only when it is needed: where it lies, how it is decoded, and what identifies its content."""
+
+from __future__ import annotations
+
+import struct
+import zlib
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from hashlib import blake2b
+from io import BytesIO
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from clipadapt.errors import DataError
+
+# Larger pictures are refused before they are decoded: as RGB this many pixels already take 0.5 GB.
+MAX_PIXELS = 178_956_970
+
+# What Pillow's decoders raise on damaged files besides OSError.
+_DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, IndexError, KeyError, TypeError)
+
+
+class Item(ABC):
+    """One picture. `name` is what people see (a path, or "pets.parquet row 12")."""
+
+    name: str
+
+    @abstractmethod
+    def open(self) -> Image.Image:
+        """The picture, upright, as 8-bit RGB; raises `DataError` naming it when it cannot be decoded."""
+
+    @abstractmethod
+    def digest(self) -> str:
+        """32 hex digits that identify the content; taken from the encoded bytes, so nothing is decoded."""
+
+
+class EncodedItem(Item):
+    """A picture kept in a picture format (JPEG, PNG, WebP, …); subclasses say where its bytes are."""
+
+    @abstractmethod
+    def read(self) -> bytes:
+        """The encoded bytes; raises `DataError` when they cannot be reached."""
+
+    def open(self) -> Image.Image:
+        return decode(self.read(), self.name)
+
+    def digest(self) -> str:
+        return hash_bytes(self.read())
+
+
+@dataclass(frozen=True)
+class FileItem(EncodedItem):
+    """A picture file, or a stretch of a larger file (a member of a tar shard)."""
+
+    path: str
+    start: int = 0  # bytes
+    length: int = -1  # bytes; -1: to the end
+    label: str = ""  # what to call it instead of its path
+
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        return self.label or self.path
+
+    def read(self) -> bytes:
+        try:
+            with open(self.path, "rb") as file:
+                file.seek(self.start)
+                return file.read(self.length)
+        except IsADirectoryError:
+            raise DataError(f"{self.path} is a folder, not a picture; image_folder() reads folders.") from None
+        except OSError as error:
+            raise DataError(f"{self.name} cannot be read: {error.strerror or error}.") from None
+
+
+@dataclass(frozen=True)
+class BytesItem(EncodedItem):
+    """An encoded picture in memory."""
+
+    name: str
+    data: bytes = field(repr=False)
+
+    def read(self) -> bytes:
+        return self.data
+
+
+@dataclass(frozen=True)
+class ImageItem(Item):
+    """A decoded picture in memory."""
+
+    name: str
+    image: Image.Image = field(repr=False)
+
+    def open(self) -> Image.Image:
+        try:
+            return to_rgb(self.image)
+        except _DECODE_ERRORS as error:
+            raise DataError(f"{self.name} cannot be decoded: {error}.") from None
+
+    def digest(self) -> str:
+        image = self.open()
+        return hash_bytes(f"pixels {image.width}x{image.height} ".encode() + image.tobytes())
+
+
+@dataclass(frozen=True)
+class GeneratedItem(Item):
+    """A picture that `draw` makes on demand; equal `key`s promise equal pictures.
+
+    `draw` must be a module-level function or a method of a picklable object for the item to travel to other processes.
+    """
+
+    name: str
+    key: str  # everything the picture depends on, the drawing code's version included
+    draw: Callable[[], Image.Image] = field(repr=False)
+
+    def open(self) -> Image.Image:
+        return to_rgb(self.draw())
+
+    def digest(self) -> str:
+        return hash_bytes(b"generated " + self.key.encode())
+
+
+def hash_bytes(data: bytes) -> str:
+    """blake2b of `data`, 32 hex digits."""
+    return blake2b(data, digest_size=16).hexdigest()
+
+
+def decode(data: bytes, name: str) -> Image.Image:
+    """The picture encoded in `data` as upright 8-bit RGB (see `to_rgb`); of an animation, the first frame.
+
+    Raises `DataError` naming it when `data` is empty, truncated, corrupt, not a picture, or above `MAX_PIXELS`.
+    """
+    if not data:
+        raise DataError(f"{name} is empty (0 bytes); a picture file is needed.")
+    try:
+        with Image.open(BytesIO(data)) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise Image.DecompressionBombError(f"{image.width} x {image.height} pixels")
+            return to_rgb(image)
+    except UnidentifiedImageError:
+        raise DataError(f"{name} is not a picture in a format that can be read (JPEG, PNG, WebP, …).") from None
+    except Image.DecompressionBombError as error:
+        raise DataError(f"{name} is too large ({error}); at most {MAX_PIXELS:,} pixels are read: shrink it.") from None
+    except _DECODE_ERRORS as error:
+        raise DataError(f"{name} is a damaged or truncated picture: {str(error).rstrip('.')}.") from None
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """`image` turned upright by its EXIF orientation, as 8-bit RGB.
+
+    Transparency is laid on white; 16-bit grey is scaled from 0..65535 and float grey from 0..1 to 0..255;
+    colour profiles are ignored, as CLIP's own preprocessing does. The argument is left as it is.
+    """
+    image.load()
+    image = _upright(image)
+    if image.mode.startswith("I") or image.mode == "F":
+        return _grey_to_8_bit(image).convert("RGB")
+    if image.has_transparency_data:
+        rgba = image.convert("RGBA")
+        white = Image.new("RGBA", rgba.size, "white")
+        return Image.alpha_composite(white, rgba).convert("RGB")
+    return image.convert("RGB")
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    try:
+        return ImageOps.exif_transpose(image)
+    except _DECODE_ERRORS:  # the pixels are sound, only the EXIF block is not: no orientation is known
+        return image
+
+
+def _grey_to_8_bit(image: Image.Image) -> Image.Image:
+    values = np.asarray(image)
+    top = 1.0 if image.mode == "F" else 65535.0
+    low, high = float(values.min()), float(values.max())
+    if not (low >= 0 and high <= top):
+        raise ValueError(f"its grey values run from {low:g} to {high:g}, where 0 to {top:g} is expected")
+    return Image.fromarray((values.astype(np.float64) * (255 / top) + 0.5).astype(np.uint8))

@@ -1,0 +1,63 @@
+"""Choosing pictures by their labels: the published few-shot sampler, stratified splits and folds.
+
+Everything here works on lists of labels and returns indices, so that it serves data sets and features alike.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+
+from clipadapt.errors import DataError
+
+
+def group_by_label(labels: Sequence[int]) -> dict[int, list[int]]:
+    """label -> indices of its pictures, both in order of first appearance."""
+    groups: dict[int, list[int]] = {}
+    for index, label in enumerate(labels):
+        groups.setdefault(label, []).append(index)
+    return groups
+
+
+def sample_shots(labels: Sequence[int], shots: int, rng: random.Random) -> list[int]:
+    """Indices of `shots` pictures per class, as CoOp's code (arXiv 2109.01134) draws them.
+
+    Classes come in order of first appearance in `labels`. Of a class with fewer than `shots` pictures all are
+    taken, none twice, and nothing is drawn from `rng`.
+    """
+    if shots < 1:
+        raise DataError(f"shots must be at least 1, not {shots}.")
+    chosen: list[int] = []
+    for members in group_by_label(labels).values():
+        chosen += rng.sample(members, shots) if len(members) >= shots else members
+    return chosen
+
+
+def stratified_split(labels: Sequence[int], test: float, seed: int) -> tuple[list[int], list[int]]:
+    """(train, test) indices, ascending; about the share `test` of every class goes to test.
+
+    A class of two or more pictures is on both sides; a single picture stays in train.
+    """
+    if not 0 < test < 1:
+        raise DataError(f"test must be a share between 0 and 1 (such as 0.3), not {test}.")
+    rng = random.Random(seed)
+    held_out: set[int] = set()
+    for _, members in sorted(group_by_label(labels).items()):
+        if len(members) >= 2:
+            count = min(max(round(test * len(members)), 1), len(members) - 1)
+            held_out.update(rng.sample(members, count))
+    return [i for i in range(len(labels)) if i not in held_out], sorted(held_out)
+
+
+def stratified_folds(labels: Sequence[int], k: int, seed: int) -> list[list[int]]:
+    """`k` disjoint lists of indices, ascending, whose sizes and whose counts per class differ by at most one."""
+    if not 2 <= k <= len(labels):
+        raise DataError(f"The number of folds must lie between 2 and the number of pictures ({len(labels)}), not {k}.")
+    rng = random.Random(seed)
+    folds: list[list[int]] = [[] for _ in range(k)]
+    dealt = 0  # dealing goes on from class to class, so that small classes do not all land in the first fold
+    for _, members in sorted(group_by_label(labels).items()):
+        for index in rng.sample(members, len(members)):
+            folds[dealt % k].append(index)
+            dealt += 1
+    return [sorted(fold) for fold in folds]

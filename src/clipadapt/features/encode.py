@@ -1,0 +1,255 @@
+"""Pictures to features: decoded by workers while the model runs, each content once, and kept on disk."""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from hashlib import blake2b
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+
+import numpy as np
+import torch
+
+from clipadapt.data import Item, as_items
+from clipadapt.errors import ClipadaptError, DataError, unknown_name
+from clipadapt.features.progress import progress_bar
+from clipadapt.features.store import KEY_BYTES, FeatureStore, cache_root
+from clipadapt.features.views import random_view
+
+if TYPE_CHECKING:
+    from clipadapt.backbones import Backbone
+
+# Part of every key: raise it when decoding or `random_view` change, and with them the features of a picture.
+VERSION = 1
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Features of N pictures in the order given, without those that were skipped.
+
+    Attributes:
+        features: (N, D) float32 on the CPU, rows of unit norm; (N, V, D) where V views were asked for.
+        kept: N positions in the list that was given.
+        skipped: (name, reason) of every picture that could not be read.
+    """
+
+    features: torch.Tensor
+    kept: list[int]
+    skipped: list[tuple[str, str]]
+
+
+def encode_images(
+    backbone: Backbone,
+    images: Any,
+    *,
+    cache: bool | Path = True,
+    batch_size: int = 64,
+    workers: int | None = None,
+    progress: bool = False,
+    on_error: str = "raise",
+    views: int = 0,
+    seed: int = 1,
+    min_scale: float = 0.5,
+    precision: str = "float32",
+) -> Encoded:
+    """Image features of `images`, computed once per content and backbone.
+
+    A picture is recognised by its bytes, wherever it lies; a run that was interrupted, even killed, continues where it
+    was. No gradient flows. Features are kept under the backbone's fingerprint, so whatever else they depend on calls
+    for `cache=False`: changed weights, `backbone.inserted(...)`, `backbone.attention(...)`.
+
+    Args:
+        backbone: gives `encode_images`, `preprocess`, `dim`, `device`, `image_size` and `fingerprint`.
+        images: whatever `clipadapt.data.as_items` takes; or pixels (N, 3, H, W), which are encoded but not kept.
+        cache: keep features under $CLIPADAPT_CACHE (~/.cache/clipadapt), in the given folder, or nowhere.
+        batch_size: rows per call of the model.
+        workers: threads that read, decode and preprocess; as many as there are cores by default.
+        progress: show a bar on stderr, if that is a terminal.
+        on_error: "raise" a `DataError` that names the unreadable picture (what was done so far is kept), or "skip" it.
+        views: V > 0 gives V random resized crops with flips instead of the picture: (N, V, D), see `random_view`.
+        seed: of the views.
+        min_scale: smallest share of the area that a view shows, in (0, 1]; 0.5 is Tip-Adapter's choice, 0.08 CoOp's.
+        precision: "float32", or "float16" to keep half the bytes, which rounds the features.
+
+    Raises:
+        DataError: a picture cannot be read and `on_error` is "raise".
+        ClipadaptError: an argument is out of range, or the cache cannot be written.
+    """
+    if on_error not in ("raise", "skip"):
+        raise unknown_name("on_error", on_error, ("raise", "skip"))
+    if precision not in ("float32", "float16"):
+        raise unknown_name("precision", precision, ("float32", "float16"))
+    if batch_size < 1 or views < 0 or not 0 < min_scale <= 1:
+        raise ClipadaptError("batch_size must be at least 1, views at least 0, and min_scale in (0, 1].")
+
+    if isinstance(images, torch.Tensor):
+        batches = [_features(backbone, pixels) for pixels in images.split(batch_size)] if len(images) else []
+        features = np.concatenate([np.empty((0, backbone.dim), np.float32), *batches])
+        return Encoded(torch.from_numpy(features), list(range(len(images))), [])
+
+    store = None
+    if cache:
+        root = cache_root() if cache is True else Path(cache)
+        store = FeatureStore(root / "features" / f"{backbone.fingerprint}-{precision}", precision)
+    plan = [_View(index, seed, min_scale) for index in range(views)] or [None]
+    run = _Run(backbone, as_items(images), plan, store, precision, skip=on_error == "skip")
+    run(batch_size, workers or os.cpu_count() or 1, progress)
+    features, kept, skipped = run.results()
+    return Encoded(torch.from_numpy(features if views else features[:, 0]), kept, skipped)
+
+
+class _View(NamedTuple):
+    index: int
+    seed: int
+    min_scale: float
+
+
+class _Cell(NamedTuple):
+    """One vector to compute: where it goes in the table of features, and its key in the store."""
+
+    row: int
+    column: int
+    key: bytes
+
+
+@dataclass
+class _Run:
+    """One call of `encode_images`: contents get rows of a table in the order in which they are first seen."""
+
+    backbone: Backbone
+    items: list[Item]
+    plan: list[_View | None]  # V columns; None: the picture as it is
+    store: FeatureStore | None
+    precision: str
+    skip: bool
+    contents: list[str] = field(default_factory=list)  # per item its digest
+    rows: dict[str, int] = field(default_factory=dict)  # digest -> row
+    unreadable: dict[str, DataError] = field(default_factory=dict)  # digest -> why
+
+    def __call__(self, batch_size: int, workers: int, progress: bool) -> None:
+        columns = len(self.plan)
+        self.table = np.empty((len(self.items), columns, self.backbone.dim), np.float32)  # (N, V, D)
+        # Enough pictures in flight to fill a batch while the model runs on another, and no more: each holds its pixels.
+        ahead = max(2 * batch_size // columns, workers)
+        pool = ThreadPoolExecutor(workers, thread_name_prefix="decode")
+        bar = progress_bar("Encoding pictures", self.table.shape[0] * columns, progress)
+        with self.store or nullcontext(), bar as self.advance:
+            try:
+                digests = _in_order(pool, _digest, self.items, ahead)
+                loaded = _in_order(pool, self._load, self._missing(digests), ahead)
+                for batch in _batches(self._readable(loaded), batch_size):
+                    self._encode(batch)
+            finally:
+                pool.shutdown(cancel_futures=True)
+
+    def results(self) -> tuple[np.ndarray, list[int], list[tuple[str, str]]]:
+        """Features (N', V, D), the N' positions kept, and (name, reason) of the others."""
+        kept = [index for index, content in enumerate(self.contents) if content not in self.unreadable]
+        failed = [(self.items[i].name, c) for i, c in enumerate(self.contents) if c in self.unreadable]
+        skipped = [(name, str(self.unreadable[content])) for name, content in failed]
+        order = [self.rows[self.contents[index]] for index in kept]
+        return self.table if order == list(range(len(self.table))) else self.table[order], kept, skipped
+
+    def _missing(self, digests: Iterable[str | DataError]) -> Iterator[tuple[Item, str, list[_Cell]]]:
+        """The items whose features are neither in the store nor under way, with what is to be computed of each."""
+        for item, digest in zip(self.items, digests, strict=True):
+            content = digest if isinstance(digest, str) else f"unread {len(self.contents)}"
+            self.contents.append(content)
+            if isinstance(digest, DataError):
+                self._fail(content, digest)
+            elif content in self.rows:
+                self.advance(len(self.plan))
+            else:
+                row = self.rows[content] = len(self.rows)
+                cells = [_Cell(row, column, _key(content, view)) for column, view in enumerate(self.plan)]
+                if missing := [cell for cell in cells if not self._recall(cell)]:
+                    yield item, content, missing
+
+    def _recall(self, cell: _Cell) -> bool:
+        features = self.store.get(cell.key) if self.store else None
+        if features is None:
+            return False
+        self.table[cell.row, cell.column] = features
+        self.advance(1)
+        return True
+
+    def _load(self, wanted: tuple[Item, str, list[_Cell]]) -> tuple[str, list[_Cell], list[torch.Tensor] | DataError]:
+        """In a worker: decode one picture and preprocess the views of it that are missing, each (3, H, W)."""
+        item, content, cells = wanted
+        try:
+            image = item.open()
+        except DataError as error:
+            return content, cells, error
+        size, pixels = self.backbone.image_size, []
+        for cell in cells:
+            view = self.plan[cell.column]
+            shown = image if view is None else random_view(image, content, size=size, **view._asdict())
+            pixels.append(self.backbone.preprocess(shown))
+        return content, cells, pixels
+
+    def _readable(
+        self, loaded: Iterable[tuple[str, list[_Cell], list[torch.Tensor] | DataError]]
+    ) -> Iterator[tuple[_Cell, torch.Tensor]]:
+        for content, cells, pixels in loaded:
+            if isinstance(pixels, DataError):
+                self._fail(content, pixels)
+            else:
+                yield from zip(cells, pixels, strict=True)
+
+    def _fail(self, content: str, error: DataError) -> None:
+        if not self.skip:
+            raise error
+        self.unreadable[content] = error
+        self.advance(len(self.plan))
+
+    def _encode(self, batch: list[tuple[_Cell, torch.Tensor]]) -> None:
+        cells = [cell for cell, _ in batch]
+        features = _features(self.backbone, torch.stack([pixels for _, pixels in batch])).astype(self.precision)
+        self.table[[cell.row for cell in cells], [cell.column for cell in cells]] = features
+        if self.store:
+            self.store.add([cell.key for cell in cells], features)
+        self.advance(len(cells))
+
+
+def _features(backbone: Backbone, pixels: torch.Tensor) -> np.ndarray:
+    """(B, 3, H, W) -> (B, D), in full precision even under a caller's autocast: kept features must not depend on it."""
+    device = torch.device(backbone.device)
+    with torch.no_grad(), torch.autocast(device.type, enabled=False):
+        return backbone.encode_images(pixels.to(device)).float().cpu().numpy()
+
+
+def _key(content: str, view: _View | None) -> bytes:
+    return blake2b(f"{VERSION} {content} {tuple(view or ())}".encode(), digest_size=KEY_BYTES).digest()
+
+
+def _digest(item: Item) -> str | DataError:
+    try:
+        return item.digest()
+    except DataError as error:
+        return error
+
+
+def _in_order(pool: ThreadPoolExecutor, work: Callable[[T], R], inputs: Iterable[T], ahead: int) -> Iterator[R]:
+    """`map(work, inputs)` by the pool, at most `ahead` results before they are taken."""
+    running: deque[Future[R]] = deque()
+    for argument in inputs:
+        running.append(pool.submit(work, argument))
+        if len(running) > ahead:
+            yield running.popleft().result()
+    while running:
+        yield running.popleft().result()
+
+
+def _batches(values: Iterable[T], size: int) -> Iterator[list[T]]:
+    iterator = iter(values)
+    while batch := list(islice(iterator, size)):
+        yield batch

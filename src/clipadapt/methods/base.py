@@ -1,0 +1,295 @@
+"""What every method is: a card, hyper-parameters, `fit`, and a fitted state that predicts, scores and saves itself.
+
+A method is a dataclass. Its fields are hyper-parameters; `fit` learns and returns self; what was learned stands in
+attributes that end in an underscore. Three bases, by what a method needs:
+
+* `FeatureMethod`: tensors only. Write `_fit(support)` and `_logits(images)`.
+* `TextMethod`: frozen image features, but the text tower takes part in training (prompt learning).
+* `WeightMethod`: towers change. `fit` ends with `backbone_`, an adapted copy of the backbone it was given.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, ClassVar, Self, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize, one_hot
+
+from clipadapt.data import Dataset
+from clipadapt.errors import ClipadaptError, unknown_name
+from clipadapt.features import encode_classes, encode_images
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from clipadapt.backbones import Backbone
+
+Array = Tensor | np.ndarray
+Report = Callable[[dict[str, Any]], None]  # called by training loops with step, steps, loss, lr, seconds
+
+
+@dataclass(frozen=True)
+class Card:
+    """The facts of a method, shown by `clipadapt methods` and checked by the conformance suite.
+
+    `signal` says what `fit` learns from: "none" (class names only) or "labels" (a labelled support set).
+    `requires` names the backbone capabilities without which the method refuses.
+    """
+
+    key: str
+    title: str
+    arxiv: str | None
+    family: str
+    task: str
+    trains: str
+    signal: str
+    requires: frozenset[str] = frozenset()
+
+
+def hyper(default: Any, doc: str, *, low: float | None = None, high: float | None = None, choices: Any = None) -> Any:
+    """A hyper-parameter field: its default, what it is (unit, range, source), and the values it may take."""
+    meta = {"doc": doc, "low": low, "high": high, "choices": choices}
+    if isinstance(default, list | dict):
+        return field(default_factory=lambda: default, metadata=meta)
+    return field(default=default, metadata=meta)
+
+
+@dataclass(frozen=True)
+class Support:
+    """What a feature method learns from: unit features, labels, and the classes' unit text features."""
+
+    images: Tensor  # (N, D)
+    labels: Tensor  # (N,) int64 in [0, C)
+    texts: Tensor  # (C, D)
+    logit_scale: float
+    val: tuple[Tensor, Tensor] | None = None  # (V, D), (V,): for choosing hyper-parameters, never for training
+
+    @cached_property
+    def one_hot(self) -> Tensor:
+        return one_hot(self.labels, len(self.texts)).to(self.images.dtype)  # (N, C)
+
+    @property
+    def zero_shot(self) -> Tensor:
+        """Zero-shot logits of the support itself."""
+        return self.logit_scale * self.images @ self.texts.T  # (N, C)
+
+
+@dataclass(kw_only=True)
+class Method:
+    """Base of all methods; see the module's docstring for which of its three children to write."""
+
+    card: ClassVar[Card]
+    # The values that `--method auto` tries, per hyper-parameter: the ranges that the method's paper searches.
+    search_space: ClassVar[dict[str, Sequence[Any]]] = {}
+
+    templates: Any = hyper("photo", "prompt templates of the class names: a set's name, template(s), file or mapping")
+
+    def __post_init__(self) -> None:
+        for f in dataclasses.fields(self):
+            value, low, high, choices = getattr(self, f.name), *map(f.metadata.get, ("low", "high", "choices"))
+            where = f"{self.card.key}: {f.name} = {value!r}"
+            if choices is not None and value not in choices:
+                raise ClipadaptError(f"{where} is not one of {', '.join(map(repr, choices))}.")
+            if (low is None and high is None) or value is None:
+                continue
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                raise ClipadaptError(f"{where} is not a number.")
+            if (low is not None and value < low) or (high is not None and value > high):
+                bounds = f"at least {low}" if high is None else f"in [{low}, {high}]"
+                raise ClipadaptError(f"{where} is out of range; it must be {bounds}.")
+
+    # -- learning ---------------------------------------------------------------------------------------------------
+
+    def fit(
+        self,
+        backbone: Backbone,
+        support: Dataset | None = None,
+        *,
+        val: Dataset | None = None,
+        class_names: Sequence[str] | None = None,
+        report: Report | None = None,
+    ) -> Self:
+        """Learn from a labelled `support` set (or only from `class_names`, where the card's signal is "none").
+
+        `val` chooses hyper-parameters where the method's paper does so; nothing is ever trained on it.
+        """
+        raise NotImplementedError
+
+    def _open(self, backbone: Backbone, support: Dataset | None, class_names: Sequence[str] | None) -> Dataset:
+        """Refuse what cannot work, remember the backbone and the classes, and give the support set back."""
+        missing = self.card.requires - backbone.capabilities
+        if missing:
+            raise ClipadaptError(
+                f"{self.card.key} needs a backbone with {', '.join(sorted(missing))}; {backbone.source} has "
+                f"{', '.join(sorted(backbone.capabilities)) or 'none of the optional capabilities'}."
+            )
+        if support is None:
+            if class_names is None:
+                raise ClipadaptError(f"{self.card.key}.fit needs a support set or class_names.")
+            support = Dataset(items=[], labels=[], class_names=list(class_names))
+        if self.card.signal != "none" and len(support) == 0:
+            raise ClipadaptError(f"{self.card.key} learns from labelled pictures, and the support set has none.")
+        if len(support.class_names) < 2:
+            raise ClipadaptError(f"{self.card.key} needs at least two classes, not {support.class_names}.")
+        self.backbone_: Backbone | None = backbone
+        self.origin_: dict[str, str] | None = {"source": backbone.source, "fingerprint": backbone.fingerprint}
+        self.class_names_ = list(support.class_names)
+        self.dim_ = backbone.dim
+        return support
+
+    # -- predicting -------------------------------------------------------------------------------------------------
+
+    def logits(self, image_features: Array) -> Array:
+        """(N, D) image features, unit or not -> (N, C) logits, of the type that was given (torch or numpy)."""
+        with torch.no_grad():
+            out = self._logits(unit(image_features, "image_features", dim=self._fitted("dim_")))
+        return out.numpy() if isinstance(image_features, np.ndarray) else out
+
+    def _logits(self, images: Tensor) -> Tensor:
+        """The method's classifier: (N, D) unit features -> (N, C)."""
+        raise NotImplementedError
+
+    def image_logits(self, images: Any, *, on_error: str = "raise", progress: bool = False) -> tuple[Tensor, list[int]]:
+        """Logits (M, C) of pictures (paths, PIL, a data set, or (N, 3, H, W) pixels) and which of them they are."""
+        backbone = self._fitted("backbone_")
+        if backbone is None:
+            raise ClipadaptError(f"This {self.card.key} was fitted on features: give logits() features, not pictures.")
+        if isinstance(images, Tensor):
+            with torch.no_grad():
+                features = backbone.encode_images(images)
+            return cast(Tensor, self.logits(features)), list(range(len(images)))
+        encoded = encode_images(backbone, images, on_error=on_error, progress=progress)
+        return cast(Tensor, self.logits(encoded.features)), encoded.kept
+
+    def predict_proba(self, images: Any) -> np.ndarray:
+        """Class probabilities (N, C) of pictures; columns in the order of `class_names_`."""
+        return self.image_logits(images)[0].softmax(dim=1).numpy()
+
+    def predict(self, images: Any) -> np.ndarray:
+        """Labels (N,) of pictures: ints into `class_names_`."""
+        return self.image_logits(images)[0].argmax(dim=1).numpy()
+
+    def score(self, data: Dataset) -> float:
+        """Top-1 accuracy in [0, 1] on labelled pictures; classes are matched by name."""
+        if len(data) == 0:
+            raise ClipadaptError("score needs at least one labelled picture.")
+        names = self._fitted("class_names_")
+        unknown = [name for name in data.class_names if name not in names]
+        if unknown:
+            raise unknown_name("class of this model", unknown[0], names)
+        labels = np.array([names.index(data.class_names[label]) for label in data.labels])
+        return float((self.predict(data) == labels).mean())
+
+    def _fitted(self, name: str) -> Any:
+        if not hasattr(self, name):
+            raise ClipadaptError(f"This {self.card.key} is not fitted yet: call fit or fit_features first.")
+        return getattr(self, name)
+
+    # -- keeping ----------------------------------------------------------------------------------------------------
+
+    @property
+    def trained_parameters(self) -> int:
+        """How many numbers gradient descent or a closed-form solver chose; 0 where a cache or names suffice."""
+        return 0
+
+    def save(self, folder: str | Path) -> Path:
+        """Write this fitted method as a small folder: config.json and safetensors, replaced as a whole."""
+        from clipadapt.methods.artifact import save
+
+        return save(self, folder)
+
+    def _restore(self, backbone: Backbone | None) -> None:
+        """After loading: rebuild what was not saved. Weight methods put their weights into a copy of `backbone`."""
+        self.backbone_ = backbone
+
+
+@dataclass(kw_only=True)
+class FeatureMethod(Method):
+    """A method that sees only tensors: write `_fit(support)` and `_logits(images)`."""
+
+    def fit(
+        self,
+        backbone: Backbone,
+        support: Dataset | None = None,
+        *,
+        val: Dataset | None = None,
+        class_names: Sequence[str] | None = None,
+        report: Report | None = None,
+    ) -> Self:
+        support = self._open(backbone, support, class_names)
+        return self._learn(
+            encode_images(backbone, support).features,
+            support.labels,
+            encode_classes(backbone, support.class_names, self.templates),
+            backbone.logit_scale,
+            (encode_images(backbone, val).features, val.labels) if val is not None else None,
+            report,
+        )
+
+    def fit_features(
+        self,
+        image_features: Array,
+        labels: Any,
+        text_features: Array,
+        logit_scale: float = 100.0,
+        *,
+        val: tuple[Array, Any] | None = None,
+        report: Report | None = None,
+    ) -> Self:
+        """Learn from (N, D) image features, (N,) int labels and (C, D) text features; no backbone is needed.
+
+        Features are torch or numpy, unit or not. `val` is (features, labels) for choosing hyper-parameters.
+        """
+        self.backbone_, self.origin_ = None, None
+        self.class_names_ = [str(c) for c in range(len(text_features))]
+        return self._learn(image_features, labels, text_features, float(logit_scale), val, report)
+
+    def _learn(
+        self,
+        image_features: Array,
+        labels: Any,
+        text_features: Array,
+        logit_scale: float,
+        val: tuple[Array, Any] | None,
+        report: Report | None,
+    ) -> Self:
+        texts = unit(text_features, "text_features")
+        images = unit(image_features, "image_features", dim=texts.shape[1])
+        if self.card.signal != "none" and len(images) == 0:
+            raise ClipadaptError(f"{self.card.key} learns from labelled pictures, and the support set has none.")
+        if val is not None:
+            x, y = unit(val[0], "val features", dim=texts.shape[1]), val[1]
+            val = x, as_labels(y, len(x), len(texts))
+        self.dim_ = texts.shape[1]
+        self._fit(Support(images, as_labels(labels, len(images), len(texts)), texts, logit_scale, val), report)
+        return self
+
+    def _fit(self, support: Support, report: Report | None) -> None:
+        raise NotImplementedError
+
+
+def unit(features: Array, what: str, dim: int | None = None) -> Tensor:
+    """Features as float32 unit rows (N, D); refuses what is not a finite matrix of the right width."""
+    x = torch.as_tensor(features)
+    if x.ndim != 2 or (dim is not None and x.shape[1] != dim):
+        raise ClipadaptError(f"{what} must have shape (N, {dim or 'D'}), not {tuple(x.shape)}.")
+    x = x.float()
+    if not torch.isfinite(x).all():
+        raise ClipadaptError(f"{what} hold values that are not finite.")
+    return normalize(x, dim=1)
+
+
+def as_labels(labels: Any, n: int, classes: int) -> Tensor:
+    """Labels as int64 (n,), each in [0, classes)."""
+    y = torch.as_tensor(np.asarray(labels))
+    if y.shape != (n,):
+        raise ClipadaptError(f"labels must have shape ({n},), one for each picture, not {tuple(y.shape)}.")
+    if n and (y.is_floating_point() or int(y.min()) < 0 or int(y.max()) >= classes):
+        raise ClipadaptError(f"labels must be ints from 0 to {classes - 1}, one for each text feature.")
+    return y.long()

@@ -1,0 +1,77 @@
+"""Linear probe: multinomial logistic regression on frozen image features, the field's oldest baseline.
+
+    logits = x W' + b,   min over W, b of  sum_i CE(logits_i, y_i) + |W|^2 / (2 C)
+
+Radford et al. (arXiv 2103.00020), appendix A.3: L-BFGS, at most 1,000 iterations, the L2 strength swept on a
+validation set over a logarithmic range. Departure: features have unit length here (the paper's have not), so the
+strength that suits is larger; the default was chosen by cross-validation inside support sets, never on test data.
+Classes without a picture in the support set can never be predicted: their logit is minus infinity.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from sklearn.linear_model import LogisticRegression
+from torch import Tensor
+
+from clipadapt.errors import ClipadaptError
+from clipadapt.methods.base import Card, FeatureMethod, Report, Support, hyper
+from clipadapt.methods.registry import register
+
+SWEEP = (0.1, 1.0, 10.0, 100.0, 1000.0)
+
+
+def logistic_regression(x: Tensor, y: Tensor, classes: int, strength: float, steps: int) -> tuple[Tensor, Tensor]:
+    """Weights (C, D) and biases (C,) of the regularised maximum-likelihood classifier on (N, D) features."""
+    solver = LogisticRegression(C=strength, max_iter=steps).fit(x.double().numpy(), y.numpy())
+    w, b = torch.from_numpy(solver.coef_).float(), torch.from_numpy(solver.intercept_).float()
+    if len(w) == 1:  # two classes: scikit-learn keeps only the second one's weights
+        w, b = torch.cat([-w, w]) / 2, torch.cat([-b, b]) / 2
+    weight, bias = torch.zeros(classes, x.shape[1]), torch.full((classes,), -torch.inf)
+    seen = torch.from_numpy(solver.classes_)
+    weight[seen], bias[seen] = w, b
+    return weight, bias
+
+
+@register
+@dataclass(kw_only=True)
+class LinearProbe(FeatureMethod):
+    """Logistic regression on image features; class names play no part."""
+
+    strength: float = hyper(100.0, "inverse L2 strength C > 0; chosen on val among the sweep where val is given", low=0)
+    steps: int = hyper(1000, "at most this many L-BFGS iterations (paper)", low=1)
+
+    card = Card(
+        key="linear-probe",
+        title="Learning Transferable Visual Models From Natural Language Supervision",
+        arxiv="2103.00020",
+        family="feature-adapter",
+        task="few-shot classification",
+        trains="linear head",
+        signal="labels",
+    )
+    search_space = {"strength": SWEEP}
+
+    def _fit(self, support: Support, report: Report | None) -> None:
+        if len(support.labels.unique()) < 2:
+            raise ClipadaptError("linear-probe needs pictures of at least two classes.")
+        best = -1.0
+        for strength in (self.strength,) if support.val is None else SWEEP:
+            weight, bias = logistic_regression(
+                support.images, support.labels, len(support.texts), strength, self.steps
+            )
+            score = 0.0
+            if support.val is not None:
+                x, y = support.val
+                score = ((x @ weight.T + bias).argmax(1) == y).float().mean().item()
+            if score > best:
+                best, self.weight_, self.bias_, self.strength_ = score, weight, bias, strength
+
+    def _logits(self, images: Tensor) -> Tensor:
+        return images @ self.weight_.T + self.bias_  # (N, C)
+
+    @property
+    def trained_parameters(self) -> int:
+        return self.weight_.numel() + self.bias_.numel()

@@ -1,0 +1,17 @@
+"""Learning-rate schedules: pure functions from a step to a factor in [0, 1] of the peak rate."""
+
+from __future__ import annotations
+
+import math
+
+
+def cosine(step: int, total: int, warmup: int = 0, floor: float = 0.0) -> float:
+    """Linear warm-up to 1, then half a cosine down to `floor` (SGDR without restarts, arXiv 1608.03983).
+
+    step: steps already taken, 0 for the first update. total: length of the run in steps, warm-up included. warmup: steps
+    of warm-up; the first of them already moves (factor 1 / warmup). floor: the factor at `total` and after it.
+    """
+    if step < warmup:
+        return (step + 1) / warmup
+    progress = min(1.0, (step - warmup) / max(1, total - warmup))
+    return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress))

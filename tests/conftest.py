@@ -1,0 +1,25 @@
+"""Fixtures that several test folders need."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of real data and golden figures beside the checkout."""
+    folder = Path(__file__).resolve().parents[2] / "shared"
+    if not folder.is_dir():
+        if os.environ.get("CI"):
+            pytest.fail(f"{folder} is missing; tests on real data need it")
+        pytest.skip(f"{folder} is missing: no real data to test on")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def private_cache(tmp_path_factory, monkeypatch):
+    """Feature caches of tests never touch the user's own."""
+    monkeypatch.setenv("CLIPADAPT_CACHE", str(tmp_path_factory.mktemp("cache")))
