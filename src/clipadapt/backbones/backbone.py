@@ -18,11 +18,11 @@ import torch
 from PIL import Image
 from torch import nn
 
-from ..errors import BackboneError, unknown_name
-from .families import FAMILIES, Pretrained, Tower, TowerName, submodule
-from .preprocess import Preprocess
-from .surgery import Insertion, changed_attention, inserted_tokens
-from .text import clean
+from clipadapt.errors import BackboneError, unknown_name
+from clipadapt.backbones.families import FAMILIES, Pretrained, Tower, TowerName, quiet, submodule
+from clipadapt.backbones.preprocess import Preprocess
+from clipadapt.backbones.surgery import Insertion, changed_attention, inserted_tokens
+from clipadapt.backbones.text import clean
 
 KINDS = ("q", "k", "v", "o", "fc1", "fc2")
 _PROBES = ("", "A photo of a cat.", "it's 12 o'clock, 3/4 full", "naïve café 猫 😀", "x" * 40)
@@ -53,7 +53,6 @@ class Backbone:
     preprocess    PIL picture -> (3, H, W) float32
     image_size    (height, width) that `preprocess` gives
     dim           D, length of a feature
-    capabilities  what a method may ask for by name in its `requires`
     """
 
     def __init__(self, source: str, pretrained: Pretrained, device: str | torch.device = "cpu") -> None:
@@ -99,10 +98,26 @@ class Backbone:
 
     @property
     def capabilities(self) -> frozenset[str]:
-        always = {"tokens", "patches", "prompts", "attention", "gradients", "lora", "export"}
-        causal = {"causal-text"} if self._family.padding == "causal" else set()
-        texts = {"texts"} if self.tokenizer is not None else set()
-        return frozenset(always | causal | texts)
+        """What a method may ask for by name in its `requires`.
+
+        texts        strings can be encoded (there is a tokenizer), not only token ids
+        patches      features of patches in the joint space
+        prompts      tokens can be put in at any layer of either tower
+        attention    blocks can be made to attend in another way, and their maps be read
+        gradients    encodings are differentiable, from pixels on
+        weights      weights can be adapted (`target_modules`) and exported
+        causal-text  a text's rows do not depend on later ones, so prefixes can be shared and ends cut
+        """
+        has = {
+            "texts": self.tokenizer is not None,
+            "patches": True,
+            "prompts": True,
+            "attention": True,
+            "gradients": True,
+            "weights": True,
+            "causal-text": self._family.padding == "causal",
+        }
+        return frozenset(name for name, present in has.items() if present)
 
     def __repr__(self) -> str:
         return f"Backbone({self.source!r}, family={self.family!r}, dim={self.dim}, image_size={self.image_size})"
@@ -183,25 +198,33 @@ class Backbone:
         """
         if ids.ndim != 2 or ids.dtype != torch.int64:
             raise BackboneError(f"Token ids must be (T, L) int64, but are {tuple(ids.shape)} {ids.dtype}.")
-        if ids.numel() == 0:
-            return torch.zeros(ids.shape[0], self.dim, device=self.device)
+        if ids.shape[0] == 0:
+            return torch.zeros(0, self.dim, device=self.device)
         output = self.model.get_text_features(**self._text_inputs(ids.to(self.device)))
         return _unit(output.pooler_output, normalize)
 
     def _text_inputs(self, ids: torch.Tensor) -> dict[str, torch.Tensor]:
-        if ids.shape[1] > self.context_length and self._family.padding != "causal":
-            raise BackboneError(f"Texts of {ids.shape[1]} tokens exceed the context length {self.context_length}.")
+        """What the text tower takes: cut or filled as the family was trained."""
         if self._family.padding == "causal":
-            return {"input_ids": ids[:, : int(self.end_positions(ids).max()) + 1]}
-        pad = self._pad_id
-        filled = (ids != 0) & (ids != pad)  # (T, L)
-        length = torch.where(filled, torch.arange(1, ids.shape[1] + 1, device=ids.device), 0).amax(1)  # (T,)
-        inside = torch.arange(ids.shape[1], device=ids.device) < length[:, None]  # (T, L)
-        ids = torch.where(inside, ids, pad)
-        if self._family.padding == "fixed":
-            return {"input_ids": nn.functional.pad(ids, (0, self.context_length - ids.shape[1]), value=pad)}
-        longest = int(length.max())
-        return {"input_ids": ids[:, :longest], "attention_mask": inside[:, :longest].long()}
+            lengths = self.end_positions(ids) + 1  # (T,)
+        else:
+            lengths = self._lengths(ids)
+        longest, most = int(lengths.max()), self.context_length
+        if longest > most:
+            raise BackboneError(f"A text of {longest} tokens exceeds the context length, which is {most}.")
+        ids = ids[:, :longest]
+        if self._family.padding == "causal":
+            return {"input_ids": ids}
+        inside = torch.arange(longest, device=ids.device) < lengths[:, None]  # (T, longest)
+        ids = torch.where(inside, ids, self._pad_id)
+        if self._family.padding == "masked":
+            return {"input_ids": ids, "attention_mask": inside.long()}
+        return {"input_ids": nn.functional.pad(ids, (0, most - longest), value=self._pad_id)}
+
+    def _lengths(self, ids: torch.Tensor) -> torch.Tensor:
+        """(T, L) -> (T,) tokens of each text before its padding, be that zeros or the family's own padding token."""
+        used = (ids != 0) & (ids != self._pad_id)
+        return torch.where(used, torch.arange(1, ids.shape[1] + 1, device=ids.device), 1).amax(1)
 
     @property
     def _pad_id(self) -> int:
@@ -211,8 +234,9 @@ class Backbone:
     def end_positions(self, ids: torch.Tensor) -> torch.Tensor:
         """(T, L) -> (T,) column of the first end token, where a causal text tower is pooled."""
         end = self.model.config.text_config.eos_token_id
-        # configurations older than the tokenizer fix say 2, and the end token is the largest id
-        found = ids == (ids.amax() if self.family == "clip" and end == 2 else end)
+        if self.family == "clip" and end == 2:  # configurations older than the tokenizer fix: the largest id is meant
+            return ids.argmax(1)
+        found = ids == end  # (T, L)
         if not found.any(1).all():
             row = int((~found.any(1)).nonzero()[0])
             raise BackboneError(f"Row {row} of the token ids has no end token; each text must end with it.")
@@ -317,7 +341,8 @@ class Backbone:
         has changed.
         """
         state = self.model.state_dict()
-        stamp = [(name, tensor.data_ptr(), tensor._version) for name, tensor in state.items()]
+        # versions miss what is written through `.data`, as peft does when it merges; sums show it
+        stamp = [(name, tensor.data_ptr(), tensor._version, float(tensor.sum())) for name, tensor in state.items()]
         if self._fingerprint is None or self._fingerprint[0] != stamp:
             digest = hashlib.blake2b(digest_size=16)
             for name, tensor in sorted(state.items()):
@@ -333,7 +358,7 @@ class Backbone:
         if self.tokenizer is None:
             return b""
         vocabulary = sorted(self.tokenizer.get_vocab().items())
-        sentences = self.tokenizer(list(_PROBES))["input_ids"]
+        sentences = self.tokenizer(list(_PROBES), truncation=True, max_length=self.context_length)["input_ids"]
         return json.dumps([vocabulary, sentences]).encode()
 
     def to(self, device: str | torch.device) -> Backbone:
@@ -343,7 +368,8 @@ class Backbone:
 
     def copy(self) -> Backbone:
         """An independent backbone with its own weights."""
-        return Backbone(self.source, Pretrained(self.family, copy.deepcopy(self.model), self.processor, self.tokenizer))
+        parts = Pretrained(self.family, copy.deepcopy(self.model), self.processor, self.tokenizer)
+        return Backbone(self.source, parts, self.device)
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write a plain transformers folder (safetensors), complete or not at all; `load_backbone` reads it back."""
@@ -351,9 +377,10 @@ class Backbone:
         target.parent.mkdir(parents=True, exist_ok=True)
         aside = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
         try:
-            for part in (self.model, self.processor, self.tokenizer):
-                if part is not None:
-                    part.save_pretrained(aside)
+            with quiet():
+                for part in (self.model, self.processor, self.tokenizer):
+                    if part is not None:
+                        part.save_pretrained(aside)
             _replace_folder(aside, target)
         finally:
             shutil.rmtree(aside, ignore_errors=True)

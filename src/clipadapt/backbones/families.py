@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AttentionInterface
 
-from ..errors import BackboneError
+from clipadapt.errors import BackboneError
 
 TowerName = Literal["text", "vision"]
 
@@ -93,7 +95,7 @@ FAMILIES: dict[str, Family] = {  # by `model_type` of config.json
     "chinese_clip": Family("ChineseCLIPModel", BERT, "masked"),
 }
 
-_TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "vocab.txt", "*.model", "tokenizer_config.json")
+_TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "vocab.txt", "*.model")
 
 
 @dataclass(frozen=True)
@@ -110,33 +112,84 @@ def from_pretrained(source: str) -> Pretrained:
     """Load a transformers folder or hub id as float32; every failure is one BackboneError that names `source`."""
     folder = Path(source) if Path(source).is_dir() else None
     try:
-        config = transformers.AutoConfig.from_pretrained(source)
-        if config.model_type not in FAMILIES:
-            raise BackboneError(
-                f"{source} holds a model of type {config.model_type!r}; known are: {', '.join(sorted(FAMILIES))}."
+        with quiet():
+            config = transformers.AutoConfig.from_pretrained(source)
+            if config.model_type not in FAMILIES:
+                raise BackboneError(
+                    f"{source} holds a model of type {config.model_type!r}; known are: {', '.join(sorted(FAMILIES))}."
+                )
+            model_class = getattr(transformers, FAMILIES[config.model_type].model)
+            model, report = model_class.from_pretrained(
+                source, config=config, dtype=torch.float32, attn_implementation="sdpa", output_loading_info=True
             )
-        model, report = getattr(transformers, FAMILIES[config.model_type].model).from_pretrained(
-            source, config=config, dtype=torch.float32, attn_implementation="sdpa", output_loading_info=True
-        )
-        absent = sorted([*report["missing_keys"], *(str(key) for key in report["mismatched_keys"])])
-        if absent:  # transformers would fill them at random and go on
-            raise BackboneError(f"{source} lacks {len(absent)} weights of its model, the first is {absent[0]!r}.")
-        processor = _image_processor(source)
-        has_tokenizer = folder is None or any(any(folder.glob(name)) for name in _TOKENIZER_FILES)
-        # without its files transformers would make an empty tokenizer and go on
-        tokenizer = transformers.AutoTokenizer.from_pretrained(source) if has_tokenizer else None
-    except (OSError, ValueError, RuntimeError) as error:
-        what = "The folder" if folder else "It is no folder here, and as a hub id"
-        raise BackboneError(f"Cannot load {source!r} as a backbone. {what} gives: {_first_line(error)}") from error
+            _check_complete(report, source)
+            processor = transformers.AutoImageProcessor.from_pretrained(source, backend="pil")
+            # where its files are missing, transformers would make an empty tokenizer and go on
+            has_tokenizer = folder is None or any(any(folder.glob(name)) for name in _TOKENIZER_FILES)
+            tokenizer = load_tokenizer(source) if has_tokenizer else None
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        if folder:
+            raise BackboneError(f"The folder {source} is no complete backbone: {_first_line(error)}") from error
+        raise BackboneError(
+            f"There is no folder {source}, and as a hub id it cannot be loaded: {_first_line(error)}"
+        ) from error
     return Pretrained(config.model_type, model, processor, tokenizer)
 
 
-def _image_processor(source: str) -> Any:
-    return transformers.AutoImageProcessor.from_pretrained(source, backend="pil")
+def load_tokenizer(source: str) -> Any:
+    """The tokenizer of a folder or hub id."""
+    try:
+        return transformers.AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        raise BackboneError(f"{source} has no tokenizer that can be read: {_first_line(error)}") from error
+
+
+def clip_model(
+    text: dict[str, int], vision: dict[str, int], dim: int, activation: str, state: dict[str, torch.Tensor], source: str
+) -> Any:
+    """A CLIP of these sizes with exactly these weights, given under transformers' names."""
+    shared = {"hidden_act": activation, "projection_dim": dim}
+    config = transformers.CLIPConfig(text_config={**text, **shared}, vision_config={**vision, **shared}, projection_dim=dim)
+    with quiet():
+        model, report = transformers.CLIPModel.from_pretrained(
+            None, config=config, state_dict=state, dtype=torch.float32, attn_implementation="sdpa",
+            output_loading_info=True,
+        )  # fmt: skip
+    _check_complete(report, source)
+    return model
+
+
+def clip_tokenizer(vocab: dict[str, int], merges: list[tuple[str, ...]], length: int) -> Any:
+    """CLIP's byte-pair tokenizer for texts of at most `length` tokens."""
+    return transformers.CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=length)
+
+
+def image_processor(config: dict[str, Any]) -> Any:
+    """CLIP's image processor with the content of a preprocessor_config.json."""
+    return transformers.CLIPImageProcessorPil(**{k: v for k, v in config.items() if k != "image_processor_type"})
+
+
+def _check_complete(report: Any, source: str) -> None:
+    """Refuse what transformers would fill at random and merely log."""
+    absent = sorted([*report["missing_keys"], *(str(key) for key in report["mismatched_keys"])])
+    if absent:
+        raise BackboneError(f"{source} lacks {len(absent)} weights of its model, the first is {absent[0]!r}.")
 
 
 def _first_line(error: Exception) -> str:
     return str(error).strip().split("\n")[0]
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """No progress bars of transformers on the user's terminal, for as long as it lasts."""
+    shown = transformers.utils.logging.is_progress_bar_enabled()
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers.utils.logging.enable_progress_bar()
 
 
 def register_attention(name: str, function: Callable[..., tuple[torch.Tensor, torch.Tensor | None]]) -> None:

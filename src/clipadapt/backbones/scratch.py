@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, PreTrainedTokenizerBase
 
@@ -29,7 +29,9 @@ PRESETS: Mapping[str, Mapping[str, int]] = {
 }  # fmt: skip
 
 
-def scratch_clip(tokenizer: PreTrainedTokenizerBase, preset: str = "small", *, seed: int = 0, **sizes: int) -> CLIPModel:
+def scratch_clip(
+    tokenizer: PreTrainedTokenizerBase, preset: str = "small", *, seed: int = 0, **sizes: int
+) -> CLIPModel:
     """A random CLIP for `tokenizer`'s vocabulary, in float32 on the CPU; the same seed gives the same weights.
 
     preset: a name in PRESETS. sizes: overrides of single sizes of the preset (the keys of PRESETS["small"]).
@@ -44,7 +46,7 @@ def scratch_clip(tokenizer: PreTrainedTokenizerBase, preset: str = "small", *, s
     if tokenizer.eos_token_id is None or tokenizer.bos_token_id is None:
         raise BackboneError("The tokenizer lacks a start or an end token; CLIP's text tower needs both.")
     if tokenizer.eos_token_id == 2:
-        raise BackboneError("The tokenizer's end token has id 2, which transformers' CLIP reads as 'unknown': use another id.")
+        raise BackboneError("The tokenizer's end token has id 2, which transformers' CLIP takes for no end token at all.")
     config = CLIPConfig(
         text_config={
             "vocab_size": len(tokenizer),  # type: ignore[arg-type]
@@ -77,7 +79,7 @@ def scratch_clip(tokenizer: PreTrainedTokenizerBase, preset: str = "small", *, s
 
 @torch.no_grad()
 def _initialise(model: CLIPModel, generator: torch.Generator) -> None:
-    """OpenAI's initialisation of CLIP (arXiv 2103.00020, section 2.5 and its code); biases zero, norms one as constructed."""
+    """OpenAI's initialisation of CLIP (its released code); biases zero and norms one as constructed."""
 
     def normal(weight: Tensor, std: float) -> None:
         weight.normal_(0, std, generator=generator)
@@ -118,7 +120,7 @@ def save_clip(
     preprocessing = CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
     weights = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in model.state_dict().items()}
     with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as aside:
-        save_file(weights, f"{aside}/model.safetensors", metadata={"format": "pt"})
+        Path(aside, "model.safetensors").write_bytes(save(weights, metadata={"format": "pt"}))
         for part in (config, tokenizer, preprocessing):
             part.save_pretrained(aside)
         for file in sorted(Path(aside).iterdir()):

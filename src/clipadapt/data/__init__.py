@@ -5,8 +5,15 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from clipadapt.data.coop import coop_split
 from clipadapt.data.dataset import Dataset, Occurrence, Split, as_items, find_duplicates
+from clipadapt.data.folders import image_folder, picture_files
+from clipadapt.data.hub import hub_dataset
 from clipadapt.data.items import BytesItem, EncodedItem, FileItem, GeneratedItem, ImageItem, Item
+from clipadapt.data.lists import image_list
+from clipadapt.data.shards import webdataset
+from clipadapt.data.tables import image_table
+from clipadapt.data.templates import class_texts, template_sets, with_published_names
 
 if TYPE_CHECKING:
     from clipadapt.data.playground import Playground as Playground
@@ -23,11 +30,21 @@ __all__ = [
     "Playground",
     "Split",
     "as_items",
+    "class_texts",
+    "coop_split",
     "find_duplicates",
+    "hub_dataset",
+    "image_folder",
+    "image_list",
+    "image_table",
+    "picture_files",
+    "template_sets",
+    "webdataset",
+    "with_published_names",
 ]
 
 
 def __getattr__(name: str) -> Any:
-    if name != "Playground":  # the only part that is heavy to import
+    if name != "Playground":  # imported on first use: most callers need no drawing code
         raise AttributeError(f"module 'clipadapt.data' has no attribute {name!r}")
     return import_module("clipadapt.data.playground").Playground

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
     import torch
 
 SIZE = 64  # pixels a side
+MAX_PIXELS = 16_000_000  # larger clip art is left out: it takes seconds each
 KIND_WEIGHTS = {"emoji": 0.45, "icon": 0.22, "clipart": 0.08, "playground": 0.25}  # shares of a training batch
 
 # (template, weight). The plain default of zero-shot classification is common, so that it works well untuned.
@@ -165,9 +167,13 @@ def draw_record(record: Record) -> bytes | None:
             svg = record.svg.replace("currentColor", colour)
             picture = Image.open(BytesIO(bytes(resvg_py.svg_to_bytes(svg_string=svg, width=2 * SIZE))))
         else:
-            picture = Image.open(record.file)  # type: ignore[arg-type]
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+                picture = Image.open(record.file)  # type: ignore[arg-type]
+            if picture.width * picture.height > MAX_PIXELS:
+                return None
         picture = picture.convert("RGBA")
-    except (OSError, ValueError):
+    except (OSError, ValueError, Image.DecompressionBombError):
         return None
     picture = picture.convert("RGBa")  # premultiplied, so that shrinking does not bleed the colour of clear pixels
     picture.thumbnail((SIZE, SIZE), Image.Resampling.BOX if record.svg else Image.Resampling.LANCZOS)
@@ -190,8 +196,8 @@ def draw_scene(index: int) -> tuple[bytes, dict[str, Any]]:
         split = "heldout-style" if scene.style == HELDOUT_STYLE else "train"
     line = {
         "source": "playground",
-        "name": scene.caption,
-        "texts": list(dict.fromkeys([scene.caption, *scene.captions])),
+        "name": max(scene.captions, key=len),  # the one that says most
+        "texts": scene.captions,
         "keywords": [],
         "other": [],
         "split": split,
@@ -312,11 +318,14 @@ class Corpus:
 
 
 def _draw_text(pair: dict[str, Any], rng: np.random.Generator) -> str:
-    """A text of the picture in a template: mostly its name, at times a synonym, a keyword or another language."""
+    """A text of the picture in a template: mostly its name, at times a synonym, a keyword or another language; of a
+    scene, any of its captions."""
     templates = CAPTION_TEMPLATES if pair["kind"] == "playground" else TEMPLATES
     text = pair["name"]
     share = rng.random()
-    if share < 0.3 and len(pair["texts"]) > 1:
+    if pair["kind"] == "playground":
+        text = pair["texts"][rng.integers(len(pair["texts"]))]
+    elif share < 0.3 and len(pair["texts"]) > 1:
         text = pair["texts"][rng.integers(1, len(pair["texts"]))]
     elif 0.3 <= share < 0.36 and pair["keywords"]:
         text = pair["keywords"][rng.integers(len(pair["keywords"]))]

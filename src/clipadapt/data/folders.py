@@ -10,9 +10,10 @@ from clipadapt.data.items import FileItem, Item
 from clipadapt.errors import DataError
 
 # What counts as a picture file; case is ignored.
-PICTURE_SUFFIXES = frozenset(
-    ".jpg .jpeg .jpe .jfif .png .webp .gif .bmp .tif .tiff .ppm .pgm .pbm .pnm .jp2 .avif .tga".split()
-)
+PICTURE_SUFFIXES = {
+    *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".jp2", ".avif", ".tga"),
+    *(".ppm", ".pgm", ".pbm", ".pnm"),
+}
 _PARTS = {"train", "training", "val", "valid", "validation", "test", "testing"}
 _ARCHIVES = {".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".7z", ".rar"}
 

@@ -80,7 +80,6 @@ def _only_column(source: Any, kind: type) -> str:
     found = [name for name, feature in source.features.items() if isinstance(feature, kind)]
     if len(found) != 1:
         argument = "image" if kind.__name__ == "Image" else "label"
-        raise DataError(
-            f"{len(found)} columns are of type {kind.__name__}; name one with {argument}=: {', '.join(source.features)}."
-        )
+        columns = ", ".join(source.features)
+        raise DataError(f"{len(found)} columns are of type {kind.__name__}; name one by {argument}=…: {columns}.")
     return found[0]

@@ -11,7 +11,7 @@ from hashlib import blake2b
 from io import BytesIO
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 from clipadapt.errors import DataError
 
@@ -20,6 +20,17 @@ MAX_PIXELS = 178_956_970
 
 # What Pillow's decoders raise on damaged files besides OSError.
 _DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, IndexError, KeyError, TypeError)
+
+# How a picture stored with this EXIF orientation is turned upright.
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
 class Item(ABC):
@@ -136,12 +147,12 @@ def decode(data: bytes, name: str) -> Image.Image:
     try:
         with Image.open(BytesIO(data)) as image:
             if image.width * image.height > MAX_PIXELS:
-                raise Image.DecompressionBombError(f"{image.width} x {image.height} pixels")
+                raise Image.DecompressionBombError
             return to_rgb(image)
     except UnidentifiedImageError:
         raise DataError(f"{name} is not a picture in a format that can be read (JPEG, PNG, WebP, …).") from None
-    except Image.DecompressionBombError as error:
-        raise DataError(f"{name} is too large ({error}); at most {MAX_PIXELS:,} pixels are read: shrink it.") from None
+    except Image.DecompressionBombError:  # ours, or Pillow's own, which a program may have lifted
+        raise DataError(f"{name} has more than {MAX_PIXELS:,} pixels; shrink it first.") from None
     except _DECODE_ERRORS as error:
         raise DataError(f"{name} is a damaged or truncated picture: {str(error).rstrip('.')}.") from None
 
@@ -164,10 +175,12 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _upright(image: Image.Image) -> Image.Image:
+    # Not ImageOps.exif_transpose: it writes the whole EXIF block anew and fails where any part of it is damaged.
     try:
-        return ImageOps.exif_transpose(image)
-    except _DECODE_ERRORS:  # the pixels are sound, only the EXIF block is not: no orientation is known
+        orientation = image.getexif().get(ExifTags.Base.Orientation)
+    except (SyntaxError, ValueError, struct.error):  # the pixels are sound all the same
         return image
+    return image.transpose(_TURNS[orientation]) if orientation in _TURNS else image
 
 
 def _grey_to_8_bit(image: Image.Image) -> Image.Image:

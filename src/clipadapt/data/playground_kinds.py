@@ -8,6 +8,7 @@ texture, then `dark` and `light` details in tones of the same colour; a `hole` c
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from typing import Literal, NamedTuple
 
 Point = tuple[float, float]
@@ -41,14 +42,10 @@ def regular(corners: int, turn: float = -90, inner: float | None = None) -> list
 
 def stroke(points: list[Point], width: float) -> list[Point]:
     """A polyline of the given width as one polygon with mitred corners."""
+    headings = [math.atan2(by - ay, bx - ax) for (ax, ay), (bx, by) in pairwise(points)]
     left, right = [], []
     for i, (x, y) in enumerate(points):
-        (ax, ay), (bx, by) = points[max(i - 1, 0)], points[min(i + 1, len(points) - 1)]
-        before = math.atan2(y - ay, x - ax) if i else None
-        after = math.atan2(by - y, bx - x) if i < len(points) - 1 else before
-        before = after if before is None else before
-        assert before is not None
-        assert after is not None
+        before, after = headings[max(i - 1, 0)], headings[min(i, len(headings) - 1)]
         bend = math.remainder(after - before, math.tau)
         normal, reach = before + bend / 2 + math.pi / 2, width / 2 / max(math.cos(bend / 2), 0.35)
         left.append((x + reach * math.cos(normal), y + reach * math.sin(normal)))
@@ -134,10 +131,25 @@ SHAPES: dict[str, tuple[Part, ...]] = {
     "star": _one(regular(5, inner=0.42)),
     "heart": _one(_heart()),
     "crescent": _one(_crescent()),
-    "cross": _one([(x, y) for x, y in (
-        (-0.3, -1), (0.3, -1), (0.3, -0.3), (1, -0.3), (1, 0.3), (0.3, 0.3),
-        (0.3, 1), (-0.3, 1), (-0.3, 0.3), (-1, 0.3), (-1, -0.3), (-0.3, -0.3),
-    )]),
+    "cross": _one(
+        [
+            (x, y)
+            for x, y in (
+                (-0.3, -1),
+                (0.3, -1),
+                (0.3, -0.3),
+                (1, -0.3),
+                (1, 0.3),
+                (0.3, 0.3),
+                (0.3, 1),
+                (-0.3, 1),
+                (-0.3, 0.3),
+                (-1, 0.3),
+                (-1, -0.3),
+                (-0.3, -0.3),
+            )
+        ]
+    ),
     "ring": (Part("body", oval(0, 0, 1)), Part("hole", oval(0, 0, 0.62))),
     "arrow": _one([(-1, -0.22), (0.15, -0.22), (0.15, -0.65), (1, 0), (0.15, 0.65), (0.15, 0.22), (-1, 0.22)]),
     "spiral": _one(_spiral()),
@@ -149,7 +161,9 @@ SHAPES: dict[str, tuple[Part, ...]] = {
         Part("body", box(-0.55, 0.1, 0.52, 0.56)),
     ),
     "sun": _sun(),
-    "lightning bolt": _one([(0.25, -1), (-0.6, 0.15), (-0.08, 0.15), (-0.3, 1), (0.62, -0.25), (0.08, -0.25), (0.55, -1)]),
+    "lightning bolt": _one(
+        [(0.25, -1), (-0.6, 0.15), (-0.08, 0.15), (-0.3, 1), (0.62, -0.25), (0.08, -0.25), (0.55, -1)]
+    ),
     "gear": _gear(),
     "house": (
         Part("body", box(-0.72, -0.1, 0.72, 0.95)),
@@ -173,8 +187,13 @@ SHAPES: dict[str, tuple[Part, ...]] = {
     ),
     "flower": _flower(),
     "leaf": (
-        Part("body", [*((t, -0.55 * math.sin(math.pi * (t + 1) / 2)) for t in (i / 8 for i in range(-8, 9))),
-                      *((t, 0.55 * math.sin(math.pi * (t + 1) / 2)) for t in (i / 8 for i in range(8, -9, -1)))]),
+        Part(
+            "body",
+            [
+                *((t, -0.55 * math.sin(math.pi * (t + 1) / 2)) for t in (i / 8 for i in range(-8, 9))),
+                *((t, 0.55 * math.sin(math.pi * (t + 1) / 2)) for t in (i / 8 for i in range(8, -9, -1))),
+            ],
+        ),
         Part("dark", stroke([(-1.3, 0), (0.75, 0)], 0.09)),
         *(Part("dark", stroke([(x, 0), (x + 0.28, s * 0.3)], 0.06)) for x in (-0.55, -0.1, 0.3) for s in (-1, 1)),
     ),
@@ -199,7 +218,9 @@ SHAPES: dict[str, tuple[Part, ...]] = {
         Part("light", oval(-0.46, -0.05, 0.12, 0.2)),
     ),
     "carrot": (
-        Part("dark", [(-0.1, -0.45), (-0.5, -0.85), (-0.2, -0.82), (0, -1.05), (0.2, -0.82), (0.5, -0.85), (0.1, -0.45)]),
+        Part(
+            "dark", [(-0.1, -0.45), (-0.5, -0.85), (-0.2, -0.82), (0, -1.05), (0.2, -0.82), (0.5, -0.85), (0.1, -0.45)]
+        ),
         Part("body", [*oval(0, -0.38, 0.42, 0.2, 180, 360), (0.06, 1.1), (-0.06, 1.1)]),
         Part("dark", box(-0.36, -0.12, -0.02, -0.04)),
         Part("dark", box(0.02, 0.2, 0.25, 0.28)),
@@ -236,11 +257,18 @@ SHAPES: dict[str, tuple[Part, ...]] = {
         *(Part("light", oval(s * 0.38, 0, 0.17, 0.19)) for s in (-1, 1)),
         *(Part("dark", oval(s * 0.38, 0, 0.07, 0.15)) for s in (-1, 1)),
         Part("dark", [(-0.12, 0.3), (0.12, 0.3), (0, 0.43)]),
-        *(Part("dark", stroke([(s * 0.3, y), (s * 0.95, y + d)], 0.05)) for s in (-1, 1) for y, d in ((0.42, -0.05), (0.52, 0.1))),
+        *(
+            Part("dark", stroke([(s * 0.3, y), (s * 0.95, y + d)], 0.05))
+            for s in (-1, 1)
+            for y, d in ((0.42, -0.05), (0.52, 0.1))
+        ),
     ),
     "snail": _snail(),
     "car": (
-        Part("body", [(-0.6, -0.05), (-0.4, -0.55), (0.3, -0.55), (0.62, -0.05), (1, 0.02), (1, 0.4), (-1, 0.4), (-1, 0.0)]),
+        Part(
+            "body",
+            [(-0.6, -0.05), (-0.4, -0.55), (0.3, -0.55), (0.62, -0.05), (1, 0.02), (1, 0.4), (-1, 0.4), (-1, 0.0)],
+        ),
         Part("light", [(-0.45, -0.08), (-0.32, -0.42), (-0.1, -0.42), (-0.1, -0.08)]),
         Part("light", [(0.02, -0.08), (0.02, -0.42), (0.24, -0.42), (0.45, -0.08)]),
         *(Part("dark", oval(s * 0.52, 0.4, 0.25)) for s in (-1, 1)),
@@ -275,7 +303,11 @@ SHAPES: dict[str, tuple[Part, ...]] = {
         Part("body", [(0, -1.1), (0.68, -0.45), (0, 0.5), (-0.68, -0.45)]),
         Part("dark", stroke([(0, -1.1), (0, 0.5)], 0.07)),
         Part("dark", stroke([(-0.68, -0.45), (0.68, -0.45)], 0.07)),
-        *(Part("dark", [(x, y), (x + s * 0.2, y - 0.1), (x + s * 0.2, y + 0.1)]) for x, y in ((0.2, 0.7), (-0.05, 0.95)) for s in (-1, 1)),
+        *(
+            Part("dark", [(x, y), (x + s * 0.2, y - 0.1), (x + s * 0.2, y + 0.1)])
+            for x, y in ((0.2, 0.7), (-0.05, 0.95))
+            for s in (-1, 1)
+        ),
     ),
     "anchor": (
         Part("body", oval(0, -0.78, 0.24)),
@@ -305,9 +337,16 @@ SHAPES: dict[str, tuple[Part, ...]] = {
     ),
     "umbrella": (
         Part("dark", stroke([(0, -1), (0, 0.7), *oval(0.17, 0.72, 0.17, 0.17, 180, 20)], 0.1)),
-        Part("body", [*oval(0, 0, 1, 0.88, 180, 360), *oval(0.75, 0, 0.25, 0.14, 0, -180),
-                      *oval(0.25, 0, 0.25, 0.14, 0, -180), *oval(-0.25, 0, 0.25, 0.14, 0, -180),
-                      *oval(-0.75, 0, 0.25, 0.14, 0, -180)]),
+        Part(
+            "body",
+            [
+                *oval(0, 0, 1, 0.88, 180, 360),
+                *oval(0.75, 0, 0.25, 0.14, 0, -180),
+                *oval(0.25, 0, 0.25, 0.14, 0, -180),
+                *oval(-0.25, 0, 0.25, 0.14, 0, -180),
+                *oval(-0.75, 0, 0.25, 0.14, 0, -180),
+            ],
+        ),
         *(Part("dark", stroke([(0, -0.86), (s * 0.33, -0.5), (s * 0.5, -0.02)], 0.05)) for s in (-1, 1)),
     ),
     "lamp": (
@@ -327,9 +366,9 @@ SHAPES: dict[str, tuple[Part, ...]] = {
         Part("dark", box(-0.74, 0.44, 0.74, 0.52)),
     ),
     "hammer": (
-        Part("light", box(-0.11, -0.5, 0.13, 1.1)),
-        Part("body", [(-0.62, -0.9), (0.42, -0.9), (0.85, -0.6), (0.8, -0.42), (0.42, -0.42), (-0.62, -0.42)]),
-        Part("dark", box(-0.72, -0.98, -0.52, -0.34)),
+        Part("light", box(-0.12, -0.6, 0.12, 1.1)),
+        Part("body", [(-0.7, -0.95), (0.2, -0.95), (0.62, -0.82), (0.95, -0.4), (0.5, -0.5), (-0.7, -0.42)]),
+        Part("dark", box(-0.88, -1.02, -0.6, -0.35)),
     ),
     "crown": (
         Part("body", [(-1, -0.5), (-0.52, 0.05), (0, -0.8), (0.52, 0.05), (1, -0.5), (0.8, 0.68), (-0.8, 0.68)]),
@@ -338,7 +377,19 @@ SHAPES: dict[str, tuple[Part, ...]] = {
     ),
     "flag": (
         Part("dark", box(-0.85, -1, -0.72, 1)),
-        Part("body", [(-0.72, -0.9), (-0.2, -0.98), (0.4, -0.82), (0.95, -0.92), (0.95, 0.02), (0.4, 0.12), (-0.2, -0.04), (-0.72, 0.04)]),
+        Part(
+            "body",
+            [
+                (-0.72, -0.9),
+                (-0.2, -0.98),
+                (0.4, -0.82),
+                (0.95, -0.92),
+                (0.95, 0.02),
+                (0.4, 0.12),
+                (-0.2, -0.04),
+                (-0.72, 0.04),
+            ],
+        ),
     ),
     "envelope": (
         Part("body", box(-1, -0.66, 1, 0.66)),
@@ -351,7 +402,10 @@ SHAPES: dict[str, tuple[Part, ...]] = {
         Part("light", oval(0, 0, 0.78)),
         Part("dark", stroke([(0, 0.08), (0, -0.6)], 0.11)),
         Part("dark", stroke([(-0.06, 0), (0.44, 0.22)], 0.11)),
-        *(Part("dark", oval(0.67 * math.cos(a), 0.67 * math.sin(a), 0.06)) for a in (0, math.pi / 2, math.pi, -math.pi / 2)),
+        *(
+            Part("dark", oval(0.67 * math.cos(a), 0.67 * math.sin(a), 0.06))
+            for a in (0, math.pi / 2, math.pi, -math.pi / 2)
+        ),
     ),
     "candle": (
         Part("light", [(0, -1.1), *oval(0, -0.6, 0.2, 0.22, -25, 205)]),
@@ -371,7 +425,21 @@ SHAPES: dict[str, tuple[Part, ...]] = {
         Part("dark", [(-0.5, 0.08), (0.5, 0.08), (0.5, 0.34), (-0.5, 0.34)]),
     ),
     "shirt": (
-        Part("body", [(-0.3, -0.85), (0.3, -0.85), (1, -0.4), (0.78, 0.02), (0.5, -0.15), (0.5, 0.9), (-0.5, 0.9), (-0.5, -0.15), (-0.78, 0.02), (-1, -0.4)]),
+        Part(
+            "body",
+            [
+                (-0.3, -0.85),
+                (0.3, -0.85),
+                (1, -0.4),
+                (0.78, 0.02),
+                (0.5, -0.15),
+                (0.5, 0.9),
+                (-0.5, 0.9),
+                (-0.5, -0.15),
+                (-0.78, 0.02),
+                (-1, -0.4),
+            ],
+        ),
         Part("dark", oval(0, -0.86, 0.28, 0.22, 0, 180)),
     ),
     "ice cream": (
@@ -381,12 +449,9 @@ SHAPES: dict[str, tuple[Part, ...]] = {
         Part("body", oval(0, -0.4, 0.52, 0.5)),
         Part("body", box(-0.5, -0.12, 0.5, 0.08)),
     ),
-    "glasses": (
-        Part("body", oval(-0.52, 0, 0.44)),
-        Part("body", oval(0.52, 0, 0.44)),
-        Part("hole", oval(-0.52, 0, 0.29)),
-        Part("hole", oval(0.52, 0, 0.29)),
-        Part("body", stroke([(-0.14, -0.08), (0, -0.16), (0.14, -0.08)], 0.13)),
-        *(Part("body", stroke([(s * 0.9, -0.1), (s * 1.25, -0.3)], 0.13)) for s in (-1, 1)),
+    "magnifying glass": (
+        Part("dark", stroke([(0.22, 0.22), (1.0, 1.0)], 0.24)),
+        Part("body", oval(-0.28, -0.28, 0.66)),
+        Part("hole", oval(-0.28, -0.28, 0.46)),
     ),
 }

@@ -47,7 +47,7 @@ class Cutout(NamedTuple):
 def cut_out(
     kind: str, colour: RGB, texture: str, centre: Point, extent: float, turn: float, stretch: float, canvas: int
 ) -> Cutout:
-    """Place a shape: turn it (degrees), stretch it sideways, fit its larger side to `extent` around `centre` (pixels)."""
+    """Turn a shape (degrees), stretch it sideways, and fit its larger side to `extent` around `centre` (pixels)."""
     cos, sin = math.cos(math.radians(turn)), math.sin(math.radians(turn))
     parts = [
         (part.tone, [(stretch * (x * cos - y * sin), x * sin + y * cos) for x, y in part.points])
@@ -246,7 +246,7 @@ def _sketch(canvas: Image.Image, cut: Cutout, rng: np.random.Generator) -> None:
 
 def _watercolour(canvas: Image.Image, cut: Cutout, rng: np.random.Generator) -> None:
     soft = cut.mask.filter(ImageFilter.BoxBlur(1.2 * cut.unit))
-    pigment = ImageChops.multiply(soft, _clouds(rng, soft.size, 130, 255))
+    pigment = ImageChops.multiply(soft, _clouds(rng, soft.size, 165, 255))
     canvas.paste(_coloured(cut, cut.colour), cut.origin, pigment)
     rim = _edge(cut, 3 * cut.unit).filter(ImageFilter.BoxBlur(0.6 * cut.unit))
     canvas.paste(_dark(cut.colour), cut.origin, ImageChops.multiply(rim, Image.new("L", rim.size, 120)))
@@ -285,7 +285,7 @@ def _smooth_backdrop(canvas: Image.Image, paper: RGB, rng: np.random.Generator, 
 
 def _tiles(canvas: Image.Image, rng: np.random.Generator) -> Image.Image:
     """The canvas laid in tiles, each of one colour and a slightly different brightness, with joints between them."""
-    side, count = canvas.width, 30
+    side, count = canvas.width, 36
     small = np.asarray(canvas.resize((count, count), Image.Resampling.BOX)).astype(np.int16)
     small = np.clip(small + rng.integers(-16, 17, (count, count, 1)), 0, 255).astype(np.uint8)
     laid = Image.fromarray(small).resize(canvas.size, Image.Resampling.NEAREST)
@@ -293,8 +293,8 @@ def _tiles(canvas: Image.Image, rng: np.random.Generator) -> Image.Image:
     pen = ImageDraw.Draw(joints)
     for i in range(count):
         at, width = round(i * side / count), max(1, side // 128)
-        pen.line([(at, 0), (at, side)], fill=70, width=width)
-        pen.line([(0, at), (side, at)], fill=70, width=width)
+        pen.line([(at, 0), (at, side)], fill=55, width=width)
+        pen.line([(0, at), (side, at)], fill=55, width=width)
     laid.paste((40, 40, 44), (0, 0), joints)
     return laid
 
@@ -342,7 +342,7 @@ STYLES: dict[str, Style] = {
     "flat": Style((*_PALE, *_DEEP, *_MIDDLE), _flat),
     "outline": Style((*_PALE, *_DEEP), _outline),
     "sketch": Style(((252, 250, 244), (240, 232, 214), (206, 184, 146)), _sketch, backdrop=4, noise=7),
-    "watercolour": Style((*_PALE, (186, 206, 222), (214, 196, 170)), _watercolour, backdrop=14),
+    "watercolour": Style((*_PALE, (166, 190, 214), (206, 186, 156)), _watercolour, backdrop=14),
     "chalk": Style(((40, 52, 48), (34, 36, 44), (60, 74, 90), (104, 112, 116)), _chalk, backdrop=10, noise=6),
     "photo": Style((*_MIDDLE, (214, 206, 194), (70, 84, 74), (92, 74, 66), (190, 204, 216)), _photo, 38, noise=14),
     "mosaic": Style((*_PALE, *_DEEP, *_MIDDLE), _flat, backdrop=12, finish=_tiles),

@@ -20,12 +20,12 @@ from clipadapt.data import Item, as_items
 from clipadapt.errors import ClipadaptError, DataError, unknown_name
 from clipadapt.features.progress import progress_bar
 from clipadapt.features.store import KEY_BYTES, FeatureStore, cache_root
-from clipadapt.features.views import random_view
+from clipadapt.features.views import RandomView
 
 if TYPE_CHECKING:
     from clipadapt.backbones import Backbone
 
-# Part of every key: raise it when decoding or `random_view` change, and with them the features of a picture.
+# Part of every key: raise it when decoding or `RandomView` change, and with them the features of a picture.
 VERSION = 1
 
 T = TypeVar("T")
@@ -75,7 +75,7 @@ def encode_images(
         workers: threads that read, decode and preprocess; as many as there are cores by default.
         progress: show a bar on stderr, if that is a terminal.
         on_error: "raise" a `DataError` that names the unreadable picture (what was done so far is kept), or "skip" it.
-        views: V > 0 gives V random resized crops with flips instead of the picture: (N, V, D), see `random_view`.
+        views: V > 0 gives V random resized crops with flips instead of the picture: (N, V, D), see `RandomView`.
         seed: of the views.
         min_scale: smallest share of the area that a view shows, in (0, 1]; 0.5 is Tip-Adapter's choice, 0.08 CoOp's.
         precision: "float32", or "float16" to keep half the bytes, which rounds the features.
@@ -100,17 +100,11 @@ def encode_images(
     if cache:
         root = cache_root() if cache is True else Path(cache)
         store = FeatureStore(root / "features" / f"{backbone.fingerprint}-{precision}", precision)
-    plan = [_View(index, seed, min_scale) for index in range(views)] or [None]
-    run = _Run(backbone, as_items(images), plan, store, precision, skip=on_error == "skip")
+    plan: list[RandomView | None] = [RandomView(number, seed, min_scale) for number in range(views)]
+    run = _Run(backbone, as_items(images), plan or [None], store, precision, skip=on_error == "skip")
     run(batch_size, workers or os.cpu_count() or 1, progress)
     features, kept, skipped = run.results()
     return Encoded(torch.from_numpy(features if views else features[:, 0]), kept, skipped)
-
-
-class _View(NamedTuple):
-    index: int
-    seed: int
-    min_scale: float
 
 
 class _Cell(NamedTuple):
@@ -127,7 +121,7 @@ class _Run:
 
     backbone: Backbone
     items: list[Item]
-    plan: list[_View | None]  # V columns; None: the picture as it is
+    plan: list[RandomView | None]  # V columns; None: the picture as it is
     store: FeatureStore | None
     precision: str
     skip: bool
@@ -159,13 +153,16 @@ class _Run:
         order = [self.rows[self.contents[index]] for index in kept]
         return self.table if order == list(range(len(self.table))) else self.table[order], kept, skipped
 
-    def _missing(self, digests: Iterable[str | DataError]) -> Iterator[tuple[Item, str, list[_Cell]]]:
-        """The items whose features are neither in the store nor under way, with what is to be computed of each."""
+    def _missing(self, digests: Iterable[str | DataError]) -> Iterator[tuple[Item | DataError, str, list[_Cell]]]:
+        """The items whose features are neither in the store nor under way, with what is to be computed of each.
+
+        Failures go down the same stream: whatever precedes an unreadable picture is encoded before it is reported.
+        """
         for item, digest in zip(self.items, digests, strict=True):
             content = digest if isinstance(digest, str) else f"unread {len(self.contents)}"
             self.contents.append(content)
             if isinstance(digest, DataError):
-                self._fail(content, digest)
+                yield digest, content, []
             elif content in self.rows:
                 self.advance(len(self.plan))
             else:
@@ -182,9 +179,13 @@ class _Run:
         self.advance(1)
         return True
 
-    def _load(self, wanted: tuple[Item, str, list[_Cell]]) -> tuple[str, list[_Cell], list[torch.Tensor] | DataError]:
+    def _load(
+        self, wanted: tuple[Item | DataError, str, list[_Cell]]
+    ) -> tuple[str, list[_Cell], list[torch.Tensor] | DataError]:
         """In a worker: decode one picture and preprocess the views of it that are missing, each (3, H, W)."""
         item, content, cells = wanted
+        if isinstance(item, DataError):
+            return content, cells, item
         try:
             image = item.open()
         except DataError as error:
@@ -192,7 +193,7 @@ class _Run:
         size, pixels = self.backbone.image_size, []
         for cell in cells:
             view = self.plan[cell.column]
-            shown = image if view is None else random_view(image, content, size=size, **view._asdict())
+            shown = image if view is None else view.of(image, content, size)
             pixels.append(self.backbone.preprocess(shown))
         return content, cells, pixels
 
@@ -227,7 +228,7 @@ def _features(backbone: Backbone, pixels: torch.Tensor) -> np.ndarray:
         return backbone.encode_images(pixels.to(device)).float().cpu().numpy()
 
 
-def _key(content: str, view: _View | None) -> bytes:
+def _key(content: str, view: RandomView | None) -> bytes:
     return blake2b(f"{VERSION} {content} {tuple(view or ())}".encode(), digest_size=KEY_BYTES).digest()
 
 

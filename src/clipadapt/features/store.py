@@ -1,4 +1,4 @@
-"""Features on disk, found again by content: immutable memory-mapped parts, checked on reading, safe to kill at any time."""
+"""Features on disk, found again by content: immutable, memory-mapped, checked parts; safe to kill at any time."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ import uuid
 import warnings
 import zlib
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from types import TracebackType
+from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -27,6 +27,11 @@ MAX_SMALL_PARTS = 64  # beyond this many parts that are not full, they are joine
 def cache_root() -> Path:
     """Where features are kept by default: $CLIPADAPT_CACHE, or ~/.cache/clipadapt."""
     return Path(os.environ.get("CLIPADAPT_CACHE") or Path.home() / ".cache" / "clipadapt")
+
+
+def checksum(array: np.ndarray) -> str:
+    """CRC-32 of type, shape and bytes of a contiguous array, as 8 hex digits."""
+    return f"{zlib.crc32(array.data, zlib.crc32(f'{array.dtype} {array.shape}'.encode())):08x}"
 
 
 @contextmanager
@@ -65,7 +70,7 @@ class FeatureStore:
     def __enter__(self) -> FeatureStore:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(self, *_: Any) -> None:
         self.flush()
 
     def get(self, key: bytes) -> np.ndarray | None:
@@ -96,7 +101,7 @@ class FeatureStore:
 
     def _write(self, keys: list[bytes], features: np.ndarray) -> None:
         key_rows = np.frombuffer(b"".join(keys), np.uint8).reshape(-1, KEY_BYTES)
-        metadata = {"checksum": _checksum(key_rows, features)}
+        metadata = {"checksum": _joint_checksum(key_rows, features)}
         path = self.folder / f"{uuid.uuid4().hex}.safetensors"
         try:
             with written_aside(path) as aside:
@@ -111,7 +116,7 @@ class FeatureStore:
             part = _Part(path)
         except FileNotFoundError:
             return None
-        except (SafetensorError, OSError, ValueError) as error:
+        except (SafetensorError, ValueError) as error:
             warnings.warn(f"{path} is damaged ({error}); its pictures are encoded again.", RuntimeWarning, stacklevel=4)
             path.unlink(missing_ok=True)
             return None
@@ -131,16 +136,19 @@ class FeatureStore:
         for part in small:
             if not part.is_sound():
                 self._discard(part)
-        sound = [part for part in small if part.is_sound()]
-        self._write([key for part in sound for key in part.keys], np.concatenate([part.features for part in sound]))
-        for part in sound:
+        # By key: processes that join at the same time leave copies of each other's rows.
+        chosen = [(key, part.features[row]) for key, (part, row) in self._where.items() if part in small]
+        if chosen:
+            self._write([key for key, _ in chosen], np.stack([row for _, row in chosen]))
+        for part in small:
             part.path.unlink(missing_ok=True)
 
     def _remove_abandoned(self) -> None:
         """Delete files that a killed process left half-written; a living one finishes its own within a day."""
         for path in self.folder.glob(".*.tmp"):
-            if time.time() - path.stat().st_mtime > 86400:
-                path.unlink(missing_ok=True)
+            with suppress(FileNotFoundError):  # its writer has just finished
+                if time.time() - path.stat().st_mtime > 86400:
+                    path.unlink()
 
     def _unusable(self, error: Exception) -> ClipadaptError:
         return ClipadaptError(
@@ -167,9 +175,9 @@ class _Part:
     def is_sound(self) -> bool:
         """Whether keys and features are what was written; they are read and compared once."""
         if self._sound is None:
-            self._sound = _checksum(self._key_rows, self.features) == self._stated
+            self._sound = _joint_checksum(self._key_rows, self.features) == self._stated
         return self._sound
 
 
-def _checksum(keys: np.ndarray, features: np.ndarray) -> str:
-    return f"{zlib.crc32(np.ascontiguousarray(features), zlib.crc32(np.ascontiguousarray(keys))):08x}"
+def _joint_checksum(keys: np.ndarray, features: np.ndarray) -> str:
+    return f"{checksum(keys)} {checksum(features)}"

@@ -19,13 +19,13 @@ class RandomView(NamedTuple):
     global state.
     """
 
-    index: int  # which of the picture's views
+    number: int  # which of the picture's views
     seed: int
     min_scale: float  # the crop's share of the area is uniform in [min_scale, 1]
 
     def of(self, image: Image.Image, content: str, size: tuple[int, int]) -> Image.Image:
         """The view of `image`, whose digest is `content`, resized (bicubic) to `size`, (height, width)."""
-        rng = random.Random(blake2b(f"{content} {self.index} {self.seed}".encode(), digest_size=16).digest())
+        rng = random.Random(blake2b(f"{content} {self.number} {self.seed}".encode(), digest_size=16).digest())
         height, width = size
         view = image.resize((width, height), Image.Resampling.BICUBIC, box=self._crop(image, rng))
         return view.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if rng.random() < 0.5 else view

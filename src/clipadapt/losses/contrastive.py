@@ -9,8 +9,10 @@ from torch import Tensor
 from torch.distributed.nn.functional import all_gather
 
 
-def info_nce(image: Tensor, text: Tensor, logit_scale: Tensor | float, *, group: dist.ProcessGroup | None = None) -> Tensor:
-    """Symmetric InfoNCE: every picture picks its text among all texts, and every text its picture (CLIP, arXiv 2103.00020).
+def info_nce(
+    image: Tensor, text: Tensor, logit_scale: Tensor | float, *, group: dist.ProcessGroup | None = None
+) -> Tensor:
+    """Symmetric InfoNCE (CLIP, arXiv 2103.00020): each picture picks its text among all texts, each text its picture.
 
     image, text: (B, D) unit-norm; row i of one belongs to row i of the other. logit_scale: the multiplier of the
     cosines, already exponentiated. Returns a scalar in nats.

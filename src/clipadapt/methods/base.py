@@ -3,9 +3,9 @@
 A method is a dataclass. Its fields are hyper-parameters; `fit` learns and returns self; what was learned stands in
 attributes that end in an underscore. Three bases, by what a method needs:
 
-* `FeatureMethod`: tensors only. Write `_fit(support)` and `_logits(images)`.
-* `TextMethod`: frozen image features, but the text tower takes part in training (prompt learning).
-* `WeightMethod`: towers change. `fit` ends with `backbone_`, an adapted copy of the backbone it was given.
+* `FeatureMethod`: sees only tensors. Write `_fit(support)` and `_logits(images)`.
+* `Method` itself: towers take part in training but stay as they are (prompts). Write `fit` and `_logits`.
+* `WeightMethod`: towers change. `fit` leaves `backbone_`, an adapted copy, and `weight_`, the classifier on it.
 """
 
 from __future__ import annotations
@@ -87,6 +87,8 @@ class Method:
     card: ClassVar[Card]
     # The values that `--method auto` tries, per hyper-parameter: the ranges that the method's paper searches.
     search_space: ClassVar[dict[str, Sequence[Any]]] = {}
+    # Settings that make a run of seconds, for tests and first tries; empty where the defaults already do.
+    tiny: ClassVar[dict[str, Any]] = {}
 
     templates: Any = hyper("photo", "prompt templates of the class names: a set's name, template(s), file or mapping")
 
@@ -160,11 +162,9 @@ class Method:
         backbone = self._fitted("backbone_")
         if backbone is None:
             raise ClipadaptError(f"This {self.card.key} was fitted on features: give logits() features, not pictures.")
-        if isinstance(images, Tensor):
-            with torch.no_grad():
-                features = backbone.encode_images(images)
-            return cast(Tensor, self.logits(features)), list(range(len(images)))
-        encoded = encode_images(backbone, images, on_error=on_error, progress=progress)
+        # Adapted towers exist once; keeping their features would only fill the disk.
+        shared = self.origin_ is not None and backbone.fingerprint == self.origin_["fingerprint"]
+        encoded = encode_images(backbone, images, cache=shared, on_error=on_error, progress=progress)
         return cast(Tensor, self.logits(encoded.features)), encoded.kept
 
     def predict_proba(self, images: Any) -> np.ndarray:
@@ -272,6 +272,41 @@ class FeatureMethod(Method):
 
     def _fit(self, support: Support, report: Report | None) -> None:
         raise NotImplementedError
+
+
+@dataclass(kw_only=True)
+class WeightMethod(Method):
+    """A method that changes weights: `fit` leaves `backbone_`, an adapted copy, and the classifier `weight_` on it.
+
+    `changed()` is what a wrapper (interpolation, averaging) works on and what `save` keeps, unless a method keeps
+    something smaller and overrides `_restore`.
+    """
+
+    # Whether the classifier is encoded by the adapted text tower, or is itself a trained parameter.
+    head_from_text: ClassVar[bool] = True
+
+    def changed(self) -> dict[str, Tensor]:
+        """The adapted weights by their names in `backbone.model`; all others are those of the original."""
+        raise NotImplementedError
+
+    def _text_classifier(self, backbone: Backbone) -> Tensor:
+        return backbone.logit_scale * encode_classes(backbone, self.class_names_, self.templates)  # (C, D)
+
+    def _logits(self, images: Tensor) -> Tensor:
+        return images @ self.weight_.T  # (N, C)
+
+    def export(self, folder: str | Path) -> None:
+        """Write the adapted towers as a plain transformers folder that any other program can load."""
+        self._fitted("backbone_").save(folder)
+
+
+def with_weights(backbone: Backbone, weights: dict[str, Tensor]) -> Backbone:
+    """A copy of `backbone` in which `weights`, by their names in `backbone.model`, replace its own."""
+    adapted = backbone.copy()
+    missing = adapted.model.load_state_dict(weights, strict=False).unexpected_keys
+    if missing:
+        raise ClipadaptError(f"{backbone.source} has no weight called {missing[0]!r}.")
+    return adapted
 
 
 def unit(features: Array, what: str, dim: int | None = None) -> Tensor:

@@ -33,6 +33,6 @@ class EMA:
 
     @torch.no_grad()
     def copy_to(self, targets: Iterable[Tensor]) -> None:
-        """Write the averages into `targets`, given in the order of `parameters` (shapes may differ by dimensions of 1)."""
+        """Write the averages into `targets`, in the order of `parameters`; shapes may differ by dimensions of 1."""
         for average, target in zip(self.averages, targets, strict=True):
             target.copy_(average.reshape(target.shape))

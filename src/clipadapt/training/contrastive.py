@@ -1,211 +1,254 @@
-"""Contrastive pre-training of a CLIP from picture-text pairs (arXiv 2103.00020): one plain loop.
+"""Contrastive pre-training of a CLIP on picture-text pairs (arXiv 2103.00020): one plain loop.
 
-Exact shortcuts: text at its true length in the batch (the causal mask makes padding invisible to the end token); gradient
-caching (arXiv 2101.06983), which trades a second forward pass for the memory of a large batch; global negatives across
-processes. What changes the result is named in the recipe: bfloat16 autocast, and patch dropout (FLIP, arXiv 2212.00794).
-Run it under `torchrun` or `accelerate launch` for several processes; the recipe's batch size is the global one.
+Exact savings: text at its true length in the batch, gradient caching (arXiv 2101.06983), negatives from all processes.
+What changes the result is named in the recipe: bfloat16 autocast, patch dropout (FLIP, arXiv 2212.00794).
+Start it with `torchrun` or `accelerate launch` for several processes; the recipe's batch size is that of all together.
 """
 
 from __future__ import annotations
 
 import copy
 import json
-import os
+import math
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import nullcontext
-from dataclasses import asdict, dataclass, fields
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from accelerate import PartialState
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader, Dataset, get_worker_info
 from transformers import CLIPModel, PreTrainedTokenizerBase
 
 from clipadapt.backbones.scratch import save_clip
-from clipadapt.errors import ArtifactError, ClipadaptError, unknown_name
+from clipadapt.errors import ClipadaptError
 from clipadapt.losses.contrastive import info_nce
 from clipadapt.training.averaging import EMA
+from clipadapt.training.checkpoint import load_checkpoint, rewind_log, save_checkpoint
+from clipadapt.training.pairs import Batch, Batches, PairSource
+from clipadapt.training.recipe import Recipe
 from clipadapt.training.schedules import cosine
 
-MAX_LOGIT_SCALE = 100.0  # CLIP's bound on exp(logit_scale): above it training becomes unstable
-PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)  # CLIP's, of RGB in [0, 1]
-PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
+__all__ = ["Batch", "PairSource", "Recipe", "Towers", "backward", "train_contrastive"]
 
-
-class PairSource(Protocol):
-    """Where picture-text pairs come from."""
-
-    def batch(self, step: int, batch_size: int, image_size: int, seed: int) -> tuple[Any, list[str]]:
-        """The batch of one step, a function of (seed, step) only: pixels (B, 3, S, S) and B texts.
-
-        Pixels are uint8 RGB, or float32 already normalised; numpy or torch. Runs in a background process.
-        """
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """How to train; every number that shapes the result. `steps` may change when a run is continued."""
-
-    steps: int  # length of the run; the schedule follows step / steps
-    batch_size: int  # pairs per step over all processes
-    learning_rate: float = 1e-3  # peak
-    weight_decay: float = 0.1  # of weight matrices only
-    betas: tuple[float, float] = (0.9, 0.98)
-    eps: float = 1e-6
-    warmup: int = 0  # steps of linear warm-up
-    floor: float = 0.0  # learning rate at the end, as a share of the peak
-    clip_norm: float = 1.0  # bound on the norm of the whole gradient
-    patch_dropout: float = 0.0  # share of patches left out, in [0, 1)
-    unmasked_tuning: float = 0.0  # share of the steps, at the end, that see every patch
-    chunk: int | None = None  # pairs per forward pass with gradient caching, per process; None: the whole batch at once
-    precision: str = "bf16"  # or "fp32"
-    ema_decay: float = 0.999
-    seed: int = 0  # of the order of the data and of patch dropout
-    workers: int = 1  # background processes that prepare batches; 0: prepare them within the step
-    log_every: int = 10  # steps
-    evaluate_every: int = 200  # steps; 0: at the end only
-    checkpoint_every: int = 200  # steps
-
-    def __post_init__(self) -> None:
-        if self.precision not in ("bf16", "fp32"):
-            raise unknown_name("precision", self.precision, ("bf16", "fp32"))
-        if not 0 <= self.patch_dropout < 1:
-            raise ClipadaptError(f"patch_dropout is a share of patches in [0, 1), not {self.patch_dropout}.")
-        if self.steps < 1 or self.batch_size < 2:
-            raise ClipadaptError("A recipe needs steps >= 1 and batch_size >= 2 (a lone pair has no negatives).")
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Recipe:
-        """A recipe from plain values; raises ClipadaptError naming an unknown or missing key."""
-        known = {field.name for field in fields(cls)}
-        for name in values:
-            if name not in known:
-                raise unknown_name("key of a recipe", name, known)
-        for name in ("steps", "batch_size"):
-            if name not in values:
-                raise ClipadaptError(f"The recipe lacks {name!r}.")
-        recipe = dict(values)
-        if "betas" in recipe:
-            recipe["betas"] = tuple(recipe["betas"])
-        return cls(**recipe)
-
-    @classmethod
-    def load(cls, file: str | Path) -> Recipe:
-        """A recipe from a JSON file with the fields of this class as keys."""
-        try:
-            return cls.from_dict(json.loads(Path(file).read_text(encoding="utf-8")))
-        except (OSError, json.JSONDecodeError) as error:
-            raise ClipadaptError(f"{file} is not a readable JSON recipe: {error}.") from error
-
-    def dropped_patches(self, step: int, patches: int) -> int:
-        """How many of `patches` are left out at `step`."""
-        unmasked = step >= self.steps * (1 - self.unmasked_tuning)
-        return 0 if unmasked else int(self.patch_dropout * patches)
-
-
-# Batches ---------------------------------------------------------------------------------------------------------------
-
-
-class Batch(NamedTuple):
-    """This process's share of one step."""
-
-    pixels: Tensor  # (B, 3, S, S)
-    ids: Tensor  # (B, L), L the longest text of the share
-    keep: Tensor | None  # (B, K) indices of the patches that are seen; None: all
-
-    def split(self, size: int) -> list[Batch]:
-        keeps = [None] * len(self.ids) if self.keep is None else self.keep.split(size)
-        return [Batch(*parts) for parts in zip(self.pixels.split(size), self.ids.split(size), keeps, strict=False)]
-
-    def to(self, device: torch.device) -> Batch:
-        keep = None if self.keep is None else self.keep.to(device, non_blocking=True)
-        pixels = self.pixels.to(device, non_blocking=True)
-        if pixels.dtype == torch.uint8:
-            mean, std = torch.tensor(PIXEL_MEAN, device=device), torch.tensor(PIXEL_STD, device=device)
-            pixels = (pixels / 255 - mean.view(3, 1, 1)) / std.view(3, 1, 1)
-        return Batch(pixels, self.ids.to(device, non_blocking=True), keep)
-
-
-@dataclass
-class Batches(Dataset):
-    """The batches of a run, by step: item `step` is the share of process `rank` of `world`, ready for the towers."""
-
-    source: PairSource
-    tokenizer: PreTrainedTokenizerBase
-    recipe: Recipe
-    image_size: int
-    patches: int
-    context_length: int
-    rank: int
-    world: int
-
-    def __getitem__(self, step: int) -> Batch:
-        size = self.recipe.batch_size
-        share = slice(self.rank * size // self.world, (self.rank + 1) * size // self.world)
-        pixels, texts = self.source.batch(step, size, self.image_size, self.recipe.seed)
-        tokens = self.tokenizer(
-            texts[share], padding=True, truncation=True, max_length=self.context_length, return_tensors="pt"
-        )
-        keep = None
-        if dropped := self.recipe.dropped_patches(step, self.patches):
-            generator = torch.Generator().manual_seed(self.recipe.seed * 1_000_003 + step)
-            order = torch.rand(size, self.patches, generator=generator).argsort(dim=1)  # (B, N)
-            keep = order[share, dropped:].contiguous()
-        return Batch(torch.as_tensor(pixels[share]).contiguous(), tokens["input_ids"], keep)
-
-
-def _in_worker(_: int) -> None:
-    # A signal meant to end the run is the main process's to answer: it still needs the workers for its last step.
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
-# Towers ----------------------------------------------------------------------------------------------------------------
-
-
-def image_features(model: CLIPModel, pixels: Tensor, keep: Tensor | None = None) -> Tensor:
-    """Unit-norm picture features (B, D) of the class token and, if given, only the patches `keep` (B, K)."""
-    vision = model.vision_model
-    hidden = vision.embeddings(pixels)  # (B, 1 + N, W)
-    if keep is not None:
-        kept = hidden[:, 1:].gather(1, keep[..., None].expand(-1, -1, hidden.shape[-1]))  # (B, K, W)
-        hidden = torch.cat([hidden[:, :1], kept], dim=1)  # (B, 1 + K, W)
-    hidden = vision.encoder(inputs_embeds=vision.pre_layrnorm(hidden)).last_hidden_state
-    pooled = vision.post_layernorm(hidden[:, 0])  # (B, W)
-    return F.normalize(model.visual_projection(pooled).float(), dim=-1)
-
-
-def text_features(model: CLIPModel, ids: Tensor) -> Tensor:
-    """Unit-norm text features (B, D) of token ids (B, L)."""
-    pooled = model.text_model(input_ids=ids).pooler_output  # (B, W)
-    return F.normalize(model.text_projection(pooled).float(), dim=-1)
+MAX_LOG_SCALE = math.log(100)  # CLIP's bound on the logit scale, against instability
 
 
 class Towers(nn.Module):
-    """A CLIPModel as DistributedDataParallel wants it: both towers in one forward pass.
+    """Both towers of a CLIPModel in one forward pass, as DistributedDataParallel wants it, through the model's own parts.
 
-    Its parameters are the model's own under the same names, except that the logit scale is a vector of one: sharded
+    The parameters are the model's under the same names, except that the logit scale is a vector of one: sharded
     training (FSDP) refuses scalar parameters.
     """
 
-    def __init__(self, model: CLIPModel, precision: str) -> None:
+    def __init__(self, model: CLIPModel, precision: str = "fp32") -> None:
         super().__init__()
         self.vision_model, self.visual_projection = model.vision_model, model.visual_projection
         self.text_model, self.text_projection = model.text_model, model.text_projection
-        self.logit_scale = nn.Parameter(model.logit_scale.detach().reshape(1))
+        self.logit_scale = nn.Parameter(model.logit_scale.detach().clone().reshape(1))
         self.precision = precision
 
-    def forward(self, pixels: Tensor, ids: Tensor, keep: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, pixels: Tensor, ids: Tensor, keep: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Picture features (B, D), text features (B, D), the multiplier of their cosines (1,)."""
         # Autocast begins here, not around the step: weights cast in a pass without gradients must not be reused.
         with torch.autocast(pixels.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
-            return image_features(self, pixels, keep), text_features(self, ids), self.logit_scale.exp()
+            return self.encode_images(pixels, keep), self.encode_texts(ids), self.logit_scale.exp()
+
+    def encode_images(self, pixels: Tensor, keep: Tensor | None = None) -> Tensor:
+        """Unit-norm features (B, D) of pixels (B, 3, S, S), seen through the patches `keep` (B, K), or all of them."""
+        hidden = self.vision_model.embeddings(pixels)  # (B, 1 + N, W)
+        if keep is not None:
+            kept = hidden[:, 1:].gather(1, keep[..., None].expand(-1, -1, hidden.shape[-1]))  # (B, K, W)
+            hidden = torch.cat([hidden[:, :1], kept], dim=1)  # (B, 1 + K, W)
+        hidden = self.vision_model.pre_layrnorm(hidden)
+        hidden = self.vision_model.encoder(inputs_embeds=hidden).last_hidden_state
+        pooled = self.vision_model.post_layernorm(hidden[:, 0])  # (B, W)
+        return F.normalize(self.visual_projection(pooled).float(), dim=-1)
+
+    def encode_texts(self, ids: Tensor) -> Tensor:
+        """Unit-norm features (B, D) of token ids (B, L)."""
+        pooled = self.text_model(input_ids=ids).pooler_output  # (B, W)
+        return F.normalize(self.text_projection(pooled).float(), dim=-1)
+
+
+def backward(towers: nn.Module, batch: Batch, chunk: int | None = None) -> Tensor:
+    """Leave the gradient of the loss of `batch` in the parameters; returns the loss (), detached.
+
+    towers: Towers, or DistributedDataParallel around it. chunk: pairs per forward pass (gradient caching). With chunks,
+    all features are computed first, without a graph; the loss gives their gradients; then each chunk is encoded again,
+    and its share of those gradients goes back through the towers. The sum over chunks is the whole batch's gradient.
+    """
+    if chunk is None:
+        loss = info_nce(*towers(*batch))
+        loss.backward()
+        return loss.detach()
+
+    chunks = batch.split(chunk)
+    with torch.no_grad():
+        images, texts, scales = zip(*(towers(*part) for part in chunks), strict=True)
+    features = [torch.cat(images), torch.cat(texts), scales[0]]  # (B, D), (B, D), (1,)
+    loss = info_nce(*(feature.requires_grad_() for feature in features))
+    image_grad, text_grad, scale_grad = torch.autograd.grad(loss, features)
+    for index, part in enumerate(chunks):
+        rows = slice(index * chunk, (index + 1) * chunk)
+        last = index == len(chunks) - 1
+        with nullcontext() if last or not isinstance(towers, DistributedDataParallel) else towers.no_sync():
+            torch.autograd.backward(towers(*part), [image_grad[rows], text_grad[rows], scale_grad / len(chunks)])
+    return loss.detach()
+
+
+def adamw(towers: Towers, recipe: Recipe) -> torch.optim.AdamW:
+    """AdamW that decays weight matrices only: no biases, norms, embeddings, class token or logit scale."""
+    decayed, free = [], []
+    for name, parameter in towers.named_parameters():
+        embedding = name.endswith(("token_embedding.weight", "position_embedding.weight"))
+        (free if parameter.ndim < 2 or embedding else decayed).append(parameter)
+    groups = [{"params": decayed, "weight_decay": recipe.weight_decay}, {"params": free, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=recipe.learning_rate, betas=recipe.betas, eps=recipe.eps, fused=True)
+
+
+def train_contrastive(
+    model: CLIPModel,
+    tokenizer: PreTrainedTokenizerBase,
+    source: PairSource,
+    recipe: Recipe,
+    out: str | Path,
+    *,
+    hooks: Mapping[str, Callable[[CLIPModel], Mapping[str, float]]] | None = None,
+    on_log: Callable[[dict[str, Any]], None] | None = None,
+) -> CLIPModel:
+    """Train `model` in place on pairs from `source`; returns a copy with the averaged weights (EMA), in eval mode.
+
+    out: folder of the run; one that holds a checkpoint is continued, on one CPU process bit for bit. It gets
+        checkpoint.safetensors  every `checkpoint_every` steps, at the end, and on SIGTERM, which is then delivered;
+        model/                  the averaged weights as a plain `transformers` folder, with every checkpoint;
+        log.jsonl               every `log_every` steps: step, loss (nats, mean since the line before), lr, scale,
+                                gradient_norm, pairs_per_second, data_wait (share of the time), seconds (of the run);
+                                per evaluation: step, seconds, evaluation {hook: {figure: value}}.
+    hooks: called with the averaged model every `evaluate_every` steps and at the end, without gradients.
+    on_log: called with every record of the log. With several processes, hooks, log and files are the first one's.
+    Raises ClipadaptError for a batch that does not divide among the processes, or when the loss is no longer finite.
+    """
+    state = PartialState()
+    if recipe.batch_size % state.num_processes:
+        raise ClipadaptError(f"batch_size {recipe.batch_size} does not divide among {state.num_processes} processes.")
+    vision, text = model.config.vision_config, model.config.text_config
+    if vision.attention_dropout or text.attention_dropout:
+        raise ClipadaptError("attention_dropout must be 0: its random choices could be neither cached nor resumed.")
+    out = Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    checkpoint, log = out / "checkpoint.safetensors", out / "log.jsonl"
+
+    averaged = copy.deepcopy(model).to(state.device).eval().requires_grad_(False)
+    if state.device.type == "cpu":
+        model.set_attn_implementation("eager")  # several times as fast there as sdpa while sequences are short
+    towers = Towers(model.to(state.device), recipe.precision).train()
+    parallel: nn.Module = DistributedDataParallel(towers) if state.num_processes > 1 else towers
+    optimizer = adamw(towers, recipe)
+    ema = EMA(towers.parameters(), recipe.ema_decay)
+    first, seconds = 0, 0.0
+    if checkpoint.exists():
+        progress = load_checkpoint(checkpoint, towers, ema, optimizer)
+        first, seconds = progress["step"], progress["seconds"]
+    began = time.perf_counter() - seconds
+
+    def record(**values: Any) -> None:
+        if state.is_main_process:
+            with log.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(values) + "\n")
+            if on_log:
+                on_log(values)
+
+    def average() -> CLIPModel:
+        ema.copy_to(averaged.get_parameter(name) for name, _ in towers.named_parameters())
+        return averaged
+
+    def store(step: int) -> None:
+        if state.is_main_process:
+            save_checkpoint(
+                checkpoint, towers, ema, optimizer, {"step": step, "seconds": time.perf_counter() - began}
+            )
+            save_clip(average(), tokenizer, out / "model")
+
+    def evaluate(step: int) -> None:
+        if hooks and state.is_main_process:
+            with torch.no_grad():
+                figures = {name: dict(hook(average())) for name, hook in hooks.items()}
+            record(step=step, seconds=round(time.perf_counter() - began, 1), evaluation=figures)
+        state.wait_for_everyone()
+
+    if state.is_main_process:
+        rewind_log(log, first)
+    patches = (vision.image_size // vision.patch_size) ** 2
+    batches = Batches(
+        source, tokenizer, recipe, vision.image_size, patches, text.max_position_embeddings,
+        state.process_index, state.num_processes,
+    )  # fmt: skip
+    losses, waited, worked = [], 0.0, 0.0  # since the last line of the log
+    with deferred_sigterm() as terminated:
+        started = time.perf_counter()
+        for step, batch in enumerate(batches.stream(first), start=first + 1):
+            arrived = time.perf_counter()
+            rate = recipe.learning_rate * cosine(step - 1, recipe.steps, recipe.warmup, recipe.floor)
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            losses.append(backward(parallel, batch.to(state.device), recipe.chunk))
+            norm = nn.utils.clip_grad_norm_(towers.parameters(), recipe.clip_norm)
+            optimizer.step()
+            optimizer.zero_grad()
+            with torch.no_grad():
+                towers.logit_scale.clamp_(max=MAX_LOG_SCALE)
+            ema.update()
+            waited, worked = waited + arrived - started, worked + time.perf_counter() - started
+
+            if step % recipe.log_every == 0 or step == recipe.steps:
+                loss = float(over_processes(torch.stack(losses).mean(), dist.ReduceOp.SUM)) / state.num_processes
+                if not math.isfinite(loss):
+                    raise ClipadaptError(f"The loss is {loss} at step {step}: lower learning_rate or lengthen warmup.")
+                record(
+                    step=step, loss=loss, lr=rate, scale=towers.logit_scale.exp().item(), gradient_norm=norm.item(),
+                    pairs_per_second=round(len(losses) * recipe.batch_size / worked, 1),
+                    data_wait=round(waited / worked, 3), seconds=round(time.perf_counter() - began, 1),
+                )  # fmt: skip
+                losses, waited, worked = [], 0.0, 0.0
+            stop = bool(over_processes(torch.tensor(float(terminated())), dist.ReduceOp.MAX))
+            if step == recipe.steps or stop or step % recipe.checkpoint_every == 0:
+                store(step)
+            if stop:
+                break
+            if step == recipe.steps or (recipe.evaluate_every and step % recipe.evaluate_every == 0):
+                evaluate(step)
+            started = time.perf_counter()
+    with torch.no_grad():
+        model.logit_scale.copy_(towers.logit_scale.squeeze())
+    return average()
+
+
+def over_processes(value: Tensor, operation: dist.ReduceOp) -> Tensor:
+    """`value` (), reduced over all processes of the run."""
+    if dist.is_initialized():
+        value = value.to(PartialState().device)
+        dist.all_reduce(value, operation)
+    return value
+
+
+@contextmanager
+def deferred_sigterm() -> Iterator[Callable[[], bool]]:
+    """Until the block ends a SIGTERM is only noted (the yielded function tells); it is delivered afterwards."""
+    if threading.current_thread() is not threading.main_thread():  # Python lets no other thread handle signals
+        yield lambda: False
+        return
+    received: list[int] = []
+    previous = signal.signal(signal.SIGTERM, lambda number, _: received.append(number))
+    try:
+        yield lambda: bool(received)
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+    if received:
+        signal.raise_signal(signal.SIGTERM)

@@ -8,8 +8,8 @@ import math
 def cosine(step: int, total: int, warmup: int = 0, floor: float = 0.0) -> float:
     """Linear warm-up to 1, then half a cosine down to `floor` (SGDR without restarts, arXiv 1608.03983).
 
-    step: steps already taken, 0 for the first update. total: length of the run in steps, warm-up included. warmup: steps
-    of warm-up; the first of them already moves (factor 1 / warmup). floor: the factor at `total` and after it.
+    step: steps already taken, 0 for the first update. total: length of the run in steps, warm-up included.
+    warmup: steps of warm-up; the first of them already moves (factor 1 / warmup). floor: the factor from `total` on.
     """
     if step < warmup:
         return (step + 1) / warmup

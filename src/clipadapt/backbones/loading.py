@@ -1,0 +1,42 @@
+"""`load_backbone`: one door for every kind of source."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+
+from clipadapt.backbones.backbone import Backbone
+from clipadapt.backbones.convert import SUFFIXES, load_checkpoint
+from clipadapt.backbones.families import from_pretrained
+from clipadapt.errors import BackboneError
+
+EMBEDDED = Path(__file__).with_name("embedded")
+
+
+def load_backbone(
+    source: str | os.PathLike[str] | None = None,
+    device: str | torch.device = "cpu",
+    *,
+    activation: str | None = None,
+) -> Backbone:
+    """Load a CLIP-like model, frozen and in float32.
+
+    source  nothing: the small model that ships with clipadapt; a hub id such as "openai/clip-vit-base-patch16"; a
+            folder written by transformers; a file of weights in OpenAI's or OpenCLIP's ViT naming
+    device  where its weights go, e.g. "cpu" or "cuda"
+    activation  only for a file of weights, which does not tell: "quick_gelu" (OpenAI, assumed without) or "gelu"
+
+    Raises BackboneError naming the source when it is missing, incomplete, or of a family that is not known.
+    """
+    if source is None:
+        if not (EMBEDDED / "config.json").is_file():
+            raise BackboneError("This installation has no embedded model; give a hub id or a folder.")
+        return Backbone("embedded", from_pretrained(str(EMBEDDED)), device)
+    path = Path(source)
+    if path.is_absolute() and not path.exists():
+        raise BackboneError(f"There is no backbone at {path}: neither a folder nor a file.")
+    if path.suffix in SUFFIXES and not path.is_dir():
+        return load_checkpoint(path, activation, device)
+    return Backbone(str(source), from_pretrained(str(source)), device)

@@ -1,0 +1,67 @@
+"""`clipadapt pretrain`: build the corpus of named pictures, and train a small CLIP on it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any, Optional
+
+import typer
+
+app = typer.Typer(help="Train a small CLIP from scratch on pictures that anybody can get again.", no_args_is_help=True)
+
+
+@app.command()
+def corpus(
+    out: Annotated[Path, typer.Argument(help="Folder to build the corpus in.")],
+    archives: Annotated[
+        Optional[Path], typer.Option("--from", help="Folder of packages fetched before; missing ones are fetched into it.")
+    ] = None,
+    playground: Annotated[int, typer.Option(help="Pictures of the playground to draw.")] = 25_000,
+    workers: Annotated[Optional[int], typer.Option(help="Processes that draw; default: one per core.")] = None,
+) -> None:
+    """Fetch icon sets, annotations and clip art, and draw them into OUT (about 1.2 GB)."""
+    from clipadapt.data.corpus import build_corpus
+
+    build_corpus(out, archives=archives, playground=playground, workers=workers, report=typer.echo)
+
+
+@app.command()
+def run(
+    corpus: Annotated[Path, typer.Argument(help="Folder built by `clipadapt pretrain corpus`.")],
+    out: Annotated[Path, typer.Option(help="Folder of the run; a run that it holds is continued.")],
+    recipe: Annotated[Path, typer.Option(help="JSON file with the keys of Recipe, and preset, vocabulary.")],
+    steps: Annotated[Optional[int], typer.Option(help="Length of the run, instead of the recipe's.")] = None,
+) -> None:
+    """Train a CLIP on CORPUS by a recipe; the weights are in OUT/model at any time (a plain transformers folder)."""
+    from clipadapt.backbones.scratch import save_clip, scratch_clip
+    from clipadapt.backbones.vocabulary import train_tokenizer
+    from clipadapt.data.corpus import Corpus
+    from clipadapt.evaluation.pretraining import corpus_hooks
+    from clipadapt.training.contrastive import train_contrastive
+    from clipadapt.training.recipe import Recipe
+
+    values = read_recipe(recipe)
+    sizes = {"preset": values.pop("preset", "small"), "seed": values.get("seed", 0)}
+    vocabulary = values.pop("vocabulary", 6144)
+    if steps is not None:
+        values["steps"] = steps
+    source = Corpus.open(corpus)
+    tokenizer = train_tokenizer(source.training_texts(), vocabulary)
+    model = scratch_clip(tokenizer, **sizes)
+    hooks = corpus_hooks(source, tokenizer, model.config.vision_config.image_size)
+    trained = train_contrastive(
+        model, tokenizer, source, Recipe.from_dict(values), out, hooks=hooks, on_log=lambda record: typer.echo(json.dumps(record))
+    )
+    folder = save_clip(trained, tokenizer, out / "model")
+    typer.echo(f"The model is in {folder}")
+
+
+def read_recipe(file: Path) -> dict[str, Any]:
+    """The recipe's values; raises ClipadaptError naming the file when it is not JSON."""
+    from clipadapt.errors import ClipadaptError
+
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError) as error:
+        raise ClipadaptError(f"{file} is not a readable JSON recipe: {error}.") from None
