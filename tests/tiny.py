@@ -13,7 +13,7 @@ import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
-_WORDS = "a photo of the red blue green cat dog house star circle picture small large".split()
+_WORDS = ["a", "photo", "of", "the", "red", "blue", "green", "cat", "dog", "house", "star", "circle", "small", "large"]
 _ROOT = tempfile.TemporaryDirectory(prefix="clipadapt-tiny-")
 
 
@@ -50,7 +50,7 @@ def tiny(family: str) -> Path:
     return folder
 
 
-# -- tokenizers ---------------------------------------------------------------------------------------------------------
+# -- tokenizers -------------------------------------------------------------------------------------------------------
 
 
 def _bpe_tokenizer() -> Any:
@@ -72,7 +72,7 @@ def _gemma_tokenizer() -> Any:
     return transformers.Siglip2Tokenizer(vocab=vocab, merges=merges, model_max_length=16, add_eos_token=True)
 
 
-def _merges(ending: str) -> list[tuple[str, str]]:
+def _merges(ending: str) -> Any:
     """Byte-pair merges that build each of the words from its letters, left to right."""
     merges = []
     for word in _WORDS:
@@ -100,13 +100,17 @@ def _word_tokenizer(*, pad: str, start: str | None, end: str, unknown: str, spec
 
 
 def _xlm_tokenizer() -> Any:
-    return _word_tokenizer(pad="<pad>", start="<s>", end="</s>", unknown="<unk>", specials=["<s>", "<pad>", "</s>", "<unk>"])
+    return _word_tokenizer(
+        pad="<pad>", start="<s>", end="</s>", unknown="<unk>", specials=["<s>", "<pad>", "</s>", "<unk>"]
+    )
 
 
 _TOKENIZERS = {
     "clip": _bpe_tokenizer,
     "metaclip_2": _xlm_tokenizer,
-    "siglip": lambda: _word_tokenizer(pad="</s>", start=None, end="</s>", unknown="<unk>", specials=["<pad>", "</s>", "<unk>"]),
+    "siglip": lambda: _word_tokenizer(
+        pad="</s>", start=None, end="</s>", unknown="<unk>", specials=["<pad>", "</s>", "<unk>"]
+    ),
     "siglip2": _gemma_tokenizer,
     "altclip": _xlm_tokenizer,
     "chinese_clip": lambda: _word_tokenizer(
@@ -114,10 +118,10 @@ _TOKENIZERS = {
     ),
 }
 
-# -- models -------------------------------------------------------------------------------------------------------------
+# -- models -----------------------------------------------------------------------------------------------------------
 
 _BLOCKS = {"num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 48}
-_VISION = {**_BLOCKS, "hidden_size": 32, "image_size": 32, "patch_size": 8}
+_VISION = {**_BLOCKS, "hidden_size": 32, "image_size": 32, "patch_size": 8, "projection_dim": 16}
 _TEXT = {**_BLOCKS, "hidden_size": 24, "max_position_embeddings": 16}
 
 
@@ -128,13 +132,13 @@ def _text_config(tokenizer: Any, **more: Any) -> dict[str, Any]:
 
 def _clip(tokenizer: Any) -> Any:
     text = _text_config(tokenizer, projection_dim=16)
-    config = transformers.CLIPConfig(text_config=text, vision_config={**_VISION, "projection_dim": 16}, projection_dim=16)
+    config = transformers.CLIPConfig(text_config=text, vision_config=_VISION, projection_dim=16)
     return transformers.CLIPModel(config)
 
 
 def _metaclip_2(tokenizer: Any) -> Any:
     text = _text_config(tokenizer, projection_dim=16)
-    config = transformers.MetaClip2Config(text_config=text, vision_config={**_VISION, "projection_dim": 16}, projection_dim=16)
+    config = transformers.MetaClip2Config(text_config=text, vision_config=_VISION, projection_dim=16)
     return transformers.MetaClip2Model(config)
 
 
@@ -151,15 +155,13 @@ def _siglip2(tokenizer: Any) -> Any:
 
 def _altclip(tokenizer: Any) -> Any:
     text = _text_config(tokenizer, project_dim=20, max_position_embeddings=18, type_vocab_size=1)
-    config = transformers.AltCLIPConfig(text_config=text, vision_config={**_VISION, "projection_dim": 16}, projection_dim=16)
+    config = transformers.AltCLIPConfig(text_config=text, vision_config=_VISION, projection_dim=16)
     return transformers.AltCLIPModel(config)
 
 
 def _chinese_clip(tokenizer: Any) -> Any:
     text = _text_config(tokenizer, type_vocab_size=2)
-    config = transformers.ChineseCLIPConfig(
-        text_config=text, vision_config={**_VISION, "projection_dim": 16}, projection_dim=16
-    )
+    config = transformers.ChineseCLIPConfig(text_config=text, vision_config=_VISION, projection_dim=16)
     return transformers.ChineseCLIPModel(config)
 
 

@@ -120,6 +120,7 @@ def test_labels_may_be_names_numbers_or_arrays():
     [
         (["cat", None], None, "picture 1 has the label None"),
         ([0.5, 1.0], None, r"picture 0 has the label 0\.5; a class name or integer is needed"),
+        ([["cat"], ["cat", "dog"]], None, r"picture 0 has the label \['cat'\]"),
         (["cat"], None, "2 pictures but 1 labels"),
         (["cat", "dgo"], ["cat", "dog"], "Unknown class 'dgo'; did you mean 'dog'?"),
         ([0, 5], ["cat", "dog"], "label 5 does not point into its 2 class names"),

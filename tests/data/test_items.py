@@ -129,22 +129,36 @@ def test_a_missing_file_and_a_folder_are_refused(tmp_path):
         FileItem(str(tmp_path)).digest()
 
 
-def test_an_enormous_picture_is_refused_before_it_is_decoded(tmp_path, monkeypatch):
-    def chunk(kind, content):
-        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+def png(width, height, bits, kind, rows):
+    """A PNG file made by hand, for what Pillow does not write."""
 
-    header = struct.pack(">IIBBBBB", 50_000, 50_000, 8, 2, 0, 0, 0)
-    (tmp_path / "bomb.png").write_bytes(
-        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
-    )
-    item = FileItem(str(tmp_path / "bomb.png"))
-    with pytest.raises(DataError, match=r"bomb\.png has more than 178,956,970 pixels"):
+    def chunk(name, content):
+        return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, bits, kind, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+
+
+def test_16_bit_colour_keeps_its_high_bytes():
+    row = b"\0" + struct.pack(">6H", 0xFFFF, 0x8000, 0, 0x1234, 0xABCD, 0x00FF)
+    opened = BytesItem("scan", png(2, 1, 16, 2, row)).open()
+    assert (opened.getpixel((0, 0)), opened.getpixel((1, 0))) == ((0xFF, 0x80, 0), (0x12, 0xAB, 0))
+
+
+def test_an_enormous_picture_is_refused_before_it_is_decoded(monkeypatch):
+    item = BytesItem("bomb.png", png(50_000, 50_000, 8, 2, b""))
+    with pytest.raises(DataError, match=r"bomb\.png has more than 178,956,970 pixels; shrink it first"):
         item.open()
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)  # as some programs do
     with pytest.raises(DataError, match=r"bomb\.png has more than 178,956,970 pixels"):
         item.open()
+
+
+def test_the_bound_itself_is_allowed(tmp_path, monkeypatch):
     monkeypatch.setattr(items, "MAX_PIXELS", 32 * 24)
-    assert save(noise(), tmp_path / "at-the-bound.png").open().size == (32, 24)
+    assert save(noise(), tmp_path / "a.png").open().size == (32, 24)
+    with pytest.raises(DataError, match=r"b\.png has more than 768 pixels"):
+        save(noise((33, 24)), tmp_path / "b.png").open()
 
 
 def test_digest_follows_the_content_not_the_name(tmp_path):

@@ -86,19 +86,15 @@ def test_masks_never_overlap():
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_masks_cover_the_drawn_pixels_exactly(kind):
-    """In the flat style everything outside the mask is paper; only the smoothed edge may lie on either side."""
+    """In the flat style all outside the mask is paper, but for edge pixels that the object covers by half or less."""
     world = Playground(size=96)
     for index in range(3):
         scene = world.scene(index, kind=kind, style="flat")
         picture = np.asarray(scene.image).astype(int)
-        drawn = np.abs(picture - picture[0, 0]).sum(-1) > 0
+        ink = np.abs(picture - picture[0, 0]).sum(-1)
         mask = scene.objects[0].mask
-        assert not (mask & ~drawn).any()
-        near = np.zeros_like(mask)
-        for dy in (-1, 0, 1):
-            for dx in (-1, 0, 1):
-                near |= np.roll(mask, (dy, dx), (0, 1))
-        assert not (drawn & ~near).any()
+        assert ink[mask].min() > 0
+        assert ink[~mask].max() < 0.53 * ink.max()
 
 
 @pytest.mark.parametrize("style", STYLES)

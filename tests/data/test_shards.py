@@ -37,9 +37,8 @@ def test_shards_written_by_the_library_are_read_in_place(tmp_path):
 
 
 def test_labels_in_json_and_text(tmp_path, png):
-    by_name = write(
-        tmp_path / "a.tar", {"x/1.json": b'{"label": "owl", "kind": 3}', "x/1.v2.jpg": b"", "x/1.PNG": png((9, 0, 0))}
-    )
+    files = {"x/1.json": b'{"label": "owl", "kind": 3}', "x/1.mask.png": b"", "x/1.PNG": png((9, 0, 0))}
+    by_name = write(tmp_path / "a.tar", files)
     data = webdataset(by_name)
     assert (data.class_names, data.paths) == (["owl"], [f"{by_name}:x/1.PNG"])
     assert webdataset(by_name, label="kind").class_names == ["3"]
@@ -57,9 +56,7 @@ def test_each_wrong_shard_has_its_sentence(tmp_path, png):
         webdataset(tmp_path / "none-*.tar")
     with pytest.raises(DataError, match="An empty list names no shard"):
         webdataset([])
-    with pytest.raises(
-        DataError, match=r"a\.tar, sample '1' has no label; a \.cls file or a \.json file with the field"
-    ):
+    with pytest.raises(DataError, match=r"a\.tar, sample '1' has no label; a \.cls file or a \.json file with"):
         webdataset(write(tmp_path / "a.tar", picture))
     with pytest.raises(DataError, match=r"sample '1' has no label"):
         webdataset(write(tmp_path / "a.tar", picture | {"1.json": json.dumps({"class": 1}).encode()}))
@@ -74,9 +71,9 @@ def test_each_wrong_shard_has_its_sentence(tmp_path, png):
 
 
 def test_a_shard_cut_short_is_refused(tmp_path, png):
-    files = {
-        f"{i}.{ending}": content for i in range(40) for ending, content in (("png", png((i, 0, 0))), ("cls", b"0"))
-    }
+    files = {}
+    for i in range(40):
+        files |= {f"{i}.png": png((i, 0, 0)), f"{i}.cls": b"0"}
     shard = write(tmp_path / "cut.tar", files)
     shard.write_bytes(shard.read_bytes()[:20_000])
     with pytest.raises(DataError, match=r"cut\.tar cannot be read as an uncompressed tar file"):

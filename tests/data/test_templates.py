@@ -4,10 +4,11 @@ import json
 
 import pytest
 
-from clipadapt.data import class_texts, image_list, template_sets, with_published_names
+from clipadapt.data import class_texts, coop_split, image_folder, image_list, template_sets, with_published_names
 from clipadapt.errors import ClipadaptError, DataError
 
-DATA_SETS = "imagenet caltech101 pets cars flowers102 food101 aircraft sun397 dtd eurosat ucf101".split(" ")
+DATA_SETS = ["imagenet", "caltech101", "pets", "cars", "flowers102", "food101", "aircraft", "sun397", "dtd", "eurosat"]
+DATA_SETS += ["ucf101"]
 
 
 @pytest.mark.parametrize(
@@ -104,8 +105,6 @@ def test_published_class_names():
 
 
 def test_published_names_of_real_folders_are_those_of_the_split(shared):
-    from clipadapt.data import coop_split, image_folder
-
     folders = image_folder(shared / "data" / "caltech101" / "101_ObjectCategories")
     split = coop_split(shared / "data" / "coop-splits" / "split_zhou_Caltech101.json")
     assert set(with_published_names(folders, "caltech101").class_names) == set(split.train.class_names)

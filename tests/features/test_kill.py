@@ -43,11 +43,15 @@ def parts():
     return lambda: list(Path(os.environ["CLIPADAPT_CACHE"]).rglob("*.safetensors"))
 
 
+def wait_for(parts, count: int) -> None:
+    deadline = time.monotonic() + 60
+    while len(parts()) < count and time.monotonic() < deadline:
+        time.sleep(0.005)
+
+
 def test_a_killed_run_is_continued(backbone, paths, parts):
     process = start(paths)
-    deadline = time.monotonic() + 60
-    while len(parts()) < 4 and time.monotonic() < deadline:
-        time.sleep(0.005)
+    wait_for(parts, 4)
     process.send_signal(signal.SIGKILL)
     process.communicate()
     assert process.returncode == -signal.SIGKILL
@@ -60,10 +64,11 @@ def test_a_killed_run_is_continued(backbone, paths, parts):
 
 
 def test_two_processes_may_fill_one_cache(backbone, paths, parts):
-    processes = [start(paths), start(paths[::-1])]
-    for process in processes:
-        process.communicate()
-        assert process.returncode == 0
-    encoded = encode_images(backbone, paths)
-    assert backbone.seen == 0
-    torch.testing.assert_close(encoded.features, backbone.plain([Image.open(path) for path in paths]))
+    process = start(paths)
+    wait_for(parts, 1)
+    encoded = encode_images(backbone, paths[::-1], batch_size=2)
+    assert process.communicate()[0] == "30\n"
+    torch.testing.assert_close(encoded.features.flip(0), backbone.plain([Image.open(path) for path in paths]))
+    computed = backbone.seen
+    torch.testing.assert_close(encode_images(backbone, paths).features, encoded.features.flip(0))
+    assert backbone.seen == computed

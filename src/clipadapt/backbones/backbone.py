@@ -15,14 +15,13 @@ from pathlib import Path
 from typing import Any, Literal, overload
 
 import torch
-from PIL import Image
 from torch import nn
 
-from clipadapt.errors import BackboneError, unknown_name
 from clipadapt.backbones.families import FAMILIES, Pretrained, Tower, TowerName, quiet, submodule
 from clipadapt.backbones.preprocess import Preprocess
 from clipadapt.backbones.surgery import Insertion, changed_attention, inserted_tokens
 from clipadapt.backbones.text import clean
+from clipadapt.errors import BackboneError, unknown_name
 
 KINDS = ("q", "k", "v", "o", "fc1", "fc2")
 _PROBES = ("", "A photo of a cat.", "it's 12 o'clock, 3/4 full", "naïve café 猫 😀", "x" * 40)
@@ -205,15 +204,13 @@ class Backbone:
 
     def _text_inputs(self, ids: torch.Tensor) -> dict[str, torch.Tensor]:
         """What the text tower takes: cut or filled as the family was trained."""
-        if self._family.padding == "causal":
-            lengths = self.end_positions(ids) + 1  # (T,)
-        else:
-            lengths = self._lengths(ids)
+        causal = self._family.padding == "causal"
+        lengths = self.end_positions(ids) + 1 if causal else self._lengths(ids)  # (T,)
         longest, most = int(lengths.max()), self.context_length
         if longest > most:
             raise BackboneError(f"A text of {longest} tokens exceeds the context length, which is {most}.")
         ids = ids[:, :longest]
-        if self._family.padding == "causal":
+        if causal:
             return {"input_ids": ids}
         inside = torch.arange(longest, device=ids.device) < lengths[:, None]  # (T, longest)
         ids = torch.where(inside, ids, self._pad_id)
@@ -276,10 +273,11 @@ class Backbone:
         for kind in kinds:
             if kind not in KINDS:
                 raise unknown_name("kind of linear layer", kind, KINDS)
+        towers: tuple[TowerName, ...] = ("text", "vision") if tower == "both" else (tower,)
         names = []
-        for one in ("text", "vision") if tower == "both" else (tower,):
-            parts = self.tower(one)  # type: ignore[arg-type]
-            for layer in self.layer_numbers(one, layers):  # type: ignore[arg-type]
+        for one in towers:
+            parts = self.tower(one)
+            for layer in self.layer_numbers(one, layers):
                 names += [f"{parts.blocks}.{layer}.{getattr(parts, kind)}" for kind in kinds]
         if not names:
             raise BackboneError("These kinds and layers name no linear layer at all.")
@@ -298,9 +296,7 @@ class Backbone:
     # -- surgery ----------------------------------------------------------------------------------------------------
 
     @contextmanager
-    def inserted(
-        self, *, text: Sequence[Insertion] = (), vision: Sequence[Insertion] = ()
-    ) -> Iterator[None]:
+    def inserted(self, *, text: Sequence[Insertion] = (), vision: Sequence[Insertion] = ()) -> Iterator[None]:
         """While it lasts, every encoding has these tokens put in (see `Insertion`); afterwards nothing remains."""
         with ExitStack() as stack:
             if text:

@@ -1,4 +1,4 @@
-"""Weights in OpenAI's or OpenCLIP's ViT naming, read as a transformers CLIP; the architecture is read off the shapes."""
+"""Weights in OpenAI's or OpenCLIP's ViT naming as a transformers CLIP; the shapes tell the architecture."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ _OUTER_NAMES = {
 _TRANSPOSED = {"visual.proj": "visual_projection.weight", "text_projection": "text_projection.weight"}
 
 
-def convert(
+def convert_checkpoint(
     source: str | os.PathLike[str],
     out: str | os.PathLike[str],
     *,
@@ -91,7 +91,7 @@ def load_checkpoint(source: Path, activation: str | None, device: str | torch.de
 
 
 def read_state_dict(path: Path) -> dict[str, torch.Tensor]:
-    """Names and tensors of a checkpoint file, prefixes of training wrappers removed. Nothing is ever unpickled freely."""
+    """Names and tensors of a file, prefixes of training wrappers removed; pickled objects are refused."""
     if not path.is_file():
         raise BackboneError(f"There is no file {path}.")
     try:
@@ -218,7 +218,7 @@ def _renamed(state: dict[str, torch.Tensor], source: str) -> Iterator[tuple[str,
             raise BackboneError(f"{source} has weights that CLIP has no place for: {name!r}.")
 
 
-# -- vocabulary ---------------------------------------------------------------------------------------------------------
+# -- vocabulary ------------------------------------------------------------------------------------------------------
 
 
 def read_tokenizer(source: str | os.PathLike[str], vocabulary: int, length: int) -> Any:

@@ -13,6 +13,7 @@ import transformers
 from safetensors import SafetensorError
 from torch import nn
 from transformers import AttentionInterface
+from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
 from clipadapt.errors import BackboneError
 
@@ -118,11 +119,9 @@ def from_pretrained(source: str) -> Pretrained:
                 raise BackboneError(
                     f"{source} holds a model of type {config.model_type!r}; known are: {', '.join(sorted(FAMILIES))}."
                 )
-            model_class = getattr(transformers, FAMILIES[config.model_type].model)
-            model, report = model_class.from_pretrained(
-                source, config=config, dtype=torch.float32, attn_implementation="sdpa", output_loading_info=True
+            model = _with_weights(
+                getattr(transformers, FAMILIES[config.model_type].model), source, source, config=config
             )
-            _check_complete(report, source)
             processor = transformers.AutoImageProcessor.from_pretrained(source, backend="pil")
             # where its files are missing, transformers would make an empty tokenizer and go on
             has_tokenizer = folder is None or any(any(folder.glob(name)) for name in _TOKENIZER_FILES)
@@ -139,9 +138,13 @@ def from_pretrained(source: str) -> Pretrained:
 def load_tokenizer(source: str) -> Any:
     """The tokenizer of a folder or hub id."""
     try:
-        return transformers.AutoTokenizer.from_pretrained(source)
-    except (OSError, ValueError) as error:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source)
+        declared = get_tokenizer_config(source).get("tokenizer_class")
+    except (OSError, ValueError, ImportError) as error:
         raise BackboneError(f"{source} has no tokenizer that can be read: {_first_line(error)}") from error
+    if declared == "SiglipTokenizer" != type(tokenizer).__name__:  # another class would keep case and punctuation
+        raise BackboneError(f"The tokenizer of {source} needs the package sentencepiece; install it.")
+    return tokenizer
 
 
 def clip_model(
@@ -149,17 +152,14 @@ def clip_model(
 ) -> Any:
     """A CLIP of these sizes with exactly these weights, given under transformers' names."""
     shared = {"hidden_act": activation, "projection_dim": dim}
-    config = transformers.CLIPConfig(text_config={**text, **shared}, vision_config={**vision, **shared}, projection_dim=dim)
+    config = transformers.CLIPConfig(
+        text_config={**text, **shared}, vision_config={**vision, **shared}, projection_dim=dim
+    )
     with quiet():
-        model, report = transformers.CLIPModel.from_pretrained(
-            None, config=config, state_dict=state, dtype=torch.float32, attn_implementation="sdpa",
-            output_loading_info=True,
-        )  # fmt: skip
-    _check_complete(report, source)
-    return model
+        return _with_weights(transformers.CLIPModel, None, source, config=config, state_dict=state)
 
 
-def clip_tokenizer(vocab: dict[str, int], merges: list[tuple[str, ...]], length: int) -> Any:
+def clip_tokenizer(vocab: dict[str, int], merges: Any, length: int) -> Any:
     """CLIP's byte-pair tokenizer for texts of at most `length` tokens."""
     return transformers.CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=length)
 
@@ -169,11 +169,15 @@ def image_processor(config: dict[str, Any]) -> Any:
     return transformers.CLIPImageProcessorPil(**{k: v for k, v in config.items() if k != "image_processor_type"})
 
 
-def _check_complete(report: Any, source: str) -> None:
-    """Refuse what transformers would fill at random and merely log."""
+def _with_weights(model_class: Any, name: str | None, source: str, **given: Any) -> Any:
+    """The model with its weights as float32; refuses what transformers would fill at random and merely log."""
+    model, report = model_class.from_pretrained(
+        name, dtype=torch.float32, attn_implementation="sdpa", output_loading_info=True, **given
+    )
     absent = sorted([*report["missing_keys"], *(str(key) for key in report["mismatched_keys"])])
     if absent:
         raise BackboneError(f"{source} lacks {len(absent)} weights of its model, the first is {absent[0]!r}.")
+    return model
 
 
 def _first_line(error: Exception) -> str:

@@ -1,4 +1,4 @@
-"""From a picture to the pixels a backbone was trained on: resize, centre crop, scale, normalise (PIL and numpy only)."""
+"""From a picture to the pixels a backbone was trained on: resize, centre crop, scale, normalise."""
 
 from __future__ import annotations
 
@@ -40,7 +40,8 @@ class Preprocess:
         if "max_num_patches" in config:  # SigLIP 2 NaFlex: the square with that many patches
             side = int(config["max_num_patches"] ** 0.5) * config["patch_size"]
             size = {"height": side, "width": side}
-        resize = size.get("shortest_edge") or (size.get("height"), size.get("width"))
+        shortest = size.get("shortest_edge")
+        resize = shortest if shortest else (size["height"], size["width"])
         return cls(
             resize=resize if config.get("do_resize", True) else None,
             crop=(crop["height"], crop["width"]) if config.get("do_center_crop") else None,

@@ -46,7 +46,7 @@ def scratch_clip(
     if tokenizer.eos_token_id is None or tokenizer.bos_token_id is None:
         raise BackboneError("The tokenizer lacks a start or an end token; CLIP's text tower needs both.")
     if tokenizer.eos_token_id == 2:
-        raise BackboneError("The tokenizer's end token has id 2, which transformers' CLIP takes for no end token at all.")
+        raise BackboneError("The tokenizer's end token has id 2, which CLIP in transformers reads otherwise.")
     config = CLIPConfig(
         text_config={
             "vocab_size": len(tokenizer),  # type: ignore[arg-type]

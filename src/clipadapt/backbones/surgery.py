@@ -7,6 +7,7 @@ are context managers, and nothing of them remains afterwards, whether the body e
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from clipadapt.backbones.backbone import Backbone
 
 
-# -- token insertion ----------------------------------------------------------------------------------------------------
+# -- token insertion -------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, eq=False)
@@ -171,7 +172,7 @@ def inserted_tokens(backbone: Backbone, tower: TowerName, insertions: Sequence[I
             backbone._taken_out = None
 
 
-# -- attention ----------------------------------------------------------------------------------------------------------
+# -- attention -------------------------------------------------------------------------------------------------------
 
 ATTENTION = "clipadapt"  # the name under which transformers finds `_attend`
 
@@ -180,7 +181,7 @@ ATTENTION = "clipadapt"  # the name under which transformers finds `_attend`
 class _Way:
     """How one block attends; travels in the block's own copy of the configuration."""
 
-    pairs: tuple[str, ...]  # ("qk",), ("qq", "kk"), ... ; empty: every row sees itself only
+    pairs: tuple[tuple[str, str], ...]  # (("q", "k"),), ... ; empty: every row sees itself only
     bias: torch.Tensor | None
     maps: dict[int, torch.Tensor]
     layer: int
@@ -225,15 +226,15 @@ def _attend(
 register_attention(ATTENTION, _attend)
 
 
-def _pairs(mode: str) -> tuple[str, ...]:
+def _pairs(mode: str) -> tuple[tuple[str, str], ...]:
     if mode == "identity":
         return ()
-    pairs = tuple(mode.split("+"))
-    if any(len(pair) != 2 or not set(pair) <= set("qkv") for pair in pairs):
+    pairs = [re.fullmatch("([qkv])([qkv])", pair) for pair in mode.split("+")]
+    if None in pairs:
         raise BackboneError(
             f'Unknown attention mode {mode!r}; use pairs of q, k and v such as "vv" or "qq+kk", or "identity".'
         )
-    return pairs
+    return tuple((pair[1], pair[2]) for pair in pairs if pair)
 
 
 @contextmanager

@@ -21,7 +21,7 @@ def convert(
     ] = None,
 ) -> None:
     """Convert an OpenAI or OpenCLIP ViT checkpoint to a plain transformers folder."""
-    from clipadapt.backbones import convert as convert_checkpoint
+    from clipadapt.backbones import convert_checkpoint
 
     backbone = convert_checkpoint(source, out, activation=activation, tokenizer=tokenizer)
     text = backbone.model.config.text_config

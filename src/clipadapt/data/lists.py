@@ -35,12 +35,13 @@ def image_list(
     if not items:
         raise DataError(f"{name} holds no picture.")
     for index, value in enumerate(values):
-        if value is None or isinstance(value, float) or value == "":
+        if not isinstance(value, str | int) or value == "":
             raise DataError(f"{name}: picture {index} has the label {value!r}; a class name or integer is needed.")
     if class_names is None:
         values = [str(value) for value in values]
-        numeric = all(value.isdecimal() for value in values)
-        class_names = sorted(set(values), key=int if numeric else None)
+        class_names = sorted(set(values))
+        if all(name.isdecimal() for name in class_names):
+            class_names.sort(key=int)
     elif isinstance(class_names, str):
         raise DataError(f"class_names is the string {class_names!r}; a list of names is needed.")
     label_of = {class_name: label for label, class_name in enumerate(class_names)}

@@ -173,19 +173,18 @@ def _coloured(cut: Cutout, colour: RGB) -> Image.Image:
     return tile
 
 
-def _odd(pixels: float) -> int:
-    """The odd filter size nearest to a width."""
-    return 2 * max(1, round(pixels / 2)) + 1
+_FULL = [0] * 255 + [255]  # keeps white, turns every grey black
 
 
 def _edge(cut: Cutout, width: float) -> Image.Image:
     """The band of `width` canvas pixels inside the silhouette's edge."""
-    return ImageChops.subtract(cut.mask, cut.mask.filter(ImageFilter.MinFilter(_odd(width))))
+    inside = cut.mask.filter(ImageFilter.BoxBlur(max(1, round(width)))).point(_FULL)
+    return ImageChops.subtract(cut.mask, inside)
 
 
 def _lines(cut: Cutout, width: float) -> Image.Image:
     """The silhouette's edge and the outlines of its details, as a drawing in lines."""
-    lines = _edge(cut, 2 * width)
+    lines = _edge(cut, width)
     details = Image.new("L", cut.mask.size)
     pen = ImageDraw.Draw(details)
     for tone, points in cut.outlines:
@@ -248,15 +247,15 @@ def _watercolour(canvas: Image.Image, cut: Cutout, rng: np.random.Generator) -> 
     soft = cut.mask.filter(ImageFilter.BoxBlur(1.2 * cut.unit))
     pigment = ImageChops.multiply(soft, _clouds(rng, soft.size, 165, 255))
     canvas.paste(_coloured(cut, cut.colour), cut.origin, pigment)
-    rim = _edge(cut, 3 * cut.unit).filter(ImageFilter.BoxBlur(0.6 * cut.unit))
+    rim = _edge(cut, 1.5 * cut.unit).filter(ImageFilter.BoxBlur(0.6 * cut.unit))
     canvas.paste(_dark(cut.colour), cut.origin, ImageChops.multiply(rim, Image.new("L", rim.size, 120)))
 
 
 def _chalk(canvas: Image.Image, cut: Cutout, rng: np.random.Generator) -> None:
     dust = Image.fromarray(rng.integers(110, 256, cut.mask.size[::-1], dtype=np.uint8))
     canvas.paste(_coloured(cut, cut.colour), cut.origin, ImageChops.multiply(cut.mask, dust))
-    bright = mix(cut.colour, (255, 255, 255), 0.45)
-    canvas.paste(bright, cut.origin, ImageChops.multiply(_edge(cut, 3 * cut.unit), dust))
+    rim = mix(cut.colour, (255, 255, 255), 0.45 if brightness(cut.colour) > 45 else 0)  # black would turn grey
+    canvas.paste(rim, cut.origin, ImageChops.multiply(_edge(cut, 1.5 * cut.unit), dust))
 
 
 _LAMP = ImageChops.invert(Image.radial_gradient("L"))  # bright in the middle, dark in the corners

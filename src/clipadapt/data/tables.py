@@ -101,8 +101,8 @@ def _read_parquet(path: Path, columns: Sequence[str], label: str) -> tuple[list[
     except (pyarrow.ArrowException, OSError) as error:
         raise DataError(f"{path} cannot be read as Parquet: {error}.") from None
     rows = [list(row) for row in zip(*(table[column].to_pylist() for column in columns), strict=True)]
-    features = json.loads((schema.metadata or {}).get(b"huggingface", b"{}")).get("info", {}).get("features", {})
-    return rows, features.get(label, {}).get("names")
+    info = json.loads((schema.metadata or {}).get(b"huggingface", b"{}")).get("info", {})  # written by `datasets`
+    return rows, info.get("features", {}).get(label, {}).get("names")
 
 
 def _places(path: Path, columns: Sequence[str], header: Sequence[str]) -> list[int]:

@@ -74,7 +74,7 @@ def encode_shard(backbone: Backbone, images: Any, out: Path | str, shard: tuple[
     out.mkdir(parents=True, exist_ok=True)
     items = as_items(images)
     mine = items[len(items) * index // count : len(items) * (index + 1) // count]
-    made_of = {
+    made_of: dict[str, Any] = {
         "fingerprint": backbone.fingerprint,
         "pictures": _hash_lines(item.name for item in items),
         "options": {name: options.get(name, default) for name, default in _RESULT_OPTIONS.items()},

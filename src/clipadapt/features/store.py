@@ -21,7 +21,8 @@ from clipadapt.errors import ClipadaptError
 KEY_BYTES = 16
 PART_ROWS = 4096  # rows that make a part full
 PART_SECONDS = 10.0  # work that a kill may cost, at most
-MAX_SMALL_PARTS = 64  # beyond this many parts that are not full, they are joined
+SMALL_PART_ROWS = 256  # parts of fewer rows
+MAX_SMALL_PARTS = 64  # are joined when there are more than this many
 
 
 def cache_root() -> Path:
@@ -65,7 +66,7 @@ class FeatureStore:
         except OSError as error:
             raise self._unusable(error) from None
         parts = [part for path in sorted(folder.glob("*.safetensors")) if (part := self._opened(path))]
-        self._join([part for part in parts if len(part.keys) < PART_ROWS])
+        self._join({part for part in parts if len(part.keys) < SMALL_PART_ROWS})
 
     def __enter__(self) -> FeatureStore:
         return self
@@ -129,7 +130,7 @@ class FeatureStore:
         part.path.unlink(missing_ok=True)
         self._where = {key: place for key, place in self._where.items() if place[0] is not part}
 
-    def _join(self, small: list[_Part]) -> None:
+    def _join(self, small: set[_Part]) -> None:
         """Make one part of many small ones, so that a store fed one picture at a time stays fast to open."""
         if len(small) <= MAX_SMALL_PARTS:
             return

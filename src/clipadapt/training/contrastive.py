@@ -41,7 +41,7 @@ MAX_LOG_SCALE = math.log(100)  # CLIP's bound on the logit scale, against instab
 
 
 class Towers(nn.Module):
-    """Both towers of a CLIPModel in one forward pass, as DistributedDataParallel wants it, through the model's own parts.
+    """Both towers of a CLIPModel, through its own parts, in one forward pass as DistributedDataParallel wants it.
 
     The parameters are the model's under the same names, except that the logit scale is a vector of one: sharded
     training (FSDP) refuses scalar parameters.

@@ -78,7 +78,7 @@ class ClipLora(WeightMethod):
         task="few-shot classification",
         trains="low-rank weights",
         signal="labels",
-        requires=frozenset({"texts", "lora"}),
+        requires=frozenset({"texts", "weights"}),
     )
     tiny = {"steps_per_shot": 4, "lr": 2e-3, "min_scale": 1.0}
 
@@ -96,8 +96,10 @@ class ClipLora(WeightMethod):
         adapted = backbone.copy()
         labels = torch.tensor(support.labels, device=backbone.device)
         sentences = class_texts(support.class_names, self.templates)
-        ids = backbone.tokenize([text for texts in sentences for text in texts]).to(backbone.device)  # (T, L)
-        owner = torch.tensor([c for c, texts in enumerate(sentences) for _ in texts], device=backbone.device)
+        unique = sorted({text for texts in sentences for text in texts})  # dropout must not see the classes' order
+        ids = backbone.tokenize(unique).to(backbone.device)  # (T, L)
+        uses = torch.tensor([[texts.count(text) for text in unique] for texts in sentences]).float()  # (C, T)
+        uses = uses.to(backbone.device)
         pixels = Pixels(backbone, support, min_scale=self.min_scale, seed=self.seed)
         total = self.steps_per_shot * max(support.counts)
         per_epoch = -(-len(support) // self.batch_size)
@@ -105,9 +107,7 @@ class ClipLora(WeightMethod):
         number = iter(range(total))
 
         def classifier() -> Tensor:
-            texts = adapted.encode_tokens(ids)  # (T, D)
-            sums = torch.zeros(len(sentences), texts.shape[1], device=texts.device).index_add(0, owner, texts)
-            return normalize(sums, dim=1)  # (C, D)
+            return normalize(uses @ adapted.encode_tokens(ids), dim=1)  # (C, D)
 
         def loss_of(rows: Tensor) -> Tensor:
             images = adapted.encode_images(pixels.batch(rows, next(number)))  # (B, D)

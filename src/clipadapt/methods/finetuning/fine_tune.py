@@ -27,6 +27,11 @@ from clipadapt.training.pixels import Pixels
 from clipadapt.training.schedules import cosine
 
 
+def image_tower(backbone: Backbone) -> dict[str, torch.nn.Parameter]:
+    """The parameters of the image tower and its projection, by their names in `backbone.model`."""
+    return {n: p for n, p in backbone.model.named_parameters() if n.startswith(("vision_model.", "visual_projection."))}
+
+
 @register
 @dataclass(kw_only=True)
 class FineTune(WeightMethod):
@@ -46,7 +51,7 @@ class FineTune(WeightMethod):
         task="classification",
         trains="image tower and linear head",
         signal="labels",
-        requires=frozenset({"gradients"}),
+        requires=frozenset({"texts", "weights"}),
     )
     tiny = {"lr": 1e-4, "epochs": 2, "batch_size": 16, "min_scale": 1.0}
     head_from_text = False
@@ -64,7 +69,7 @@ class FineTune(WeightMethod):
         support = self._open(backbone, support, class_names)
         adapted = backbone.copy()
         labels = torch.tensor(support.labels, device=backbone.device)
-        tower = adapted.parameters_of("vision")
+        tower = image_tower(adapted)
         head = self._text_classifier(backbone).to(backbone.device).requires_grad_()  # (C, D)
         for parameter in tower.values():
             parameter.requires_grad_()

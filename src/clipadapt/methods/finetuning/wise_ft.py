@@ -62,7 +62,7 @@ class WiseFt(WeightMethod):
         task="classification",
         trains="what the wrapped method trains",
         signal="labels",
-        requires=frozenset({"gradients"}),
+        requires=frozenset({"texts", "weights"}),
     )
 
     def fit(

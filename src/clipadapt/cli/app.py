@@ -1,0 +1,89 @@
+"""The commands put together; how errors, Ctrl-C and the noise of other libraries reach the person at the terminal."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from clipadapt import __version__
+from clipadapt.cli import adapt, convert, demo, evaluate, methods, predict, pretrain
+from clipadapt.cli.console import err, out
+from clipadapt.errors import ClipadaptError
+
+EPILOG = """
+Exit codes: 0 all is well; 1 something could not be done, and one line on stderr says what (predict: also when some of
+several pictures could not be read); 2 the command line itself is wrong; 130 interrupted by Ctrl-C.
+"""
+
+# What a person can cause and mend: bad input, a full or write-protected disk, a learning rate that makes training blow up.
+_ANSWERABLE = (ClipadaptError, OSError, FloatingPointError)
+
+
+class Commands(TyperGroup):
+    """The commands, whose errors become one line and an exit code."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if "--debug" in args:  # it may stand behind the command's name too
+            args = ["--debug", *(arg for arg in args if arg != "--debug")]
+        return super().parse_args(ctx, args)
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except _ANSWERABLE as error:
+            if ctx.params["debug"] or isinstance(error, BrokenPipeError):
+                raise
+            err.print("[bold red]error:[/]", end=" ")
+            err.print(str(error), style="red", markup=False, soft_wrap=True)
+            raise typer.Exit(1) from None
+        except KeyboardInterrupt:
+            if ctx.params["debug"]:
+                raise
+            err.print("interrupted; features encoded so far are kept, and the same command goes on from there")
+            raise typer.Exit(130) from None
+
+
+app = typer.Typer(
+    name="clipadapt",
+    cls=Commands,
+    help="Make a pretrained CLIP-like model good at your pictures.",
+    epilog=EPILOG,
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_show_locals=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        out.print(f"clipadapt {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def prepare(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show an error's traceback; may stand anywhere.")] = False,
+) -> None:
+    if debug:
+        return
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    warnings.filterwarnings("ignore", module=r"(torch|transformers|huggingface_hub|sklearn|peft|accelerate)\b")
+    warnings.showwarning = lambda message, *_: err.print(f"warning: {message}", style="yellow", markup=False)
+
+
+app.command()(adapt.adapt)
+app.command()(predict.predict)
+app.command()(evaluate.evaluate)
+app.command()(methods.methods)
+app.command()(demo.demo)
+app.command()(convert.convert)
+app.add_typer(pretrain.app, name="pretrain")
