@@ -49,7 +49,8 @@ def measure(backbone: Backbone, items: list[Item], workers: int, batch_size: int
         "model": model,
         "pictures_per_second": round(len(items) / first["wall"], 1),
         "second_over_first": round(second["wall"] / first["wall"], 4),
-        "share_outside_model": round(1 - model["wall"] / first["wall"], 3),
+        "wall_outside_model": round(1 - model["wall"] / first["wall"], 3),
+        "cpu_outside_model": round(1 - model["cpu"] / first["cpu"], 3),
     }
 
 
@@ -62,7 +63,7 @@ if __name__ == "__main__":
     parser.add_argument("--batch-size", type=int, default=64)
     arguments = parser.parse_args()
     backbone = load_backbone(arguments.backbone)
-    items = as_items(sorted(arguments.pictures.rglob("*.jpg")))[: arguments.limit]
+    items = as_items(picture_files(arguments.pictures)[: arguments.limit])
     encode_images(backbone, items[:64], cache=False)  # warm up
     for workers in arguments.workers:
         print(json.dumps(measure(backbone, items, workers, arguments.batch_size)), flush=True)

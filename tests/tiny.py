@@ -85,7 +85,8 @@ def _merges(ending: str) -> Any:
 
 def _word_tokenizer(*, pad: str, start: str | None, end: str, unknown: str, specials: list[str]) -> Any:
     """Whole words and single letters, with the special tokens a sentence-piece or word-piece model would add."""
-    vocab = {token: i for i, token in enumerate([*specials, *_WORDS, *string.ascii_lowercase, ".", ","])}
+    tokens = dict.fromkeys([*specials, *_WORDS, *string.ascii_lowercase, ".", ","])
+    vocab = {token: i for i, token in enumerate(tokens)}
     backend = Tokenizer(models.WordLevel(vocab, unk_token=unknown))
     backend.normalizer = normalizers.Lowercase()
     backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()

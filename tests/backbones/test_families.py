@@ -157,7 +157,7 @@ def test_other_sizes_by_position_interpolation(backbone, size):
 
 
 def test_patches_lie_in_the_joint_space(backbone, pixels):
-    """With a class token: norm and projection of each row. With a pooling head: each patch seen as the whole picture."""
+    """With a class token: norm and projection of each row; with a pooling head: each patch as the whole picture."""
     out = backbone.encode_images(pixels, tokens=True, normalize=False)
     torch.testing.assert_close(out.pooled, backbone.encode_images(pixels, normalize=False))
     assert out.inserted.shape == (3, 0, 32)

@@ -12,13 +12,16 @@ import pytest
 import torch
 from PIL import Image
 
+from clipadapt.backbones import load_backbone
 from clipadapt.errors import ClipadaptError, DataError
 from clipadapt.features import encode_images
 from clipadapt.features.views import RandomView
+from tests.tiny import tiny_clip
 
 
 def plain(backbone, paths):
-    return backbone.plain([Image.open(path) for path in paths])
+    with torch.no_grad():
+        return backbone.encode_images(torch.stack([backbone.preprocess(Image.open(path)) for path in paths]))
 
 
 def test_features_are_the_models_own_in_the_order_given(backbone, paths):
@@ -27,6 +30,14 @@ def test_features_are_the_models_own_in_the_order_given(backbone, paths):
     assert encoded.kept == list(range(30))
     assert encoded.skipped == []
     torch.testing.assert_close(encoded.features, plain(backbone, paths))
+
+
+def test_a_real_backbone_and_its_changed_weights(paths):
+    backbone = load_backbone(tiny_clip())
+    before = encode_images(backbone, paths).features
+    torch.testing.assert_close(before, plain(backbone, paths))
+    backbone.model.visual_projection.weight.data.mul_(-1)
+    torch.testing.assert_close(encode_images(backbone, paths).features, -before)
 
 
 def test_second_run_neither_decodes_nor_computes(backbone, paths):

@@ -47,8 +47,8 @@ def test_rows_come_back_in_this_and_in_later_stores(tmp_path):
 def test_rows_are_views_of_the_file(tmp_path):
     keys, _ = fill(tmp_path, 0, 3)
     row = FeatureStore(tmp_path).get(keys[1])
-    assert row.base is not None
     assert not row.flags.owndata
+    assert not row.flags.writeable
 
 
 def test_rows_are_written_when_a_part_is_full_or_old_or_the_work_ends(tmp_path, monkeypatch):

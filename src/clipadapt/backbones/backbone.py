@@ -19,7 +19,7 @@ from torch import nn
 
 from clipadapt.backbones.families import FAMILIES, Pretrained, Tower, TowerName, quiet, submodule
 from clipadapt.backbones.preprocess import Preprocess
-from clipadapt.backbones.surgery import Insertion, changed_attention, inserted_tokens
+from clipadapt.backbones.surgery import Insertion, PromptedRows, changed_attention, inserted_tokens
 from clipadapt.backbones.text import clean
 from clipadapt.errors import BackboneError, unknown_name
 
@@ -62,6 +62,7 @@ class Backbone:
         self.tokenizer = pretrained.tokenizer
         self.preprocess = Preprocess.from_config(pretrained.processor.to_dict())
         self._family = FAMILIES[self.family]
+        self.prompted: dict[TowerName, PromptedRows] = {}  # filled while `inserted` lasts
         self._fingerprint: tuple[Any, str] | None = None
         config = self.model.config
         self.patch_size: int = config.vision_config.patch_size
@@ -157,10 +158,9 @@ class Backbone:
         norm = submodule(self.model, self._family.vision.norm)
         rows = output.last_hidden_state  # (B, 1 + N, W), or (B, N, W) already normed
         patches = self._project_patches(norm(rows[:, 1:]) if self._family.class_token else rows)
-        taken = self._taken_out if self._taken_out is not None else rows[:, :0]
+        prompted = self.prompted.get("vision")
+        taken = rows[:, :0] if prompted is None or prompted.taken is None else prompted.taken
         return ImageTokens(_unit(pooled, normalize), _unit(patches, normalize), grid, norm(taken))
-
-    _taken_out: torch.Tensor | None = None  # rows that `inserted` removed behind the last block, in the latest pass
 
     def _project_patches(self, rows: torch.Tensor) -> torch.Tensor:
         """(B, N, W) -> (B, N, D). A pooling head sees each patch as if it were the whole picture."""

@@ -49,7 +49,7 @@ def scratch_clip(
         raise BackboneError("The tokenizer's end token has id 2, which CLIP in transformers reads otherwise.")
     config = CLIPConfig(
         text_config={
-            "vocab_size": len(tokenizer),  # type: ignore[arg-type]
+            "vocab_size": len(tokenizer),
             "hidden_size": size["text_width"],
             "intermediate_size": 4 * size["text_width"],
             "num_hidden_layers": size["text_layers"],
@@ -116,7 +116,7 @@ def save_clip(
     folder.mkdir(parents=True, exist_ok=True)
     config = copy.deepcopy(model.config)
     config.architectures, config.dtype = [type(model).__name__], "float32"
-    side = config.vision_config.image_size
+    side: int = config.vision_config.image_size  # type: ignore
     preprocessing = CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
     weights = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in model.state_dict().items()}
     with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as aside:

@@ -93,11 +93,15 @@ def _check(backbone: Backbone, tower: TowerName, insertion: Insertion) -> None:
         raise BackboneError("Rows of texts are counted from the start, since their end depends on the padding.")
 
 
-class _Rows:
-    """Keeps, during one pass through a tower, the places of inserted rows."""
+class PromptedRows:
+    """Keeps, during one pass through a tower, the places of inserted rows.
+
+    taken  (B, n, W) the inserted rows as they left the last block
+    """
 
     def __init__(self) -> None:
         self.added: list[bool] = []  # per row of the sequence; empty where nothing was inserted
+        self.taken: torch.Tensor | None = None
 
     def put_in(self, hidden: torch.Tensor, insertions: Sequence[Insertion]) -> torch.Tensor:
         for insertion in insertions:
@@ -114,10 +118,11 @@ class _Rows:
         keys[..., [i for i, added in enumerate(self.added) if not added]] = mask[:, :, :1]
         return keys.expand(-1, -1, len(self.added), -1)
 
-    def take_out(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """(B, L', W) -> the rows that were there before (B, L, W), and the inserted ones (B, n, W)."""
+    def take_out(self, hidden: torch.Tensor) -> torch.Tensor:
+        """(B, L', W) -> the rows that were there before (B, L, W); the inserted ones are kept in `taken`."""
         added = torch.tensor(self.added or [False] * hidden.shape[1], device=hidden.device)
-        return hidden[:, ~added], hidden[:, added]
+        self.taken = hidden[:, added]
+        return hidden[:, ~added]
 
 
 @contextmanager
@@ -126,15 +131,15 @@ def inserted_tokens(backbone: Backbone, tower: TowerName, insertions: Sequence[I
     for insertion in insertions:
         _check(backbone, tower, insertion)
     blocks, parts = backbone.blocks(tower), backbone.tower(tower)
-    if any(hook.__name__ == "before_block" for hook in blocks[0]._forward_pre_hooks.values()):
+    if tower in backbone.prompted:
         raise BackboneError(f"Tokens are already inserted into the {tower} tower; put all into one `inserted`.")
     at_input = [i for i in insertions if i.layer == "input"]
     as_words = [i for i in at_input if tower == "text" and i.mode == "replace"]
     as_rows = [i for i in at_input if i not in as_words]
-    state = _Rows()
+    state = PromptedRows()
 
     def on_words(module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
-        return _Rows().put_in(output, as_words)
+        return PromptedRows().put_in(output, as_words)
 
     def on_embeddings(module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
         state.added = []
@@ -154,10 +159,7 @@ def inserted_tokens(backbone: Backbone, tower: TowerName, insertions: Sequence[I
         return before_block
 
     def after_blocks(module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
-        kept, taken = state.take_out(output)
-        if tower == "vision":
-            backbone._taken_out = taken
-        return kept
+        return state.take_out(output)
 
     with ExitStack() as hooks:
         if as_words:
@@ -166,10 +168,9 @@ def inserted_tokens(backbone: Backbone, tower: TowerName, insertions: Sequence[I
         for number, block in enumerate(blocks):
             hooks.enter_context(block.register_forward_pre_hook(before_block(number), with_kwargs=True))
         hooks.enter_context(blocks[-1].register_forward_hook(after_blocks))
-        try:
-            yield
-        finally:
-            backbone._taken_out = None
+        backbone.prompted[tower] = state
+        hooks.callback(backbone.prompted.pop, tower)
+        yield
 
 
 # -- attention -------------------------------------------------------------------------------------------------------

@@ -15,11 +15,11 @@ from clipadapt.cli.console import err, out
 from clipadapt.errors import ClipadaptError
 
 EPILOG = """
-Exit codes: 0 all is well; 1 something could not be done, and one line on stderr says what (predict: also when some of
-several pictures could not be read); 2 the command line itself is wrong; 130 interrupted by Ctrl-C.
+Exit codes: **0** all is well; **1** something could not be done, and one line on stderr says what (for `predict`
+also when some of the pictures could not be read); **2** the command line itself is wrong; **130** stopped by Ctrl-C.
 """
 
-# What a person can cause and mend: bad input, a full or write-protected disk, a learning rate that makes training blow up.
+# What a person can cause and mend: bad input, a full or write-protected disk, a learning rate that is too high.
 _ANSWERABLE = (ClipadaptError, OSError, FloatingPointError)
 
 
@@ -54,7 +54,7 @@ app = typer.Typer(
     epilog=EPILOG,
     no_args_is_help=True,
     add_completion=False,
-    rich_markup_mode="rich",
+    rich_markup_mode="markdown",
     pretty_exceptions_show_locals=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )

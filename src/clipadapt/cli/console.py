@@ -92,8 +92,6 @@ def training_progress(title: str) -> Iterator[Callable[[dict[str, Any]], None]]:
 
         def report(step: dict[str, Any]) -> None:
             rate = step["step"] / max(step["seconds"], 1e-9)
-            bar.update(
-                task, completed=step["step"], total=step["steps"], loss=step["loss"], rate=rate, visible=True
-            )
+            bar.update(task, completed=step["step"], total=step["steps"], loss=step["loss"], rate=rate, visible=True)
 
         yield report

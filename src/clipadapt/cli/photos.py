@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Optional
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -21,7 +21,7 @@ Photos = Annotated[
     ),
 ]
 Root = Annotated[
-    Optional[Path], typer.Option(metavar="FOLDER", help="Where the pictures of a split file lie, if not beside it.")
+    Path | None, typer.Option(metavar="FOLDER", help="Where the pictures of a split file lie, if not beside it.")
 ]
 
 

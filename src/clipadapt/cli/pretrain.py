@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import Annotated, Any
 
 import typer
 
@@ -15,10 +15,10 @@ app = typer.Typer(help="Train a small CLIP from scratch on pictures that anybody
 def corpus(
     out: Annotated[Path, typer.Argument(help="Folder to build the corpus in.")],
     archives: Annotated[
-        Optional[Path], typer.Option("--from", help="Folder of packages fetched before; missing ones are fetched into it.")
+        Path | None, typer.Option("--from", help="Folder of packages fetched before; missing ones are put there.")
     ] = None,
     playground: Annotated[int, typer.Option(help="Pictures of the playground to draw.")] = 25_000,
-    workers: Annotated[Optional[int], typer.Option(help="Processes that draw; default: one per core.")] = None,
+    workers: Annotated[int | None, typer.Option(help="Processes that draw; default: one per core.")] = None,
 ) -> None:
     """Fetch icon sets, annotations and clip art, and draw them into OUT (about 1.2 GB)."""
     from clipadapt.data.corpus import build_corpus
@@ -31,7 +31,7 @@ def run(
     corpus: Annotated[Path, typer.Argument(help="Folder built by `clipadapt pretrain corpus`.")],
     out: Annotated[Path, typer.Option(help="Folder of the run; a run that it holds is continued.")],
     recipe: Annotated[Path, typer.Option(help="JSON file with the keys of Recipe, and preset, vocabulary.")],
-    steps: Annotated[Optional[int], typer.Option(help="Length of the run, instead of the recipe's.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Length of the run, instead of the recipe's.")] = None,
 ) -> None:
     """Train a CLIP on CORPUS by a recipe; the weights are in OUT/model at any time (a plain transformers folder)."""
     from clipadapt.backbones.scratch import save_clip, scratch_clip
@@ -50,8 +50,9 @@ def run(
     tokenizer = train_tokenizer(source.training_texts(), vocabulary)
     model = scratch_clip(tokenizer, **sizes)
     hooks = corpus_hooks(source, tokenizer, model.config.vision_config.image_size)
+    plan = Recipe.from_dict(values)
     trained = train_contrastive(
-        model, tokenizer, source, Recipe.from_dict(values), out, hooks=hooks, on_log=lambda record: typer.echo(json.dumps(record))
+        model, tokenizer, source, plan, out, hooks=hooks, on_log=lambda record: typer.echo(json.dumps(record))
     )
     folder = save_clip(trained, tokenizer, out / "model")
     typer.echo(f"The model is in {folder}")

@@ -58,7 +58,14 @@ TEMPLATES = (
     ("this is a {}.", 0.04),
     ("a {}.", 0.06),
 )
-CAPTION_TEMPLATES = (("{}", 0.5), ("{}.", 0.1), ("a photo of {}.", 0.25), ("a picture of {}.", 0.1), ("a drawing of {}.", 0.05))
+LONG_TEXT = 44  # characters; longer texts go without a template: the longest text of a batch sets its cost
+CAPTION_TEMPLATES = (
+    ("{}", 0.5),
+    ("{}.", 0.1),
+    ("a photo of {}.", 0.25),
+    ("a picture of {}.", 0.1),
+    ("a drawing of {}.", 0.05),
+)
 
 
 def build_corpus(
@@ -130,7 +137,8 @@ def write_corpus(
     _write_text(out / "pairs.jsonl", (json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
     counts = Counter(line["source"] for line in lines)
     facts["sources"] = {source: fact | {"pictures": counts[source]} for source, fact in facts["sources"].items()}
-    facts |= {"pictures": len(lines), "splits": dict(Counter(line["split"] for line in lines)), "not_drawn": dict(failed)}
+    splits = Counter(line["split"] for line in lines)
+    facts |= {"pictures": len(lines), "splits": dict(splits), "not_drawn": dict(failed)}
     _write_text(out / "corpus.json", [json.dumps(facts, indent=1, ensure_ascii=False) + "\n"])
     report(f"{len(lines):,} pictures in {out}, {sum(failed.values()):,} could not be drawn")
     return out
@@ -220,7 +228,7 @@ class Corpus:
         folder = Path(folder)
         missing = [name for name in ("corpus.json", "images.npy", "pairs.jsonl") if not (folder / name).exists()]
         if missing:
-            raise DataError(f"{folder} holds no {missing[0]}; build the corpus with: clipadapt pretrain corpus {folder}")
+            raise DataError(f"{folder} holds no {missing[0]}; build it with: clipadapt pretrain corpus {folder}")
         with open(folder / "pairs.jsonl", encoding="utf-8") as file:
             pairs = [json.loads(line) for line in file]
         images = np.load(folder / "images.npy", mmap_mode="r")
@@ -331,6 +339,8 @@ def _draw_text(pair: dict[str, Any], rng: np.random.Generator) -> str:
         text = pair["keywords"][rng.integers(len(pair["keywords"]))]
     elif 0.36 <= share < 0.40 and pair["other"]:
         return pair["other"][rng.integers(len(pair["other"]))]
+    if len(text) > LONG_TEXT:
+        return text
     weights = np.array([weight for _, weight in templates])
     template = templates[rng.choice(len(templates), p=weights / weights.sum())][0]
     return template.format(text)

@@ -31,14 +31,17 @@ HELDOUT_SETS = ("fluent-emoji-flat",)  # the emoji style that is kept for evalua
 LEFT_OUT_SETS = ("fluent-emoji-high-contrast",)  # the held-out style's own outlines
 MONOCHROME_SETS = ("game-icons", "healthicons", "pinhead", "fa7-solid")  # concrete things; drawn in random colours
 LEFT_OUT_CATEGORIES = ("Logos", "Programming")  # brands: trademarks, and names that say nothing about the picture
-LICENCES = frozenset(
-    "MIT Apache-2.0 ISC BSD-2-Clause BSD-3-Clause 0BSD Unlicense CC0-1.0 CC-BY-3.0 CC-BY-4.0 OFL-1.1".split()
+# SPDX names; no share-alike, no non-commercial, no copyleft.
+LICENCES = (
+    *("MIT", "Apache-2.0", "ISC", "BSD-2-Clause", "BSD-3-Clause", "0BSD", "Unlicense"),
+    *("CC0-1.0", "CC-BY-3.0", "CC-BY-4.0", "OFL-1.1"),
 )
 OTHER_LANGUAGES = ("es", "fr", "de", "it", "pt")
 
 # Words at the end of an icon's name that tell its style or version, not its subject.
-STYLE_WORDS = frozenset(
-    "flat duo duotone fill filled outline outlined line solid alt color colored 1x1 4x3 variant icon icons".split()
+STYLE_WORDS = (
+    *("flat", "duo", "duotone", "fill", "filled", "outline", "outlined", "line", "solid"),
+    *("color", "colored", "1x1", "4x3", "alt", "variant", "icon", "icons"),
 )
 # Folders of the clip art that hold geometry for its own sake (hundreds of near-identical stars, blends, swatches).
 LEFT_OUT_FOLDERS = ("shapes/stars", "special", "unsorted/duplicates", "computer/icons/flat-theme/action", "logos")
@@ -126,7 +129,9 @@ class Annotations:
                         tables[match[2]] |= document[match[1]]["annotations"]
         self._tables = tables
         self._english = {_codes(text): text for text in tables["en"]}
-        self._by_name = {_squash(entry["tts"][0]): _codes(text) for text, entry in tables["en"].items() if "tts" in entry}
+        self._by_name = {
+            _squash(entry["tts"][0]): _codes(text) for text, entry in tables["en"].items() if "tts" in entry
+        }
 
     def __contains__(self, codes: str) -> bool:
         return codes in self._english
@@ -178,7 +183,11 @@ def _spoken(tts: str) -> tuple[str, str]:
 def icon_records(archive: Path, annotations: Annotations) -> Iterator[Record]:
     """Records of every chosen icon set, and of the held-out emoji style."""
     with tarfile.open(archive) as tar:
-        members = {Path(member.name).stem: member for member in tar if re.fullmatch(r"package/(json/)?[^/]+\.json", member.name)}
+        members = {
+            Path(member.name).stem: member
+            for member in tar
+            if re.fullmatch(r"package/(json/)?[^/]+\.json", member.name)
+        }
         infos = json.load(tar.extractfile(members["collections"]))  # type: ignore[arg-type]
         sets = {
             prefix: json.load(tar.extractfile(members[prefix]))  # type: ignore[arg-type]

@@ -61,7 +61,7 @@ def cut_out(
     margin = round(canvas * 0.03)  # room for what spreads over the edge: shadow, jitter, blur
     origin = (round(scale * min(xs) + shift_x) - margin, round(scale * min(ys) + shift_y) - margin)
     size = (round(scale * (max(xs) - min(xs))) + 2 * margin + 1, round(scale * (max(ys) - min(ys))) + 2 * margin + 1)
-    outlines = [
+    outlines: list[tuple[Tone, list[Point]]] = [
         (tone, [(round(scale * x + shift_x) - origin[0], round(scale * y + shift_y) - origin[1]) for x, y in points])
         for tone, points in parts
     ]

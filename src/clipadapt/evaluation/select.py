@@ -111,32 +111,37 @@ def select(
         begun = time.perf_counter()
         combos = settings(method_class(key))
         hits = {c: np.zeros(0, dtype=bool) for c in range(len(combos))}
-        fits_left = k * len(combos) + 1  # and one to refit the winner
-
-        def watch(step: dict[str, Any]) -> None:
-            if step["step"] in (1, 2, 3, 4) or step["step"] % 20 == 0:
-                expected = step["seconds"] * (step["steps"] / step["step"] + fits_left - 1)
-                if step["step"] > 3 and time.perf_counter() - start + expected > budget:
-                    raise _OverBudget(f"training would take about {_duration(expected)}")
-
-        parameters = 0
-        for train, held_out in fold_rows():
-            for c in list(hits):
-                if time.perf_counter() - start > budget and key != "zero-shot":
-                    raise _OverBudget("no time left")
+        parameters, longest = 0, 0.0
+        for fold, (train, held_out) in enumerate(fold_rows()):
+            for c in hits:
+                # After this fit: one setting through the remaining folds, and the winner once on everything.
+                watch = _watch(fits_after=k - fold, until=start + budget)
+                fit_begun = time.perf_counter()
                 model = fit(key, combos[c], train, watch)
-                parameters = model.trained_parameters
-                if isinstance(model, FeatureMethod):
-                    predicted = np.asarray(model.logits(features[held_out])).argmax(1)
-                else:
-                    predicted = model.predict(support.select(held_out))
+                predicted = predict(model, held_out)
+                longest = max(longest, time.perf_counter() - fit_begun)
                 hits[c] = np.append(hits[c], predicted == labels[held_out])
-                fits_left -= 1
+                parameters = model.trained_parameters
+                if c != max(hits) and out_of_time(longest * (k - fold + 1)):
+                    hits = {c: h for c, h in hits.items() if len(h) == len(hits[c]) and len(h) > 0}
+                    break  # the settings that were not reached are given up
             hits = {c: hits[c] for c in contenders(hits)}
+            if out_of_time(longest * len(hits) * (k - fold)):
+                leader = max(hits, key=lambda c: hits[c].sum())
+                hits = {leader: hits[leader]}
         best = max(hits, key=lambda c: hits[c].sum())
         correct, total = int(hits[best].sum()), len(hits[best])
+        setting = {"templates": templates} | combos[best]
         seconds = time.perf_counter() - begun
-        return Trial(key, {"templates": templates} | combos[best], correct / total, wilson(correct, total), seconds, parameters)
+        return Trial(key, setting, correct / total, wilson(correct, total), seconds, parameters)
+
+    def predict(model: Method, rows: np.ndarray) -> np.ndarray:
+        if isinstance(model, FeatureMethod):
+            return np.asarray(model.logits(features[rows])).argmax(1)
+        return model.predict(support.select(rows))
+
+    def out_of_time(seconds: float) -> bool:
+        return time.perf_counter() - start + seconds > budget
 
     if k < 2:
         trials = [Trial(key, {"templates": templates}, None, None, 0.0, 0) for key in ("zero-shot", "tip-adapter")]
@@ -150,6 +155,8 @@ def select(
             skipped.append((key, f"needs a backbone with {', '.join(sorted(missing))}"))
             continue
         try:
+            if key != "zero-shot" and out_of_time(0):
+                raise _OverBudget("no time left")
             trials.append(judge(key))
         except _OverBudget as error:
             skipped.append((key, f"{error} (budget {_duration(budget)})"))
@@ -159,6 +166,18 @@ def select(
     best = max(trials, key=lambda t: t.accuracy or 0)
     reason = f"{best.key} is best on {len(labels)} pictures of the support set, each held out once in {k} folds"
     return Selection(trials, best, reason, skipped)
+
+
+def _watch(fits_after: int, until: float) -> Callable[[dict[str, Any]], None]:
+    """A report that stops a training run when it and `fits_after` more like it would not end before `until`."""
+
+    def watch(step: dict[str, Any]) -> None:
+        if step["step"] >= 4 and step["step"] % 4 == 0:
+            one = step["seconds"] * step["steps"] / step["step"]
+            if time.perf_counter() - step["seconds"] + one * (1 + fits_after) > until:
+                raise _OverBudget(f"it would take about {_duration(one * (1 + fits_after))}")
+
+    return watch
 
 
 def _order(keys: list[str] | None) -> list[str]:

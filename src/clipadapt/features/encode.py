@@ -64,8 +64,8 @@ def encode_images(
     """Image features of `images`, computed once per content and backbone.
 
     A picture is recognised by its bytes, wherever it lies; a run that was interrupted, even killed, continues where it
-    was. No gradient flows. Features are kept under the backbone's fingerprint, so whatever else they depend on calls
-    for `cache=False`: changed weights, `backbone.inserted(...)`, `backbone.attention(...)`.
+    was. No gradient flows. The backbone's fingerprint covers its weights, preprocessing and tokenizer; inside
+    `backbone.inserted(...)` or `backbone.attention(...)`, which it does not cover, pass `cache=False`.
 
     Args:
         backbone: gives `encode_images`, `preprocess`, `dim`, `device`, `image_size` and `fingerprint`.
@@ -101,9 +101,9 @@ def encode_images(
         root = cache_root() if cache is True else Path(cache)
         store = FeatureStore(root / "features" / f"{backbone.fingerprint}-{precision}", precision)
     plan: list[RandomView | None] = [RandomView(number, seed, min_scale) for number in range(views)]
-    run = _Run(backbone, as_items(images), plan or [None], store, precision, skip=on_error == "skip")
-    run(batch_size, workers or os.cpu_count() or 1, progress)
-    features, kept, skipped = run.results()
+    encoding = _Encoding(backbone, as_items(images), plan or [None], store, precision, skip=on_error == "skip")
+    encoding.run(batch_size, workers or os.cpu_count() or 1, progress)
+    features, kept, skipped = encoding.results()
     return Encoded(torch.from_numpy(features if views else features[:, 0]), kept, skipped)
 
 
@@ -115,8 +115,19 @@ class _Cell(NamedTuple):
     key: bytes
 
 
+class _Wanted(NamedTuple):
+    """One picture to load: or the reason why not even its digest is known."""
+
+    item: Item | DataError
+    content: str
+    cells: list[_Cell]
+
+
+_Loaded = tuple[str, list[tuple[_Cell, torch.Tensor]] | DataError]  # content; pixels (3, H, W) per cell, or why not
+
+
 @dataclass
-class _Run:
+class _Encoding:
     """One call of `encode_images`: contents get rows of a table in the order in which they are first seen."""
 
     backbone: Backbone
@@ -129,7 +140,7 @@ class _Run:
     rows: dict[str, int] = field(default_factory=dict)  # digest -> row
     unreadable: dict[str, DataError] = field(default_factory=dict)  # digest -> why
 
-    def __call__(self, batch_size: int, workers: int, progress: bool) -> None:
+    def run(self, batch_size: int, workers: int, progress: bool) -> None:
         columns = len(self.plan)
         self.table = np.empty((len(self.items), columns, self.backbone.dim), np.float32)  # (N, V, D)
         # Enough pictures in flight to fill a batch while the model runs on another, and no more: each holds its pixels.
@@ -153,7 +164,7 @@ class _Run:
         order = [self.rows[self.contents[index]] for index in kept]
         return self.table if order == list(range(len(self.table))) else self.table[order], kept, skipped
 
-    def _missing(self, digests: Iterable[str | DataError]) -> Iterator[tuple[Item | DataError, str, list[_Cell]]]:
+    def _missing(self, digests: Iterable[str | DataError]) -> Iterator[_Wanted]:
         """The items whose features are neither in the store nor under way, with what is to be computed of each.
 
         Failures go down the same stream: whatever precedes an unreadable picture is encoded before it is reported.
@@ -162,14 +173,14 @@ class _Run:
             content = digest if isinstance(digest, str) else f"unread {len(self.contents)}"
             self.contents.append(content)
             if isinstance(digest, DataError):
-                yield digest, content, []
+                yield _Wanted(digest, content, [])
             elif content in self.rows:
                 self.advance(len(self.plan))
             else:
                 row = self.rows[content] = len(self.rows)
                 cells = [_Cell(row, column, _key(content, view)) for column, view in enumerate(self.plan)]
                 if missing := [cell for cell in cells if not self._recall(cell)]:
-                    yield item, content, missing
+                    yield _Wanted(item, content, missing)
 
     def _recall(self, cell: _Cell) -> bool:
         features = self.store.get(cell.key) if self.store else None
@@ -179,32 +190,25 @@ class _Run:
         self.advance(1)
         return True
 
-    def _load(
-        self, wanted: tuple[Item | DataError, str, list[_Cell]]
-    ) -> tuple[str, list[_Cell], list[torch.Tensor] | DataError]:
-        """In a worker: decode one picture and preprocess the views of it that are missing, each (3, H, W)."""
+    def _load(self, wanted: _Wanted) -> _Loaded:
+        """In a worker: decode one picture and preprocess those of its views that are missing."""
         item, content, cells = wanted
         if isinstance(item, DataError):
-            return content, cells, item
+            return content, item
         try:
             image = item.open()
         except DataError as error:
-            return content, cells, error
-        size, pixels = self.backbone.image_size, []
-        for cell in cells:
-            view = self.plan[cell.column]
-            shown = image if view is None else view.of(image, content, size)
-            pixels.append(self.backbone.preprocess(shown))
-        return content, cells, pixels
+            return content, error
+        views = [self.plan[cell.column] for cell in cells]
+        shown = [image if view is None else view.of(image, content, self.backbone.image_size) for view in views]
+        return content, [(cell, self.backbone.preprocess(each)) for cell, each in zip(cells, shown, strict=True)]
 
-    def _readable(
-        self, loaded: Iterable[tuple[str, list[_Cell], list[torch.Tensor] | DataError]]
-    ) -> Iterator[tuple[_Cell, torch.Tensor]]:
-        for content, cells, pixels in loaded:
+    def _readable(self, loaded: Iterable[_Loaded]) -> Iterator[tuple[_Cell, torch.Tensor]]:
+        for content, pixels in loaded:
             if isinstance(pixels, DataError):
                 self._fail(content, pixels)
             else:
-                yield from zip(cells, pixels, strict=True)
+                yield from pixels
 
     def _fail(self, content: str, error: DataError) -> None:
         if not self.skip:

@@ -9,6 +9,7 @@ import warnings
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -121,7 +122,7 @@ class FeatureStore:
             warnings.warn(f"{path} is damaged ({error}); its pictures are encoded again.", RuntimeWarning, stacklevel=4)
             path.unlink(missing_ok=True)
             return None
-        self._where.update((key, (part, row)) for row, key in enumerate(part.keys))
+        self._where.update(zip(part.keys, zip(repeat(part), range(len(part.keys))), strict=True))
         return part
 
     def _discard(self, part: _Part) -> None:
@@ -169,8 +170,8 @@ class _Part:
             self._stated = (file.metadata() or {}).get("checksum")
         if self._key_rows.shape != (len(self.features), KEY_BYTES):
             raise ValueError(f"{self._key_rows.shape} keys for {self.features.shape} features")
-        joined = self._key_rows.tobytes()
-        self.keys = [joined[start : start + KEY_BYTES] for start in range(0, len(joined), KEY_BYTES)]
+        self.keys: list[bytes] = self._key_rows.view(f"V{KEY_BYTES}").ravel().tolist()
+        self.features.flags.writeable = False
         self._sound: bool | None = None
 
     def is_sound(self) -> bool:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
-from torch.distributed.nn.functional import all_gather
 
 
 def info_nce(
@@ -25,10 +26,28 @@ def info_nce(
     image, text = image.float(), text.float()
     all_image, all_text, first = image, text, 0
     if dist.is_initialized() and dist.get_world_size(group) > 1:
-        all_image = torch.cat(all_gather(image, group=group))  # (wB, D)
-        all_text = torch.cat(all_gather(text, group=group))  # (wB, D)
+        all_image = _Gather.apply(image, group)  # (wB, D)
+        all_text = _Gather.apply(text, group)  # (wB, D)
         first = dist.get_rank(group) * len(image)
     target = torch.arange(first, first + len(image), device=image.device)  # (B,)
     image_loss = F.cross_entropy(logit_scale * image @ all_text.T, target)
     text_loss = F.cross_entropy(logit_scale * text @ all_image.T, target)
     return (image_loss + text_loss) / 2
+
+
+class _Gather(torch.autograd.Function):
+    """The rows of all processes in the order of their ranks; backward, a row sums the gradients it has in each."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+        ctx.group, ctx.rows = group, len(rows)
+        gathered = [torch.empty_like(rows) for _ in range(dist.get_world_size(group))]
+        dist.all_gather(gathered, rows.contiguous(), group=group)
+        return torch.cat(gathered)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        gradient = gradient.contiguous()
+        dist.all_reduce(gradient, group=ctx.group)
+        first = dist.get_rank(ctx.group) * ctx.rows
+        return gradient[first : first + ctx.rows], None

@@ -81,7 +81,7 @@ def save(method: Method, folder: str | Path) -> Path:
     }
     write_aside(folder / weights, blob)
     write_aside(folder / "config.json", (json.dumps(config, indent=1, ensure_ascii=False) + "\n").encode())
-    for stale in folder.glob("weights-*.safetensors*"):
+    for stale in [*folder.glob("weights-*.safetensors"), *folder.glob("*.part")]:
         if stale.name != weights:
             stale.unlink()
     return folder

@@ -22,6 +22,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from accelerate import PartialState
+from accelerate.utils import parse_flag_from_env
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from transformers import CLIPModel, PreTrainedTokenizerBase
@@ -105,7 +106,8 @@ def backward(towers: nn.Module, batch: Batch, chunk: int | None = None) -> Tenso
 
 def adamw(towers: Towers, recipe: Recipe) -> torch.optim.AdamW:
     """AdamW that decays weight matrices only: no biases, norms, embeddings, class token or logit scale."""
-    decayed, free = [], []
+    decayed: list[nn.Parameter] = []
+    free: list[nn.Parameter] = []
     for name, parameter in towers.named_parameters():
         embedding = name.endswith(("token_embedding.weight", "position_embedding.weight"))
         (free if parameter.ndim < 2 or embedding else decayed).append(parameter)
@@ -135,10 +137,11 @@ def train_contrastive(
     on_log: called with every record of the log. With several processes, hooks, log and files are the first one's.
     Raises ClipadaptError for a batch that does not divide among the processes, or when the loss is no longer finite.
     """
-    state = PartialState()
+    state = launched_processes()
     if recipe.batch_size % state.num_processes:
         raise ClipadaptError(f"batch_size {recipe.batch_size} does not divide among {state.num_processes} processes.")
-    vision, text = model.config.vision_config, model.config.text_config
+    vision: Any = model.config.vision_config
+    text: Any = model.config.text_config
     if vision.attention_dropout or text.attention_dropout:
         raise ClipadaptError("attention_dropout must be 0: its random choices could be neither cached nor resumed.")
     out = Path(out)
@@ -230,7 +233,13 @@ def train_contrastive(
     return average()
 
 
-def over_processes(value: Tensor, operation: dist.ReduceOp) -> Tensor:
+def launched_processes() -> PartialState:
+    """This process among those that a launcher started; alone without a launcher."""
+    # Unless told that there is no accelerator, PartialState takes launched CPU processes for so many lone ones.
+    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available())
+
+
+def over_processes(value: Tensor, operation: Any) -> Tensor:
     """`value` (), reduced over all processes of the run."""
     if dist.is_initialized():
         value = value.to(PartialState().device)

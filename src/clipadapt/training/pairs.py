@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedTokenizerBase
 
+from clipadapt.backbones.text import clean
 from clipadapt.training.recipe import Recipe
 
 PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)  # CLIP's, of RGB in [0, 1]
@@ -38,14 +39,13 @@ class Batch(NamedTuple):
 
     def split(self, size: int) -> list[Batch]:
         """Consecutive parts of at most `size` pairs."""
-        return [
-            Batch(*(None if field is None else field[start : start + size] for field in self))
-            for start in range(0, len(self.ids), size)
-        ]
+        parts = (slice(start, start + size) for start in range(0, len(self.ids), size))
+        return [Batch(self.pixels[p], self.ids[p], None if self.keep is None else self.keep[p]) for p in parts]
 
     def to(self, device: torch.device) -> Batch:
         """The batch on `device`, its pixels as the image tower takes them."""
-        pixels, ids, keep = (None if field is None else field.to(device, non_blocking=True) for field in self)
+        pixels, ids = self.pixels.to(device, non_blocking=True), self.ids.to(device, non_blocking=True)
+        keep = None if self.keep is None else self.keep.to(device, non_blocking=True)
         if pixels.dtype == torch.uint8:
             mean, std = (torch.tensor(values, device=device).view(3, 1, 1) for values in (PIXEL_MEAN, PIXEL_STD))
             pixels = (pixels - 255 * mean) / (255 * std)
@@ -70,8 +70,9 @@ class Batches(Dataset):
         share = slice(self.rank * size // self.world, (self.rank + 1) * size // self.world)
         pixels, texts = self.source.batch(step, size, self.image_size, seed)
         # Padded to the longest text of the share only; the causal mask hides padding from every end token.
+        cleaned = [clean(text, self.tokenizer.all_special_tokens) for text in texts[share]]
         tokens = self.tokenizer(
-            texts[share], padding=True, truncation=True, max_length=self.context_length, return_tensors="pt"
+            cleaned, padding=True, truncation=True, max_length=self.context_length, return_tensors="pt"
         )
         keep = None
         if dropped := self.recipe.dropped_patches(step, self.patches):

@@ -1,0 +1,71 @@
+"""Ships a finished run of `clipadapt pretrain` as the embedded model, and measures what was shipped.
+
+    python benchmarks/embedded.py RUN CORPUS
+
+copies RUN/model as float16 into src/clipadapt/backbones/embedded, evaluates that folder as anyone would load it, and
+writes benchmarks/embedded.json (figures) and benchmarks/embedded_log.jsonl (the curve of loss).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import shutil
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from transformers import CLIPModel, CLIPTokenizer
+
+from clipadapt.backbones.scratch import save_clip
+from clipadapt.data.corpus import Corpus
+from clipadapt.evaluation.pretraining import corpus_hooks
+
+ROOT = Path(__file__).resolve().parents[1]
+EMBEDDED = ROOT / "src/clipadapt/backbones/embedded"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path, help="folder of the run (--out of `clipadapt pretrain run`)")
+    parser.add_argument("corpus", type=Path, help="folder of the corpus")
+    options = parser.parse_args()
+
+    tokenizer = CLIPTokenizer.from_pretrained(options.run / "model")
+    save_clip(CLIPModel.from_pretrained(options.run / "model"), tokenizer, EMBEDDED, dtype=torch.float16)
+
+    model = CLIPModel.from_pretrained(EMBEDDED, dtype=torch.float32).eval()
+    corpus = Corpus.open(options.corpus)
+    hooks = corpus_hooks(corpus, tokenizer, model.config.vision_config.image_size)
+    figures = {name: hook(model) for name, hook in hooks.items()}
+    for name, values in figures.items():
+        print(name, json.dumps(values))
+
+    log = [json.loads(line) for line in (options.run / "log.jsonl").read_text().splitlines()]
+    last = [record for record in log if "loss" in record][-1]
+    recipe = json.loads((ROOT / "examples/pretrain/recipe.json").read_text())
+    facts = json.loads((options.corpus / "corpus.json").read_text())
+    results = {
+        "figures": figures,
+        "training": {
+            "steps": last["step"],
+            "pairs": last["step"] * recipe["batch_size"],
+            "seconds": last["seconds"],
+            "last_loss": last["loss"],
+            "pictures": facts["splits"],
+        },
+        "model": {
+            "parameters": sum(parameter.numel() for parameter in model.parameters()),
+            "bytes": sum(file.stat().st_size for file in EMBEDDED.iterdir()),
+            "vocabulary": len(tokenizer),
+        },
+        "recipe": recipe,
+        "versions": {name: version(name) for name in ("torch", "transformers")} | {"python": platform.python_version()},
+    }
+    (ROOT / "benchmarks/embedded.json").write_text(json.dumps(results, indent=1) + "\n")
+    shutil.copy(options.run / "log.jsonl", ROOT / "benchmarks/embedded_log.jsonl")
+
+
+if __name__ == "__main__":
+    main()

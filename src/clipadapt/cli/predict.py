@@ -1,0 +1,88 @@
+"""`clipadapt predict`: what is in these pictures, by an adapted model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from clipadapt.cli import console
+from clipadapt.cli.console import counted, err, out
+from clipadapt.errors import DataError
+
+
+def predict(
+    model: Annotated[Path, typer.Argument(metavar="MODEL", help="A folder that `clipadapt adapt` wrote.")],
+    files: Annotated[list[Path], typer.Argument(metavar="FILES...", help="Pictures, or folders of pictures.")],
+    top: Annotated[int, typer.Option(min=1, help="How many classes to name.")] = 3,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object a line, one line a picture.")] = False,
+) -> None:
+    """Name the most probable classes of FILES.
+
+    A picture that cannot be read is reported; the others are predicted all the same, and the exit code is then 1.
+    """
+    paths = picture_paths(files)
+    with err.status("Loading the model"):
+        from clipadapt.methods import load
+
+        fitted = load(model)
+    logits, kept = fitted.image_logits(paths, on_error="skip", progress=True)
+    best, classes = logits.softmax(dim=1).topk(min(top, logits.shape[1]))  # (M, top)
+    predictions: dict[int, list[dict[str, Any]]] = {
+        index: [
+            {"class": fitted.class_names_[label], "probability": probability}
+            for label, probability in zip(labels, probabilities, strict=True)
+        ]
+        for index, labels, probabilities in zip(kept, classes.tolist(), best.tolist(), strict=True)
+    }
+    unreadable = {index: reason_of(path) for index, path in enumerate(paths) if index not in predictions}
+
+    if as_json:
+        for index, path in enumerate(paths):
+            answer = {"error": unreadable[index]} if index in unreadable else {"predictions": predictions[index]}
+            typer.echo(json.dumps({"file": path, **answer}, ensure_ascii=False))
+    elif predictions:
+        show([(paths[index], classes) for index, classes in predictions.items()])
+    for reason in unreadable.values():
+        err.print(reason, style="red", markup=False, soft_wrap=True)
+    if unreadable:
+        err.print(f"{counted(len(unreadable), 'picture')} of {len(paths):,} could not be read")
+        raise typer.Exit(1)
+
+
+def picture_paths(files: list[Path]) -> list[str]:
+    """The files, and in place of each folder the pictures in it and below."""
+    from clipadapt.data import picture_files
+
+    paths: list[str] = []
+    for file in files:
+        found = picture_files(file) if file.is_dir() else [str(file)]
+        if not found:
+            raise DataError(f"The folder {file} holds no pictures.")
+        paths += found
+    return paths
+
+
+def reason_of(path: str) -> str:
+    """Why a picture could not be read."""
+    from clipadapt.data import FileItem
+
+    try:
+        FileItem(path).open()
+    except DataError as error:
+        return str(error)
+    return f"{path} could not be read a moment ago, and now can."
+
+
+def show(rows: list[tuple[str, list[dict[str, Any]]]]) -> None:
+    """A line for each class of each picture."""
+    drawn = console.table("picture", "class", "probability", right=("probability",))
+    drawn.columns[0].overflow = "fold"
+    for path, classes in rows:
+        for place, guess in enumerate(classes):
+            first = place == 0
+            name = path if first else ""
+            drawn.add_row(name, guess["class"], console.percent(guess["probability"]), style="bold" if first else "dim")
+    out.print(drawn)

@@ -1,0 +1,75 @@
+"""Our preprocessing equals transformers' PIL image processors bit for bit."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import ChineseCLIPImageProcessorPil, CLIPImageProcessorPil, Siglip2ImageProcessorPil
+from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
+
+from clipadapt.backbones.preprocess import Preprocess
+
+SIZES = [(64, 48), (37, 91), (500, 333), (224, 224), (225, 224), (1, 1), (7, 300), (333, 500), (31, 32)]
+MODES = ["RGB", "L", "RGBA", "LA", "P", "CMYK", "1", "PA"]
+
+
+def picture(size: tuple[int, int], mode: str = "RGB") -> Image.Image:
+    values = np.random.default_rng(sum(size)).integers(0, 256, (size[1], size[0], 4), dtype=np.uint8)
+    return Image.fromarray(values, "RGBA").convert(mode)
+
+
+PROCESSORS = {
+    "clip": CLIPImageProcessorPil(),
+    "clip-48": CLIPImageProcessorPil(size={"shortest_edge": 48}, crop_size={"height": 48, "width": 48}),
+    "crop-larger": CLIPImageProcessorPil(size={"shortest_edge": 30}, crop_size={"height": 41, "width": 36}),
+    "chinese-clip": ChineseCLIPImageProcessorPil(),
+    "siglip": SiglipImageProcessorPil(size={"height": 40, "width": 56}),
+    "siglip-bilinear": SiglipImageProcessorPil(size={"height": 32, "width": 32}, resample=2),
+    "no-resize": CLIPImageProcessorPil(do_resize=False, crop_size={"height": 50, "width": 50}),
+    "no-normalise": CLIPImageProcessorPil(do_normalize=False),
+    "no-rescale": CLIPImageProcessorPil(do_rescale=False),
+}
+
+
+@pytest.mark.parametrize("name", PROCESSORS)
+@pytest.mark.parametrize("size", SIZES)
+def test_equal_over_sizes(name, size):
+    processor = PROCESSORS[name]
+    expected = torch.as_tensor(processor(picture(size), return_tensors="np")["pixel_values"][0])
+    ours = Preprocess.from_config(processor.to_dict())(picture(size))
+    assert ours.dtype == torch.float32
+    assert torch.equal(ours, expected.float())
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_equal_over_modes(mode):
+    processor = PROCESSORS["clip-48"]
+    image = picture((61, 50), mode)
+    expected = torch.as_tensor(processor(image, return_tensors="np")["pixel_values"][0])
+    assert torch.equal(Preprocess.from_config(processor.to_dict())(image), expected)
+
+
+def test_equal_with_a_transparent_colour():
+    image = picture((40, 40), "RGB")
+    image.info["transparency"] = image.getpixel((3, 3))
+    expected = PROCESSORS["clip-48"](image, return_tensors="pt")["pixel_values"][0]
+    assert torch.equal(Preprocess.from_config(PROCESSORS["clip-48"].to_dict())(image), expected)
+
+
+@pytest.mark.parametrize("size", [(64, 64), (33, 33)])
+def test_equal_to_naflex_on_square_pictures(size):
+    """SigLIP 2's flexible processor keeps the aspect ratio; we use its square for every picture."""
+    processor = Siglip2ImageProcessorPil(patch_size=8, max_num_patches=16)
+    ours = Preprocess.from_config(processor.to_dict())(picture(size))
+    flat = processor(picture(size), return_tensors="pt")["pixel_values"][0]  # (16, 8 * 8 * 3)
+    expected = flat.reshape(4, 4, 8, 8, 3).permute(4, 0, 2, 1, 3).reshape(3, 32, 32)
+    assert torch.equal(ours, expected)
+
+
+@pytest.mark.parametrize("name", PROCESSORS)
+def test_written_configuration_means_the_same(name):
+    transform = Preprocess.from_config(PROCESSORS[name].to_dict())
+    config = {key: value for key, value in transform.to_config().items() if key != "image_processor_type"}
+    assert Preprocess.from_config(CLIPImageProcessorPil(**config).to_dict()) == transform
