@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import gzip
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +19,7 @@ from clipadapt.backbones import convert_checkpoint, load_backbone
 from clipadapt.backbones.convert import read_state_dict
 from clipadapt.cli.convert import convert as convert_command
 from clipadapt.errors import BackboneError, ClipadaptError
+from tests.tiny import tiny_clip
 
 
 @pytest.fixture
@@ -103,7 +102,7 @@ def test_openai_archive_tells_its_activation_and_half_precision_becomes_float32(
     half = {name: tensor.half() for name, tensor in weights.items()}
     torch.jit.script(Tree({**half, **OPENAI})).save(tmp_path / "ViT.pt")
     backbone = convert_checkpoint(tmp_path / "ViT.pt", tmp_path / "out")
-    assert not recwarn.list
+    assert not [warning for warning in recwarn if "activation" in str(warning.message)]
     assert backbone.model.config.vision_config.hidden_act == "quick_gelu"
     assert {parameter.dtype for parameter in backbone.model.parameters()} == {torch.float32}
     weight = backbone.model.vision_model.embeddings.class_embedding
@@ -121,19 +120,21 @@ def test_activation_matters_and_must_be_told(golden, figures, tmp_path):
     assert relative(other.encode_images(figures["pixels"], normalize=False), figures["image_features"]) > 1e-3
 
 
-def test_pickled_objects_are_never_run(tmp_path):
-    marker = tmp_path / "ran"
-    script = f"""
-import pathlib, torch
 class Evil:
-    def __reduce__(self):
-        return (pathlib.Path.touch, (pathlib.Path({str(marker)!r}),))
-torch.save({{"weight": Evil()}}, {str(tmp_path / "evil.pt")!r})
-"""
-    subprocess.run([sys.executable, "-c", script], check=True)
+    """Touches a file where it is unpickled."""
+
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return Path.touch, (self.marker,)
+
+
+def test_pickled_objects_are_never_run(tmp_path):
+    torch.save({"weight": Evil(tmp_path / "ran")}, tmp_path / "evil.pt")
     with pytest.raises(BackboneError, match=r"evil\.pt holds pickled objects beside tensors, which are never loaded"):
         load_backbone(tmp_path / "evil.pt")
-    assert not marker.exists()
+    assert not (tmp_path / "ran").exists()
 
 
 def test_clear_errors(weights, tmp_path):
@@ -143,8 +144,11 @@ def test_clear_errors(weights, tmp_path):
 
     cases = {
         "resnet": ({"visual.layer1.0.conv1.weight": torch.zeros(1)}, r"is a ResNet CLIP, .*clipadapt\[open-clip\]"),
-        "other": ({"encoder.weight": torch.zeros(1)}, "lacks 'visual.conv1.weight'"),
-        "more": ({**weights, "visual.transformer.resblocks.0.ls_1.gamma": torch.zeros(1)}, "no place for: 'visual"),
+        "other": ({"encoder.weight": torch.zeros(1)}, "is no CLIP in .* it lacks 'visual.conv1.weight'"),
+        "more": (
+            {**weights, "visual.transformer.resblocks.0.ls_1.gamma": torch.zeros(1)},
+            "has weights that CLIP has no place for: 'visual",
+        ),
         "less": ({k: v for k, v in weights.items() if k != "ln_final.bias"}, "lacks 1 weights .*final_layer_norm.bias"),
     }
     for name, (tensors, message) in cases.items():
@@ -183,15 +187,14 @@ def test_tokenizer_from_a_merges_file(weights, merges, tmp_path):
     again = load_backbone(tmp_path / "out")
     assert again.tokenize(["Cat of dog!"]).tolist() == ids
     assert again.fingerprint == backbone.fingerprint
-    convert_checkpoint(tmp_path / "larger.safetensors", tmp_path / "two", activation="gelu", tokenizer=tmp_path / "out")
+    source = tmp_path / "larger.safetensors"
+    convert_checkpoint(source, tmp_path / "two", activation="gelu", tokenizer=tmp_path / "out")
     assert load_backbone(tmp_path / "two").fingerprint == backbone.fingerprint
 
 
 def test_tokenizer_must_fit_the_weights(golden, merges, tmp_path):
     with pytest.raises(BackboneError, match="is no merges file for 512 tokens"):
         convert_checkpoint(golden / "tiny_clip.safetensors", tmp_path / "out", activation="gelu", tokenizer=merges)
-    from tests.tiny import tiny_clip
-
     with pytest.raises(BackboneError, match="has 554 entries and end token 553, but the weights have 512 and 511"):
         convert_checkpoint(golden / "tiny_clip.safetensors", tmp_path / "out", activation="gelu", tokenizer=tiny_clip())
 

@@ -20,37 +20,23 @@ from clipadapt.errors import ClipadaptError
 from clipadapt.methods import FeatureMethod, Method, create, list_methods, method_class
 from clipadapt.methods.artifact import recipe
 from clipadapt.methods.base import WeightMethod
+from tests.pictures import colours
 from tests.tiny import tiny_clip
 
 KEYS = list_methods()
-COLOURS = {"red": (200, 30, 30), "green": (30, 160, 40), "blue": (30, 40, 200), "yellow": (230, 220, 40)}
-
-
 @pytest.fixture(scope="module")
 def backbone() -> Backbone:
     return load_backbone(tiny_clip())
 
 
-def pictures(classes: list[str], per_class: int, seed: int) -> Dataset:
-    """Noisy plain pictures of a colour: easy to learn, and no two alike."""
-    rng = np.random.default_rng(seed)
-    images, labels = [], []
-    for label, name in enumerate(classes):
-        for _ in range(per_class):
-            noise = rng.integers(-25, 25, (32, 32, 3))
-            images.append(Image.fromarray(np.clip(np.array(COLOURS[name]) + noise, 0, 255).astype(np.uint8)))
-            labels.append(label)
-    return image_list(images, labels, classes)
-
-
 @pytest.fixture(scope="module")
 def support() -> Dataset:
-    return pictures(list(COLOURS), 4, seed=1)
+    return colours(4, seed=1)
 
 
 @pytest.fixture(scope="module")
 def queries() -> Dataset:
-    return pictures(list(COLOURS), 2, seed=2)
+    return colours(2, seed=2)
 
 
 def quick(key: str) -> Method:

@@ -1,4 +1,4 @@
-"""The corpus builder on archives written here: three emoji styles, icon sets of several licences, CLDR's annotations."""
+"""The corpus builder on archives written here: emoji styles, icon sets of several licences, annotations of CLDR."""
 
 import dataclasses
 import io
@@ -84,7 +84,10 @@ def archives(tmp_path_factory):
         "broken": info("MIT", category="UI Multicolor"),
     }
     english = {
-        "".join(chr(int(code, 16)) for code in codes.split("-")): {"tts": [name], "default": ["animal", name.split()[0]]}
+        "".join(chr(int(code, 16)) for code in codes.split("-")): {
+            "tts": [name],
+            "default": ["animal", name.split()[0]],
+        }
         for codes, name in ANIMALS.items()
     }
     spanish = {"\U0001f431": {"tts": ["cara de gato"]}}
@@ -261,7 +264,7 @@ def test_an_unfinished_corpus_is_not_opened(tmp_path, corpus):
 
 def test_missing_packages_and_no_npm(tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "which", lambda name: None)
-    with pytest.raises(DataError, match="iconify-json-.* npm is not installed"):
+    with pytest.raises(DataError, match=r"iconify-json-.* npm is not installed"):
         build_corpus(tmp_path, playground=0)
 
 

@@ -307,10 +307,10 @@ def test_a_damaged_or_foreign_checkpoint_is_named(tmp_path):
         train_contrastive(*fresh(), Squares(), RECIPE, tmp_path)
 
 
-def test_a_loss_that_is_not_finite_ends_the_run(tmp_path):
+def test_a_gradient_that_is_not_finite_ends_the_run(tmp_path):
     model, tokenizer = fresh()
     model.visual_projection.weight.data.fill_(float("nan"))
-    with pytest.raises(ClipadaptError, match="loss is nan at step 1"):
+    with pytest.raises(ClipadaptError, match="gradient is nan at step 1"):
         train_contrastive(model, tokenizer, Squares(), RECIPE, tmp_path)
     assert not (tmp_path / "checkpoint.safetensors").exists()
 

@@ -8,13 +8,14 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, overload
 
 import torch
+from PIL import Image
 from torch import nn
 
 from clipadapt.backbones.families import FAMILIES, Pretrained, Tower, TowerName, quiet, submodule
@@ -60,11 +61,15 @@ class Backbone:
         self.model: Any = pretrained.model.eval().requires_grad_(False).to(device)
         self.processor = pretrained.processor
         self.tokenizer = pretrained.tokenizer
-        self.preprocess = Preprocess.from_config(pretrained.processor.to_dict())
+        transform = Preprocess.from_config(pretrained.processor.to_dict())
+        self.preprocess: Callable[[Image.Image], torch.Tensor] = transform
         self._family = FAMILIES[self.family]
         self.prompted: dict[TowerName, PromptedRows] = {}  # filled while `inserted` lasts
         self._fingerprint: tuple[Any, str] | None = None
         config = self.model.config
+        size = transform.crop or transform.resize
+        square = (config.vision_config.image_size,) * 2
+        self.image_size: tuple[int, int] = size if isinstance(size, tuple) else square
         self.patch_size: int = config.vision_config.patch_size
         self.dim: int = getattr(config.text_config, "projection_size", None) or config.projection_dim
 
@@ -73,11 +78,6 @@ class Backbone:
     @property
     def device(self) -> torch.device:
         return next(self.model.parameters()).device
-
-    @property
-    def image_size(self) -> tuple[int, int]:
-        size = self.preprocess.crop or self.preprocess.resize
-        return size if isinstance(size, tuple) else (self.model.config.vision_config.image_size,) * 2
 
     @property
     def logit_scale(self) -> float:
@@ -241,7 +241,7 @@ class Backbone:
 
     def embed_tokens(self, ids: torch.Tensor) -> torch.Tensor:
         """Token ids (..., L) -> their vectors (..., L, W) before positions are added, to start prompts from words."""
-        return submodule(self.model, self._family.text.tokens)(ids.to(self.device))
+        return submodule(self.model, self.tower("text").tokens)(ids.to(self.device))
 
     # -- towers -----------------------------------------------------------------------------------------------------
 
@@ -256,6 +256,7 @@ class Backbone:
 
     def width(self, tower: TowerName) -> int:
         """Length of a hidden row."""
+        self.tower(tower)
         config = self.model.config
         return (config.text_config if tower == "text" else config.vision_config).hidden_size
 
@@ -344,18 +345,17 @@ class Backbone:
             for name, tensor in sorted(state.items()):
                 digest.update(f"{name} {tuple(tensor.shape)}".encode())
                 digest.update(tensor.detach().float().cpu().contiguous().numpy())
-            digest.update(repr(self.preprocess).encode())
-            digest.update(self._tokenizer_digest())
+            digest.update(self._input_digest())
             self._fingerprint = (stamp, digest.hexdigest())
         return self._fingerprint[1]
 
-    def _tokenizer_digest(self) -> bytes:
-        """By what it does (vocabulary and a few sentences), since its files change with library versions."""
-        if self.tokenizer is None:
-            return b""
-        vocabulary = sorted(self.tokenizer.get_vocab().items())
-        sentences = self.tokenizer(list(_PROBES), truncation=True, max_length=self.context_length)["input_ids"]
-        return json.dumps([vocabulary, sentences]).encode()
+    def _input_digest(self) -> bytes:
+        """How pictures and texts become inputs; of the tokenizer what it does, as its files change with versions."""
+        tokenizer: list[Any] = []
+        if self.tokenizer is not None:
+            sentences = self.tokenizer(list(_PROBES), truncation=True, max_length=self.context_length)["input_ids"]
+            tokenizer = [sorted(self.tokenizer.get_vocab().items()), sentences]
+        return json.dumps([repr(self.preprocess), tokenizer]).encode()
 
     def to(self, device: str | torch.device) -> Backbone:
         """Move the weights; returns itself."""

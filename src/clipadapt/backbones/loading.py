@@ -10,6 +10,7 @@ import torch
 from clipadapt.backbones.backbone import Backbone
 from clipadapt.backbones.convert import SUFFIXES, load_checkpoint
 from clipadapt.backbones.families import from_pretrained
+from clipadapt.backbones.open_clip import PREFIX, load_open_clip
 from clipadapt.errors import BackboneError
 
 EMBEDDED = Path(__file__).with_name("embedded")
@@ -24,7 +25,8 @@ def load_backbone(
     """Load a CLIP-like model, frozen and in float32.
 
     source  nothing: the small model that ships with clipadapt; a hub id such as "openai/clip-vit-base-patch16"; a
-            folder written by transformers; a file of weights in OpenAI's or OpenCLIP's ViT naming
+            folder written by transformers; a file of weights in OpenAI's or OpenCLIP's ViT naming; or
+            "open_clip:MODEL/TAG" for what transformers has no class for (extra [open-clip], encoding only)
     device  where its weights go, e.g. "cpu" or "cuda"
     activation  only for a file of weights, which does not tell: "quick_gelu" (OpenAI, assumed without) or "gelu"
 
@@ -34,6 +36,8 @@ def load_backbone(
         if not (EMBEDDED / "config.json").is_file():
             raise BackboneError("This installation has no embedded model; give a hub id or a folder.")
         return Backbone("embedded", from_pretrained(str(EMBEDDED)), device)
+    if str(source).startswith(PREFIX):
+        return load_open_clip(str(source), device)
     path = Path(source)
     if path.is_absolute() and not path.exists():
         raise BackboneError(f"There is no backbone at {path}: neither a folder nor a file.")

@@ -41,6 +41,12 @@ class Plan:
     budget: float = 60.0  # seconds
     on_error: str = "raise"
 
+    @property
+    def source(self) -> str | None:
+        """The backbone's source; a path is made absolute, for the saved model must find it from any other folder."""
+        local = self.backbone is not None and Path(self.backbone).exists()
+        return str(Path(self.backbone).resolve()) if local else self.backbone  # type: ignore[arg-type]
+
 
 def check_target(target: Path, photos: Path | None = None) -> None:
     """Refuse, before any work is done, a folder that the model must not or cannot be saved in."""
@@ -100,7 +106,7 @@ def adapt_to(data: Dataset, test: Dataset | None, plan: Plan) -> dict[str, Any]:
     with err.status("Loading the backbone"):
         from clipadapt.backbones import load_backbone
 
-        backbone = load_backbone(plan.backbone)
+        backbone = load_backbone(plan.source)
     support, held_out, unreadable = encode(backbone, support, held_out, plan.on_error)
     note_duplicates(support, held_out)
     comparison: dict[str, Any] = {"trials": [], "not_tried": [], "reason": None}
@@ -223,7 +229,10 @@ def show(document: dict[str, Any], next_command: str) -> None:
         out.print(comparison_table(document))
         out.print(f"Chosen: {document['reason']}.", markup=False)
         for skipped in document["not_tried"]:
-            out.print(f"not tried: {skipped['method']}: {skipped['reason']}", style="dim", markup=False)
+            out.print(f"Not tried: {skipped['method']}: {skipped['reason']}.", style="dim", markup=False)
+    else:
+        seconds, parameters = console.duration(document["fit_seconds"]), document["trained_parameters"]
+        out.print(f"{document['method']}: fitted in {seconds}, {counted(parameters, 'trained parameter')}.\n")
     if document["held_out"] is None:
         out.print("\nNo picture is left over to check the model on: fewer --shots would leave some.")
     else:
@@ -235,8 +244,8 @@ def show(document: dict[str, Any], next_command: str) -> None:
 def comparison_table(document: dict[str, Any]) -> Table:
     """Zero-shot and each method: accuracy across the folds of the support set."""
     right = ("accuracy", "95 % interval", "seconds", "trained parameters")
-    drawn = console.table("", "method", *right, right=right)
-    drawn.title = f"Cross-validation within the {document['data']['support']:,} pictures learned from"
+    title = f"Cross-validation within the {counted(document['data']['support'], 'picture')} learned from"
+    drawn = console.table("", "method", *right, right=right, title=title)
     for trial in document["trials"]:
         drawn.add_row(
             "→" if trial["chosen"] else "",
@@ -253,8 +262,8 @@ def comparison_table(document: dict[str, Any]) -> Table:
 def held_out_table(document: dict[str, Any]) -> Table:
     """Zero-shot and the adapted model on pictures that neither has seen."""
     held_out = document["held_out"]
-    drawn = console.table("model", "accuracy", "95 % interval", right=("accuracy", "95 % interval"))
-    drawn.title = f"Check on {counted(held_out['pictures'], 'held-out picture')}"
+    title = f"Check on {counted(held_out['pictures'], 'held-out picture')}"
+    drawn = console.table("model", "accuracy", "95 % interval", right=("accuracy", "95 % interval"), title=title)
     for name, key in (("zero-shot", "zero_shot"), (f"adapted ({document['method']})", "adapted")):
         scores = held_out[key]
         drawn.add_row(name, console.percent(scores["accuracy"]), console.interval(scores["interval"]))

@@ -37,9 +37,11 @@ def print_json(document: Any) -> None:
     typer.echo(json.dumps(document, indent=2, ensure_ascii=False))
 
 
-def table(*columns: str, right: tuple[str, ...] = ()) -> Table:
+def table(*columns: str, right: tuple[str, ...] = (), title: str | None = None) -> Table:
     """An empty table with light lines; the columns in `right` hold figures."""
-    drawn = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold")
+    drawn = Table(
+        box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold", title=title, title_style="", title_justify="left"
+    )
     for name in columns:
         figures = name in right
         drawn.add_column(name, justify="right" if figures else "left", no_wrap=figures)

@@ -90,8 +90,8 @@ def show(document: dict[str, Any], every: bool) -> None:
     classes = document["classes"]
     out.print(
         f"accuracy [bold]{console.percent(document['accuracy'])}[/] "
-        f"(95 % interval {console.interval(document['interval'])}) on {counted(document['pictures'], 'picture')}; "
-        f"mean of the {counted(len(classes), 'class')} {console.percent(document['macro_accuracy'])}"
+        f"(95 % interval {console.interval(document['interval'])}) on {counted(document['pictures'], 'picture')}\n"
+        f"mean of {counted(len(classes), 'class')}: {console.percent(document['macro_accuracy'])}"
     )
     right = ("pictures", "accuracy", "precision", "F1")
     drawn = console.table("class", *right, right=right)

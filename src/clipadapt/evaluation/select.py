@@ -9,9 +9,10 @@ the budget is stopped as soon as its own progress reports show it, and named.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import product
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -82,9 +83,12 @@ def select(
     folds: int = 5,
     seed: int = 1,
     templates: Any = "photo",
+    overrides: Mapping[str, dict[str, Any]] = MappingProxyType({}),
     progress: Callable[[str], None] | None = None,
 ) -> Selection:
     """Judge methods (all, or those in `keys`) on `support` within `budget` seconds, and choose the best.
+
+    `overrides` fixes hyper-parameters by method; the others take the values of their search space.
 
     Ties go to the earlier one in the order of the table: what trains nothing comes first. With one picture a class
     nothing can be held out, and Tip-Adapter with its published setting is taken unjudged.
@@ -109,7 +113,7 @@ def select(
 
     def judge(key: str) -> Trial:
         begun = time.perf_counter()
-        combos = settings(method_class(key))
+        combos = list({repr(c): c for s in settings(method_class(key)) for c in [s | overrides.get(key, {})]}.values())
         hits = {c: np.zeros(0, dtype=bool) for c in range(len(combos))}
         parameters, longest = 0, 0.0
         for fold, (train, held_out) in enumerate(fold_rows()):

@@ -135,7 +135,7 @@ def train_contrastive(
                                 per evaluation: step, seconds, evaluation {hook: {figure: value}}.
     hooks: called with the averaged model every `evaluate_every` steps and at the end, without gradients.
     on_log: called with every record of the log. With several processes, hooks, log and files are the first one's.
-    Raises ClipadaptError for a batch that does not divide among the processes, or when the loss is no longer finite.
+    Raises ClipadaptError for a batch that does not divide among the processes, or a gradient that is not finite.
     """
     state = launched_processes()
     if recipe.batch_size % state.num_processes:
@@ -174,9 +174,8 @@ def train_contrastive(
 
     def store(step: int) -> None:
         if state.is_main_process:
-            save_checkpoint(
-                checkpoint, towers, ema, optimizer, {"step": step, "seconds": time.perf_counter() - began}
-            )
+            progress = {"step": step, "seconds": time.perf_counter() - began}
+            save_checkpoint(checkpoint, towers, ema, optimizer, progress)
             save_clip(average(), tokenizer, out / "model")
 
     def evaluate(step: int) -> None:
@@ -203,6 +202,8 @@ def train_contrastive(
                 group["lr"] = rate
             losses.append(backward(parallel, batch.to(state.device), recipe.chunk))
             norm = nn.utils.clip_grad_norm_(towers.parameters(), recipe.clip_norm)
+            if not norm.isfinite():  # nothing of it has reached the weights
+                raise ClipadaptError(f"The gradient is {norm} at step {step}: lower learning_rate or lengthen warmup.")
             optimizer.step()
             optimizer.zero_grad()
             with torch.no_grad():
@@ -212,8 +213,6 @@ def train_contrastive(
 
             if step % recipe.log_every == 0 or step == recipe.steps:
                 loss = float(over_processes(torch.stack(losses).mean(), dist.ReduceOp.SUM)) / state.num_processes
-                if not math.isfinite(loss):
-                    raise ClipadaptError(f"The loss is {loss} at step {step}: lower learning_rate or lengthen warmup.")
                 record(
                     step=step, loss=loss, lr=rate, scale=towers.logit_scale.exp().item(), gradient_norm=norm.item(),
                     pairs_per_second=round(len(losses) * recipe.batch_size / worked, 1),
@@ -221,12 +220,13 @@ def train_contrastive(
                 )  # fmt: skip
                 losses, waited, worked = [], 0.0, 0.0
             stop = bool(over_processes(torch.tensor(float(terminated())), dist.ReduceOp.MAX))
-            if step == recipe.steps or stop or step % recipe.checkpoint_every == 0:
+            last = step == recipe.steps
+            if not stop and (last or (recipe.evaluate_every and step % recipe.evaluate_every == 0)):
+                evaluate(step)
+            if stop or last or step % recipe.checkpoint_every == 0:
                 store(step)
             if stop:
                 break
-            if step == recipe.steps or (recipe.evaluate_every and step % recipe.evaluate_every == 0):
-                evaluate(step)
             started = time.perf_counter()
     with torch.no_grad():
         model.logit_scale.copy_(towers.logit_scale.squeeze())

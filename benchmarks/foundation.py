@@ -1,0 +1,137 @@
+"""What the first release must show: exemplar methods on real CLIP features, and the main job on Caltech-101.
+
+    python benchmarks/foundation.py ../shared/data            # writes benchmarks/foundation.jsonl and prints tables
+
+`whu-rs19`: published features of two real CLIP encoders; 16-shot support sets drawn by the published sampler, seeds
+1-3, all other pictures are the test set; default hyper-parameters, nothing searched.
+`caltech101`: the published split, 16 shots, seeds 1-3, embedded model; each method is searched and judged inside the
+support set (`select`), refitted on all of it and scored on the published test part. `adapt` is timed as a user runs
+it: a new process, an empty feature cache.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import clipadapt
+from clipadapt.data.splits import sample_shots
+from clipadapt.evaluation.select import select
+from clipadapt.methods import FeatureMethod, method_class
+
+SEEDS = (1, 2, 3)
+
+
+def whu(data: Path) -> list[dict[str, Any]]:
+    rows = []
+    keys = [k for k in clipadapt.list_methods() if issubclass(method_class(k), FeatureMethod)]
+    for encoder in ("clip_rn50", "clip_vit-b-32"):
+        z = np.load(data / "whu-rs19" / f"{encoder}.npz")
+        x, y, t = z["image_features"], z["labels"], z["mean_prompt_features"]
+        for shots in (1, 2, 4, 8, 16):
+            for key in keys:
+                accuracy, start = [], time.perf_counter()
+                for seed in SEEDS:
+                    support = sample_shots(y.tolist(), shots, random.Random(seed))
+                    test = np.setdiff1d(np.arange(len(y)), support)
+                    head = clipadapt.create(key).fit_features(x[support], y[support], t)
+                    accuracy.append(float((np.asarray(head.logits(x[test])).argmax(1) == y[test]).mean()))
+                rows.append(
+                    {
+                        "data": "whu-rs19",
+                        "encoder": encoder,
+                        "method": key,
+                        "shots": shots,
+                        "accuracy": accuracy,
+                        "mean": float(np.mean(accuracy)),
+                        "seconds": (time.perf_counter() - start) / len(SEEDS),
+                        "trained_parameters": head.trained_parameters,
+                    }
+                )
+    return rows
+
+
+def caltech(data: Path, budget: float) -> list[dict[str, Any]]:
+    rows = []
+    split_file, root = data / "coop-splits" / "split_zhou_Caltech101.json", data / "caltech101" / "101_ObjectCategories"
+    for seed in SEEDS:
+        rows.append(timed_adapt(split_file, root, seed, budget))
+        backbone = clipadapt.load_backbone()
+        split = clipadapt.coop_split(split_file, root=root)
+        support = split.few_shot(16, seed=seed)[0]
+        selection = select(backbone, support, budget=budget, seed=seed)
+        for trial in selection.trials:
+            start = time.perf_counter()
+            score = trial.create().fit(backbone, support).score(split.test)
+            rows.append(
+                {
+                    "data": "caltech101",
+                    "method": trial.key,
+                    "seed": seed,
+                    "hyperparameters": trial.hyperparameters,
+                    "chosen": trial is selection.best,
+                    "cross_validated": trial.accuracy,
+                    "test": score,
+                    "select_seconds": trial.seconds,
+                    "fit_and_score_seconds": time.perf_counter() - start,
+                    "trained_parameters": trial.trained_parameters,
+                }
+            )
+        rows += [{"data": "caltech101", "seed": seed, "skipped": key, "why": why} for key, why in selection.skipped]
+    return rows
+
+
+def timed_adapt(split_file: Path, root: Path, seed: int, budget: float) -> dict[str, Any]:
+    """The main job as a user runs it the first time: wall seconds and peak memory of the whole process."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-m", "clipadapt.cli", "adapt", str(split_file), "--root", str(root)]
+        command += ["--shots", "16", "--seed", str(seed), "--budget", str(budget), "--out", f"{folder}/model", "--json"]
+        start = time.perf_counter()
+        run = subprocess.run(
+            command, env=os.environ | {"CLIPADAPT_CACHE": f"{folder}/cache"}, check=True, capture_output=True, text=True
+        )
+        seconds = time.perf_counter() - start
+    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20  # GiB
+    return {"data": "caltech101", "adapt": json.loads(run.stdout), "seed": seed, "seconds": seconds, "peak_gib": peak}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("data", type=Path, help="the folder that holds whu-rs19/, caltech101/ and coop-splits/")
+    parser.add_argument("--budget", type=float, default=60.0, help="seconds for --method auto")
+    options = parser.parse_args()
+    rows = whu(options.data) + caltech(options.data, options.budget)
+    fingerprint = clipadapt.load_backbone().fingerprint
+    out = Path(__file__).with_suffix(".jsonl")
+    with open(out, "w") as file:
+        for row in rows:
+            file.write(json.dumps({"clipadapt": clipadapt.__version__, "backbone": fingerprint, **row}) + "\n")
+
+    print("\nwhu-rs19, mean of seeds 1-3, %")
+    for encoder in ("clip_rn50", "clip_vit-b-32"):
+        table = [r for r in rows if r.get("encoder") == encoder]
+        for key in dict.fromkeys(r["method"] for r in table):
+            print(f"{encoder:14} {key:14}", *(f"{100 * r['mean']:6.2f}" for r in table if r["method"] == key))
+    print("\ncaltech101, 16 shots, test accuracy by seed, %")
+    trials = [r for r in rows if "test" in r]
+    for key in dict.fromkeys(r["method"] for r in trials):
+        print(f"{key:14}", *(f"{100 * r['test']:6.2f}{'*' if r['chosen'] else ' '}" for r in trials if r["method"] == key))
+    for r in rows:
+        if "adapt" in r:
+            print(f"adapt, seed {r['seed']}: {r['seconds']:.0f} s, peak {r['peak_gib']:.2f} GiB")
+    print(f"\n{out}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,98 @@
+"""What transformers has no class for (ResNets, ConvNeXt, PE, EVA, CoCa ...), through OpenCLIP: encoding only."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
+
+import torch
+from torch import nn
+
+from clipadapt.backbones.backbone import Backbone
+from clipadapt.backbones.families import TowerName
+from clipadapt.errors import BackboneError
+
+PREFIX = "open_clip:"
+
+
+def load_open_clip(source: str, device: str | torch.device) -> OpenClipBackbone:
+    """Load "open_clip:MODEL/TAG", e.g. "open_clip:RN50/openai", or "open_clip:MODEL/path/to/weights".
+
+    Raises BackboneError where the extra is not installed, or OpenCLIP knows no such model or weights.
+    """
+    try:
+        import open_clip
+    except ImportError as error:
+        raise BackboneError(f"{source} needs OpenCLIP; install it with: pip install 'clipadapt[open-clip]'.") from error
+    name, _, weights = source.removeprefix(PREFIX).partition("/")
+    if not name or not weights:
+        raise BackboneError(f"{source} must name a model and its weights, as in 'open_clip:RN50/openai'.")
+    try:
+        model, transform = open_clip.create_model_from_pretrained(name, pretrained=weights, device=device)
+        tokenizer = open_clip.get_tokenizer(name)
+    except (RuntimeError, OSError, ValueError) as error:
+        raise BackboneError(f"OpenCLIP cannot load {source}: {str(error).splitlines()[0]}") from error
+    return OpenClipBackbone(source, model, transform, tokenizer)
+
+
+class OpenClipBackbone(Backbone):
+    """A `Backbone` that encodes pictures and texts, and refuses everything else by name.
+
+    Preprocessing, text cleaning and tokens are OpenCLIP's own; texts always run at their full context length.
+    """
+
+    def __init__(self, source: str, model: Any, transform: Callable[..., torch.Tensor], tokenizer: Any) -> None:
+        self.source = source
+        self.family = "open_clip"
+        self.model = model.eval().requires_grad_(False)
+        self.processor = None
+        self.tokenizer = tokenizer
+        self.preprocess = transform
+        size = model.visual.image_size
+        self.image_size = (size, size) if isinstance(size, int) else (size[0], size[1])
+        self.prompted = {}
+        self._fingerprint = None
+        with torch.no_grad():
+            self.dim = self.encode_texts(["a"]).shape[1]
+
+    @property
+    def context_length(self) -> int:
+        return self.model.context_length
+
+    @property
+    def capabilities(self) -> frozenset[str]:
+        return frozenset({"texts", "gradients"})
+
+    def encode_images(self, pixels: torch.Tensor, *, tokens: bool = False, normalize: bool = True) -> Any:
+        if tokens:
+            self._refuse("patch tokens")
+        return self.model.encode_image(pixels.to(self.device), normalize=normalize)
+
+    def tokenize(self, texts: Sequence[str]) -> torch.Tensor:
+        return self.tokenizer(list(texts)) if texts else torch.zeros(0, self.context_length, dtype=torch.int64)
+
+    def encode_tokens(self, ids: torch.Tensor, *, normalize: bool = True) -> torch.Tensor:
+        if ids.shape[0] == 0:
+            return torch.zeros(0, self.dim, device=self.device)
+        full = nn.functional.pad(ids, (0, self.context_length - ids.shape[1])).to(self.device)  # (T, context)
+        return self.model.encode_text(full, normalize=normalize)
+
+    def tower(self, tower: TowerName) -> NoReturn:
+        self._refuse("access to the towers' blocks")
+
+    def end_positions(self, ids: torch.Tensor) -> NoReturn:
+        self._refuse("places of end tokens")
+
+    def copy(self) -> OpenClipBackbone:
+        return OpenClipBackbone(self.source, copy.deepcopy(self.model), self.preprocess, self.tokenizer)
+
+    def save(self, folder: str | os.PathLike[str]) -> NoReturn:
+        self._refuse("export as a transformers folder")
+
+    def _input_digest(self) -> bytes:
+        return repr([self.model.visual.preprocess_cfg, self.tokenize(["A photo of a cat."]).tolist()]).encode()
+
+    def _refuse(self, what: str) -> NoReturn:
+        raise BackboneError(f"{self.source} comes through OpenCLIP, which encodes only: it has no {what}.")
