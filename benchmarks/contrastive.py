@@ -1,4 +1,4 @@
-"""What each saving of the contrastive trainer is worth: pairs per CPU second of one thread, and memory, forward and back.
+"""What each saving of the contrastive trainer is worth: pairs per CPU second of one thread, and memory, both passes.
 
 Run `python benchmarks/contrastive.py`; each line adds one saving to the line above, except the last, which trades time
 for memory. Every case runs in a process of its own. The model is the preset "small" with texts of 8 tokens out of 32.

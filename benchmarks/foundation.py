@@ -126,7 +126,9 @@ def main() -> None:
     print("\ncaltech101, 16 shots, test accuracy by seed, %")
     trials = [r for r in rows if "test" in r]
     for key in dict.fromkeys(r["method"] for r in trials):
-        print(f"{key:14}", *(f"{100 * r['test']:6.2f}{'*' if r['chosen'] else ' '}" for r in trials if r["method"] == key))
+        print(
+            f"{key:14}", *(f"{100 * r['test']:6.2f}{'*' if r['chosen'] else ' '}" for r in trials if r["method"] == key)
+        )
     for r in rows:
         if "adapt" in r:
             print(f"adapt, seed {r['seed']}: {r['seconds']:.0f} s, peak {r['peak_gib']:.2f} GiB")

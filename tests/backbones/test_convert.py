@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gzip
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -209,3 +211,8 @@ def test_command(golden, tmp_path):
         "pictures of 32 px in patches of 8, features of 32, activation quick_gelu, without a tokenizer" in result.output
     )
     assert load_backbone(tmp_path / "out").dim == 32
+
+
+def test_command_starts_without_torch():
+    script = "import sys, clipadapt.cli.convert; sys.exit(any(m in sys.modules for m in ('torch', 'transformers')))"
+    assert subprocess.run([sys.executable, "-c", script]).returncode == 0

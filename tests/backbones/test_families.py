@@ -182,6 +182,11 @@ def _last_rows(backbone: Backbone, pixels: torch.Tensor) -> torch.Tensor:
     return caught[0]
 
 
+def test_no_pictures_no_features(backbone):
+    assert backbone.encode_images(torch.zeros(0, 3, 32, 32)).shape == (0, backbone.dim)
+    assert backbone.encode_images(torch.zeros(0, 3, 32, 32), tokens=True).patches.shape == (0, 16, backbone.dim)
+
+
 def test_picture_errors(clip):
     with pytest.raises(BackboneError, match=r"\(B, 3, H, W\)"):
         clip.encode_images(torch.zeros(3, 32, 32))
@@ -264,6 +269,15 @@ def test_without_tokenizer_files_only_ids_are_encoded(tmp_path, texts):
     assert full.capabilities - backbone.capabilities == {"texts"}
     with pytest.raises(BackboneError, match="has no tokenizer"):
         backbone.encode_texts(texts)
+
+
+def test_a_tokenizer_that_cannot_be_made_is_an_error_not_a_substitute(tmp_path):
+    """SigLIP's own needs the package sentencepiece and its model; another class would keep case and punctuation."""
+    folder = shutil.copytree(tiny("siglip"), tmp_path / "siglip")
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps({**config, "tokenizer_class": "SiglipTokenizer"}))
+    with pytest.raises(BackboneError, match="siglip has no tokenizer that can be read: "):
+        load_backbone(folder)
 
 
 def test_clear_errors_for_sources_that_are_none(tmp_path):

@@ -1,4 +1,4 @@
-"""The encode-only backbone, on a stand-in with OpenCLIP's interface: its own import needs a GPU build of torchvision."""
+"""The encode-only backbone, on a stand-in with OpenCLIP's interface: its import needs a GPU build of torch."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from clipadapt.errors import BackboneError
 
 class Visual(nn.Module):
     image_size = (16, 16)
-    preprocess_cfg = {"size": (16, 16), "interpolation": "bicubic"}  # noqa: RUF012
+    preprocess_cfg = {"size": (16, 16), "interpolation": "bicubic"}
 
     def __init__(self) -> None:
         super().__init__()

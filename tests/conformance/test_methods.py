@@ -24,6 +24,8 @@ from tests.pictures import colours
 from tests.tiny import tiny_clip
 
 KEYS = list_methods()
+
+
 @pytest.fixture(scope="module")
 def backbone() -> Backbone:
     return load_backbone(tiny_clip())
@@ -138,9 +140,7 @@ def test_saved_and_loaded_is_equal(key, backbone, queries, fitted, tmp_path):
 def test_order_of_classes_does_not_matter(key, backbone, support, queries, fitted):
     order = [2, 0, 3, 1]
     names = [support.class_names[c] for c in order]
-    permuted = dataclasses.replace(
-        support, labels=[order.index(label) for label in support.labels], class_names=names
-    )
+    permuted = dataclasses.replace(support, labels=[order.index(label) for label in support.labels], class_names=names)
     model = quick(key).fit(backbone, permuted)
     np.testing.assert_allclose(model.predict_proba(queries), fitted(key).predict_proba(queries)[:, order], atol=2e-3)
 

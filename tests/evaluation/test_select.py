@@ -45,7 +45,7 @@ def test_only_what_is_clearly_behind_is_dropped():
 
 def test_figures_are_those_of_plain_cross_validation(backbone, support):
     selection = select(backbone, support, keys=FAST, folds=3, seed=7)
-    assert [t.key for t in selection.trials][0] == "zero-shot"
+    assert selection.trials[0].key == "zero-shot"
     assert {t.key for t in selection.trials} == {"zero-shot", *FAST}
     assert selection.best.accuracy == max(t.accuracy for t in selection.trials)
     assert selection.skipped == []
@@ -70,7 +70,9 @@ def test_same_seed_same_choice(backbone, support):
 
 
 def test_towers_are_judged_too(backbone, support):
-    selection = select(backbone, support, keys=["coop"], folds=2, budget=1e9, overrides={"coop": {"epochs": 2, "n_ctx": 2}})
+    selection = select(
+        backbone, support, keys=["coop"], folds=2, budget=1e9, overrides={"coop": {"epochs": 2, "n_ctx": 2}}
+    )
     assert [t.key for t in selection.trials] == ["zero-shot", "coop"]
     assert selection.trials[1].hyperparameters["epochs"] == 2
     assert selection.trials[1].trained_parameters == 2 * backbone.width("text")

@@ -60,7 +60,7 @@ def test_missing_folder_config_or_weights(saved, tmp_path):
     with pytest.raises(ArtifactError, match="is not a saved model"):
         clipadapt.load(tmp_path / "nowhere")
     next(saved.glob("*.safetensors")).unlink()
-    with pytest.raises(ArtifactError, match="is incomplete: weights-.* is missing"):
+    with pytest.raises(ArtifactError, match=r"is incomplete: weights-.* is missing"):
         clipadapt.load(saved)
 
 
@@ -149,5 +149,5 @@ def test_scores_by_class_name(saved):
     classes = sorted(set(names))
     data = clipadapt.image_list(images, [classes.index(name) for name in names], classes)
     assert model.score(data) == 1.0
-    with pytest.raises(ClipadaptError, match="'gren'.*'green'"):
+    with pytest.raises(ClipadaptError, match=r"'gren'.*'green'"):
         model.score(clipadapt.image_list(images, [0, 0, 0], ["gren", "blue"]))

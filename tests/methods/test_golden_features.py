@@ -1,4 +1,4 @@
-"""Feature methods give the figures of the official implementations, on real CLIP features (golden/README-features.md)."""
+"""Feature methods give the figures of the official implementations, on real CLIP features (README-features.md)."""
 
 from __future__ import annotations
 

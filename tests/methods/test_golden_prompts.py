@@ -36,7 +36,7 @@ def backbone(shared: Path) -> Backbone:
 
 @pytest.fixture
 def golden(shared: Path):
-    return lambda name: {k: v for k, v in np.load(shared / "golden" / f"{name}.npz").items()}
+    return lambda name: dict(np.load(shared / "golden" / f"{name}.npz"))
 
 
 def tensor(array: np.ndarray) -> Tensor:

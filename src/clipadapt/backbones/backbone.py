@@ -9,6 +9,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -147,6 +148,9 @@ class Backbone:
             raise BackboneError(
                 f"Pictures of {tuple(pixels.shape[2:])} pixels are smaller than one patch of {self.patch_size}."
             )
+        if pixels.shape[0] == 0:
+            none = torch.zeros(0, grid[0] * grid[1], self.dim, device=self.device)
+            return ImageTokens(none[:, 0], none, grid, none[:, :0]) if tokens else none[:, 0]
         pixels = pixels.to(self.device)
         if self._family.patchified:
             output = self.model.get_image_features(**_patchify(pixels, self.patch_size))
@@ -341,11 +345,10 @@ class Backbone:
         # versions miss what is written through `.data`, as peft does when it merges; sums show it
         stamp = [(name, tensor.data_ptr(), tensor._version, float(tensor.sum())) for name, tensor in state.items()]
         if self._fingerprint is None or self._fingerprint[0] != stamp:
-            digest = hashlib.blake2b(digest_size=16)
-            for name, tensor in sorted(state.items()):
-                digest.update(f"{name} {tuple(tensor.shape)}".encode())
-                digest.update(tensor.detach().float().cpu().contiguous().numpy())
-            digest.update(self._input_digest())
+            digest = hashlib.blake2b(self._input_digest(), digest_size=16)
+            with ThreadPoolExecutor() as pool:  # hashing large buffers releases the interpreter lock
+                for part in pool.map(_weight_digest, sorted(state.items())):
+                    digest.update(part)
             self._fingerprint = (stamp, digest.hexdigest())
         return self._fingerprint[1]
 
@@ -380,6 +383,13 @@ class Backbone:
             _replace_folder(aside, target)
         finally:
             shutil.rmtree(aside, ignore_errors=True)
+
+
+def _weight_digest(named: tuple[str, torch.Tensor]) -> bytes:
+    name, tensor = named
+    digest = hashlib.blake2b(f"{name} {tuple(tensor.shape)}".encode())
+    digest.update(tensor.detach().float().cpu().contiguous().numpy().data)
+    return digest.digest()
 
 
 def _unit(features: torch.Tensor, normalize: bool) -> torch.Tensor:

@@ -25,7 +25,7 @@ from clipadapt.errors import BackboneError, unknown_name
 ACTIVATIONS = ("quick_gelu", "gelu")
 SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
 
-_HEAD_WIDTHS = {1280: 80, 1408: 88, 1664: 104}  # vision towers H, g and bigG of OpenCLIP; all others have 64
+_HEAD_WIDTHS = {1280: 80, 1408: 88, 1664: 104, 1792: 112}  # vision towers H, g, bigG, e of OpenCLIP
 _NOT_WEIGHTS = {"input_resolution", "context_length", "vocab_size", "attn_mask", "text.attn_mask"}
 _BLOCK_NAMES = {
     "ln_1": "layer_norm1",

@@ -364,8 +364,8 @@ def augment(rgba: np.ndarray, is_scene: np.ndarray, size: int, rng: np.random.Ge
     pixels = torch.from_numpy(rgba).permute(0, 3, 1, 2).float().div_(255)  # (B, 4, H, W)
     pixels[:, :3] *= pixels[:, 3:]
     calm = torch.from_numpy(np.where(is_scene, 0.3, 1.0).astype(np.float32))
-    extent = torch.exp(uniform(-0.45, 0.12) * calm)  # side of the picture, in sides of the view
-    angle = uniform(-0.22, 0.22) * calm  # radians
+    extent = torch.exp(uniform(-0.35, 0.1) * calm)  # side of the picture, in sides of the view
+    angle = uniform(-0.17, 0.17) * calm  # radians
     slack = (1 - extent).abs() + 0.08
     shift = uniform(-1, 1, 2) * slack[:, None]
     cos, sin = torch.cos(angle) / extent, torch.sin(angle) / extent
@@ -383,8 +383,8 @@ def augment(rgba: np.ndarray, is_scene: np.ndarray, size: int, rng: np.random.Ge
     saturation = torch.where(uniform(0, 1, 1, 1, 1) < 0.03, 0.0, uniform(0.7, 1.2, 1, 1, 1))
     rgb = grey + (rgb - grey) * saturation
     rgb = (rgb - 0.5) * uniform(0.75, 1.15, 1, 1, 1) + 0.5 + uniform(-0.08, 0.08, 1, 1, 1)
-    blurred = rng.permutation(count)[: count // 7]
+    blurred = rng.permutation(count)[: count // 10]
     rgb[blurred] = avg_pool2d(rgb[blurred], 3, stride=1, padding=1, count_include_pad=False)
-    noisy = rng.permutation(count)[: count // 7]
+    noisy = rng.permutation(count)[: count // 10]
     rgb[noisy] += torch.from_numpy(rng.normal(0, 0.05, (len(noisy), 3, size, size)).astype(np.float32))
     return rgb.mul_(255).round_().clamp_(0, 255).to(torch.uint8)

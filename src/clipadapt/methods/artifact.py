@@ -28,7 +28,9 @@ FORMAT = 1  # raised when an older version of the library could not read the fol
 def recipe(method: Method) -> dict[str, Any]:
     """A method's key and hyper-parameters as JSON values; a wrapped method nests."""
     values = {f.name: getattr(method, f.name) for f in dataclasses.fields(method)}
-    values = {k: recipe(v) if isinstance(v, Method) else str(v) if isinstance(v, Path) else v for k, v in values.items()}
+    values = {
+        k: recipe(v) if isinstance(v, Method) else str(v) if isinstance(v, Path) else v for k, v in values.items()
+    }
     return {"method": method.card.key, "hyperparameters": values}
 
 
@@ -150,4 +152,3 @@ def _read_weights(folder: Path, entry: dict[str, str]) -> dict[str, Tensor]:
     if hashlib.sha256(blob).hexdigest() != entry["sha256"]:
         raise ArtifactError(f"{path} is damaged: its checksum differs from the one in config.json.")
     return safetensors.torch.load(blob)
-

@@ -274,7 +274,6 @@ class FeatureMethod(Method):
         raise NotImplementedError
 
 
-@dataclass(kw_only=True)
 class WeightMethod(Method):
     """A method that changes weights: `fit` leaves `backbone_`, an adapted copy, and the classifier `weight_` on it.
 
@@ -284,6 +283,8 @@ class WeightMethod(Method):
 
     # Whether the classifier is encoded by the adapted text tower, or is itself a trained parameter.
     head_from_text: ClassVar[bool] = True
+
+    weight_: Tensor  # (C, D); as this class is no dataclass itself, not a hyper-parameter
 
     def changed(self) -> dict[str, Tensor]:
         """The adapted weights by their names in `backbone.model`; all others are those of the original."""

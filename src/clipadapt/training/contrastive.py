@@ -177,6 +177,7 @@ def train_contrastive(
             progress = {"step": step, "seconds": time.perf_counter() - began}
             save_checkpoint(checkpoint, towers, ema, optimizer, progress)
             save_clip(average(), tokenizer, out / "model")
+        state.wait_for_everyone()
 
     def evaluate(step: int) -> None:
         if hooks and state.is_main_process:

@@ -27,12 +27,14 @@ def train(
     steps: list[Tensor],
     *,
     schedule: Callable[[int], float] | None = None,
+    clip_norm: float | None = None,
     report: Callable[[dict[str, Any]], None] | None = None,
     after_step: Callable[[int], None] | None = None,
 ) -> list[float]:
     """Minimise `loss_of(rows)` over `steps`, a list of row numbers for each step; returns the loss of every step.
 
-    `schedule(step)` is the factor on each group's learning rate at that step (constant where it is None).
+    `schedule(step)` is the factor on each group's learning rate at that step (constant where it is None);
+    `clip_norm` is the greatest norm of the whole gradient.
     """
     base = [group["lr"] for group in optimizer.param_groups]
     start = time.perf_counter()
@@ -44,13 +46,18 @@ def train(
         optimizer.zero_grad(set_to_none=True)
         loss = loss_of(rows)
         loss.backward()
+        if clip_norm is not None:
+            parameters = [p for group in optimizer.param_groups for p in group["params"]]
+            torch.nn.utils.clip_grad_norm_(parameters, clip_norm)
         optimizer.step()
         losses.append(loss.item())
         if not math.isfinite(losses[-1]):
             raise FloatingPointError(f"The loss became {losses[-1]} at step {step + 1}: lower the learning rate.")
         if report is not None:
             seconds = time.perf_counter() - start
-            report({"step": step + 1, "steps": len(steps), "loss": losses[-1], "lr": base[0] * factor, "seconds": seconds})
+            report(
+                {"step": step + 1, "steps": len(steps), "loss": losses[-1], "lr": base[0] * factor, "seconds": seconds}
+            )
         if after_step is not None:
             after_step(step)
     return losses

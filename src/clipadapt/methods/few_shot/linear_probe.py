@@ -59,9 +59,7 @@ class LinearProbe(FeatureMethod):
             raise ClipadaptError("linear-probe needs pictures of at least two classes.")
         best = -1.0
         for strength in (self.strength,) if support.val is None else SWEEP:
-            weight, bias = logistic_regression(
-                support.images, support.labels, len(support.texts), strength, self.steps
-            )
+            weight, bias = logistic_regression(support.images, support.labels, len(support.texts), strength, self.steps)
             score = 0.0
             if support.val is not None:
                 x, y = support.val

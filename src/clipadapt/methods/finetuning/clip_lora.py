@@ -34,8 +34,16 @@ def inject(backbone: Backbone, targets: Sequence[str], rank: int, alpha: float, 
 
     "NAME.A" is (r, in) and "NAME.B" is (out, r); the update is scaled by alpha / sqrt(r), the paper's rule.
     """
-    config = LoraConfig(r=rank, lora_alpha=alpha, use_rslora=True, lora_dropout=dropout, target_modules=list(targets))
-    inject_adapter_in_model(config, backbone.model)
+    inject_adapter_in_model(
+        LoraConfig(
+            r=rank,
+            lora_alpha=alpha,  # type: ignore[arg-type]  # any number works
+            use_rslora=True,
+            lora_dropout=dropout,
+            target_modules=list(targets),
+        ),
+        backbone.model,
+    )
     pairs = {}
     for name in targets:
         layer: Any = backbone.model.get_submodule(name)
@@ -47,7 +55,8 @@ def merged(backbone: Backbone, pairs: dict[str, Tensor], scaling: float) -> dict
     """The weights W + scaling * B A by their names in `backbone.model`."""
     state = backbone.model.state_dict()
     return {
-        f"{name[:-2]}.weight": state[f"{name[:-2]}.weight"] + scaling * (pairs[f"{name[:-2]}.B"] @ a).to(backbone.device)
+        f"{name[:-2]}.weight": state[f"{name[:-2]}.weight"]
+        + scaling * (pairs[f"{name[:-2]}.B"] @ a).to(backbone.device)
         for name, a in pairs.items()
         if name.endswith(".A")
     }

@@ -82,10 +82,15 @@ class FineTune(WeightMethod):
             images = adapted.encode_images(pixels.batch(rows, next(number)))  # (B, D)
             return cross_entropy(images @ head.T, labels[rows])
 
-        optimizer = torch.optim.AdamW(trained, lr=self.lr, weight_decay=0.1)
-        optimizer.register_step_pre_hook(lambda *_: torch.nn.utils.clip_grad_norm_(trained, 1.0) and None)
         warmup = len(steps) // 10
-        train(loss_of, optimizer, steps, schedule=lambda step: cosine(step, len(steps), warmup), report=report)
+        train(
+            loss_of,
+            torch.optim.AdamW(trained, lr=self.lr, weight_decay=0.1),
+            steps,
+            schedule=lambda step: cosine(step, len(steps), warmup),
+            clip_norm=1.0,
+            report=report,
+        )
         self.tower_ = {name: parameter.detach().cpu() for name, parameter in tower.items()}
         self.weight_ = head.detach().cpu()
         self._restore(backbone)

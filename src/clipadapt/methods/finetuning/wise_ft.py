@@ -84,9 +84,9 @@ class WiseFt(WeightMethod):
         original = {name: backbone.model.state_dict()[name] for name in tuned}
         self.tower_ = {k: v.cpu() for k, v in interpolate(original, tuned, self.alpha).items()}
         self.trained_ = inner.trained_parameters
-        self._restore(backbone)
+        self.backbone_ = adapted = with_weights(backbone, self.tower_)
         if inner.head_from_text:
-            self.weight_ = self._text_classifier(self.backbone_).cpu()
+            self.weight_ = self._text_classifier(adapted).cpu()
         else:
             head0 = self._text_classifier(backbone).cpu()
             self.weight_ = interpolate({"head": head0}, {"head": inner.weight_}, self.alpha)["head"]

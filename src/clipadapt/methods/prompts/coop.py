@@ -77,7 +77,9 @@ class CoOp(Method):
     class_specific: bool = hyper(False, "a context of its own for each class (the paper's CSC)")
     init: str | None = hyper(None, 'words to start from, such as "a photo of a"; they set n_ctx')
     lr: float = hyper(2e-3, "SGD learning rate (paper)", low=0)
-    epochs: int | None = hyper(None, "passes over the support set; by default the paper's 50, 100 or 200 by shots", low=1)
+    epochs: int | None = hyper(
+        None, "passes over the support set; by default the paper's 50, 100 or 200 by shots", low=1
+    )
     batch_size: int = hyper(32, "pictures a step (paper)", low=1)
     seed: int = hyper(1, "initial context and order of the pictures")
 

@@ -1,0 +1,39 @@
+"""Draws docs/run.svg: what a real run of the main job prints, in colour, exactly as it came.
+
+python docs/make_run_picture.py PHOTOS [OPTIONS...]     # everything after the script goes to `clipadapt adapt`
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import shlex
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from rich.console import Console
+from rich.text import Text
+
+WIDTH = 88
+
+
+def main() -> None:
+    arguments = sys.argv[1:]
+    with tempfile.TemporaryDirectory() as folder:
+        environment = os.environ | {"FORCE_COLOR": "1", "COLUMNS": str(WIDTH), "CLIPADAPT_CACHE": f"{folder}/cache"}
+        command = [sys.executable, "-m", "clipadapt.cli", "adapt", *arguments, "--out", f"{folder}/pets"]
+        run = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
+        printed = (run.stderr + run.stdout).replace(f"{folder}/", "")
+    shown = [Path(arguments[0]).name, *arguments[1:]]
+    console = Console(record=True, width=WIDTH, file=io.StringIO(), force_terminal=True, color_system="truecolor")
+    console.print(Text(f"$ clipadapt adapt {shlex.join(shown)} --out pets/", style="bold"))
+    console.print(Text.from_ansi(printed))
+    picture = Path(__file__).with_name("run.svg")
+    picture.write_text(console.export_svg(title="clipadapt adapt"))
+    print(picture)
+
+
+if __name__ == "__main__":
+    main()
