@@ -120,6 +120,7 @@ def test_activation_matters_and_must_be_told(golden, figures, tmp_path):
     assert not (tmp_path / "out").exists()
     other = load_backbone(source, activation="gelu")
     assert relative(other.encode_images(figures["pixels"], normalize=False), figures["image_features"]) > 1e-3
+    assert other.fingerprint != load_backbone(source, activation="quick_gelu").fingerprint
 
 
 class Evil:

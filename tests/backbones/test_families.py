@@ -228,11 +228,36 @@ def test_fingerprint_sees_preprocessing_and_tokenizer(tmp_path):
     assert load_backbone(folder).fingerprint != plain.fingerprint
 
 
+def test_source_of_a_folder_is_found_from_anywhere(tmp_path, monkeypatch):
+    shutil.copytree(tiny("clip"), tmp_path / "model")
+    monkeypatch.chdir(tmp_path)
+    source = load_backbone("model").source
+    monkeypatch.chdir("/")
+    assert load_backbone(source).source == source == str(tmp_path / "model")
+
+
 def test_copy_is_independent(clip, pixels):
     other = clip.copy()
     with torch.no_grad():
         other.model.visual_projection.weight.mul_(-1)
     torch.testing.assert_close(other.encode_images(pixels), -clip.encode_images(pixels))
+
+
+def test_saving_replaces_an_older_backbone_and_nothing_else(clip, tmp_path):
+    clip.save(tmp_path / "out")
+    other = clip.copy()
+    with torch.no_grad():
+        other.model.logit_scale += 1
+    other.save(tmp_path / "out")
+    assert load_backbone(tmp_path / "out").fingerprint == other.fingerprint
+    (tmp_path / "out" / "holiday.jpg").touch()
+    (tmp_path / "notes").touch()
+    with pytest.raises(BackboneError, match=r"out is not replaced, since it holds holiday\.jpg"):
+        clip.save(tmp_path / "out")
+    with pytest.raises(BackboneError, match="notes is not replaced"):
+        clip.save(tmp_path / "notes")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["notes", "out"]
+    assert load_backbone(tmp_path / "out").fingerprint == other.fingerprint
 
 
 # -- loading ---------------------------------------------------------------------------------------------------------
@@ -254,7 +279,7 @@ def test_missing_weights_are_refused_not_made_up(tmp_path):
     weights = load_file(folder / "model.safetensors")
     del weights["visual_projection.weight"]
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
-    with pytest.raises(BackboneError, match=r"holes lacks 1 weights of its model, the first is 'visual_projection"):
+    with pytest.raises(BackboneError, match=r"holes lacks 1 weights of its model .* 'visual_projection"):
         load_backbone(folder)
 
 
@@ -281,8 +306,9 @@ def test_a_tokenizer_that_cannot_be_made_is_an_error_not_a_substitute(tmp_path):
 
 
 def test_clear_errors_for_sources_that_are_none(tmp_path):
-    with pytest.raises(BackboneError, match="There is no backbone at"):
-        load_backbone(tmp_path / "nowhere")
+    for nowhere in (tmp_path / "nowhere", "models/my/clip"):
+        with pytest.raises(BackboneError, match="There is no backbone at"):
+            load_backbone(nowhere)
     (tmp_path / "empty").mkdir()
     with pytest.raises(BackboneError, match="empty is no complete backbone"):
         load_backbone(tmp_path / "empty")

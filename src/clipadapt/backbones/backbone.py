@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import shutil
-import tempfile
+import uuid
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
@@ -82,7 +82,10 @@ class Backbone:
 
     @property
     def logit_scale(self) -> float:
-        """The learned factor on cosines, e.g. 100.0."""
+        """The learned factor on cosines, e.g. 100.0.
+
+        Its parameter is a scalar in most families, which FSDP2 cannot shard: name it in `ignored_params`.
+        """
         return float(self.model.logit_scale.detach().exp())
 
     @property
@@ -336,29 +339,35 @@ class Backbone:
 
     @property
     def fingerprint(self) -> str:
-        """Hexadecimal digest of weights, preprocessing and tokenizer; the same wherever and however they are stored.
+        """Hexadecimal digest of weights, activation, preprocessing and tokenizer, however they are stored.
 
-        Weights count as float32, so a half-precision copy loaded as float32 has its own. Recomputed when a weight
-        has changed.
+        Weights count as float32, which is how they are loaded. Recomputed when one has changed.
         """
         state = self.model.state_dict()
         # versions miss what is written through `.data`, as peft does when it merges; sums show it
         stamp = [(name, tensor.data_ptr(), tensor._version, float(tensor.sum())) for name, tensor in state.items()]
         if self._fingerprint is None or self._fingerprint[0] != stamp:
-            digest = hashlib.blake2b(self._input_digest(), digest_size=16)
+            digest = hashlib.blake2b(self._setting_digest(), digest_size=16)
             with ThreadPoolExecutor() as pool:  # hashing large buffers releases the interpreter lock
                 for part in pool.map(_weight_digest, sorted(state.items())):
                     digest.update(part)
             self._fingerprint = (stamp, digest.hexdigest())
         return self._fingerprint[1]
 
-    def _input_digest(self) -> bytes:
-        """How pictures and texts become inputs; of the tokenizer what it does, as its files change with versions."""
-        tokenizer: list[Any] = []
+    def _setting_digest(self) -> bytes:
+        """What the weights do not tell: how pictures and texts become inputs, and how the towers compute.
+
+        The tokenizer counts by what it does, since its files change with library versions.
+        """
+        config, tokenizer = self.model.config, []
+        computed = [
+            [part.hidden_act, part.num_attention_heads, part.layer_norm_eps]
+            for part in (config.vision_config, config.text_config)
+        ]
         if self.tokenizer is not None:
             sentences = self.tokenizer(list(_PROBES), truncation=True, max_length=self.context_length)["input_ids"]
             tokenizer = [sorted(self.tokenizer.get_vocab().items()), sentences]
-        return json.dumps([repr(self.preprocess), tokenizer]).encode()
+        return json.dumps([repr(self.preprocess), computed, tokenizer]).encode()
 
     def to(self, device: str | torch.device) -> Backbone:
         """Move the weights; returns itself."""
@@ -371,10 +380,13 @@ class Backbone:
         return Backbone(self.source, parts, self.device)
 
     def save(self, folder: str | os.PathLike[str]) -> None:
-        """Write a plain transformers folder (safetensors), complete or not at all; `load_backbone` reads it back."""
+        """Write a plain transformers folder (safetensors), complete or not at all; `load_backbone` reads it back.
+
+        An older backbone there is replaced; a folder that holds anything else is refused.
+        """
         target = Path(folder)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        aside = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+        aside = target.with_name(f".{target.name}-{uuid.uuid4().hex}")
+        aside.mkdir(parents=True)
         try:
             with quiet():
                 for part in (self.model, self.processor, self.tokenizer):
@@ -409,11 +421,15 @@ def _patchify(pixels: torch.Tensor, size: int) -> dict[str, torch.Tensor]:
 
 
 def _replace_folder(new: Path, target: Path) -> None:
-    """Put `new` in the place of `target`; an older folder there is moved away first, then deleted."""
-    if target.exists():
-        old = Path(tempfile.mkdtemp(prefix=f".{target.name}-old-", dir=target.parent))
-        os.replace(target, old)
+    """Put `new` in the place of `target`; an older version there is moved away first, then deleted."""
+    if not target.exists():
         os.replace(new, target)
-        shutil.rmtree(old)
-    else:
-        os.replace(new, target)
+        return
+    ours = {path.name for path in new.iterdir()}
+    others = [target] if target.is_file() else [path for path in target.iterdir() if path.name not in ours]
+    if others:
+        raise BackboneError(f"{target} is not replaced, since it holds {others[0].name}; give a new or empty folder.")
+    old = new.with_name(f"{new.name}-old")
+    os.replace(target, old)
+    os.replace(new, target)
+    shutil.rmtree(old)

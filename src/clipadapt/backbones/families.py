@@ -138,7 +138,7 @@ def load_tokenizer(source: str) -> Any:
     """The tokenizer of a folder or hub id."""
     try:
         return transformers.AutoTokenizer.from_pretrained(source)
-    except (OSError, ValueError, ImportError) as error:
+    except (OSError, ValueError, KeyError, ImportError) as error:
         raise BackboneError(f"{source} has no tokenizer that can be read: {_first_line(error)}") from error
 
 
@@ -167,11 +167,18 @@ def image_processor(config: dict[str, Any]) -> Any:
 def _with_weights(model_class: Any, name: str | None, source: str, **given: Any) -> Any:
     """The model with its weights as float32; refuses what transformers would fill at random and merely log."""
     model, report = model_class.from_pretrained(
-        name, dtype=torch.float32, attn_implementation="sdpa", output_loading_info=True, **given
+        name,
+        dtype=torch.float32,
+        attn_implementation="sdpa",
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,  # so that they are reported
+        **given,
     )
-    absent = sorted([*report["missing_keys"], *(str(key) for key in report["mismatched_keys"])])
+    absent = sorted([*report["missing_keys"], *(mismatch[0] for mismatch in report["mismatched_keys"])])
     if absent:
-        raise BackboneError(f"{source} lacks {len(absent)} weights of its model, the first is {absent[0]!r}.")
+        raise BackboneError(
+            f"{source} lacks {len(absent)} weights of its model or has them in another shape; one is {absent[0]!r}."
+        )
     return model
 
 
@@ -181,14 +188,17 @@ def _first_line(error: Exception) -> str:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """No progress bars of transformers on the user's terminal, for as long as it lasts."""
-    shown = transformers.utils.logging.is_progress_bar_enabled()
-    transformers.utils.logging.disable_progress_bar()
+    """No progress bars and reports of transformers on the user's terminal, for as long as it lasts."""
+    logging = transformers.utils.logging
+    shown, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
     try:
         yield
     finally:
+        logging.set_verbosity(verbosity)
         if shown:
-            transformers.utils.logging.enable_progress_bar()
+            logging.enable_progress_bar()
 
 
 def register_attention(name: str, function: Callable[..., tuple[torch.Tensor, torch.Tensor | None]]) -> None:

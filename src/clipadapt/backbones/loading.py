@@ -24,7 +24,7 @@ def load_backbone(
 ) -> Backbone:
     """Load a CLIP-like model, frozen and in float32.
 
-    source  nothing: the small model that ships with clipadapt; a hub id such as "openai/clip-vit-base-patch16"; a
+    source  nothing or "embedded": the small model that ships with clipadapt; a hub id such as "openai/clip-vit-base-patch16"; a
             folder written by transformers; a file of weights in OpenAI's or OpenCLIP's ViT naming; or
             "open_clip:MODEL/TAG" for what transformers has no class for (extra [open-clip], encoding only)
     device  where its weights go, e.g. "cpu" or "cuda"
@@ -32,15 +32,17 @@ def load_backbone(
 
     Raises BackboneError naming the source when it is missing, incomplete, or of a family that is not known.
     """
-    if source is None:
+    if source is None or source == "embedded":
         if not (EMBEDDED / "config.json").is_file():
             raise BackboneError("This installation has no embedded model; give a hub id or a folder.")
         return Backbone("embedded", from_pretrained(str(EMBEDDED)), device)
     if str(source).startswith(PREFIX):
         return load_open_clip(str(source), device)
     path = Path(source)
-    if path.is_absolute() and not path.exists():
-        raise BackboneError(f"There is no backbone at {path}: neither a folder nor a file.")
-    if path.suffix in SUFFIXES and not path.is_dir():
-        return load_checkpoint(path, activation, device)
+    if path.is_dir():
+        return Backbone(str(path.resolve()), from_pretrained(str(path)), device)
+    if path.suffix in SUFFIXES:
+        return load_checkpoint(path.resolve(), activation, device)
+    if path.is_absolute() or len(path.parts) > 2:  # a hub id has at most one slash
+        raise BackboneError(f"There is no backbone at {path}: neither a folder nor a file of weights.")
     return Backbone(str(source), from_pretrained(str(source)), device)

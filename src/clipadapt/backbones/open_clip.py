@@ -91,8 +91,10 @@ class OpenClipBackbone(Backbone):
     def save(self, folder: str | os.PathLike[str]) -> NoReturn:
         self._refuse("export as a transformers folder")
 
-    def _input_digest(self) -> bytes:
-        return repr([self.model.visual.preprocess_cfg, self.tokenize(["A photo of a cat."]).tolist()]).encode()
+    def _setting_digest(self) -> bytes:
+        return repr(
+            [self.source, self.model.visual.preprocess_cfg, self.tokenize(["A photo of a cat."]).tolist()]
+        ).encode()
 
     def _refuse(self, what: str) -> NoReturn:
         raise BackboneError(f"{self.source} comes through OpenCLIP, which encodes only: it has no {what}.")

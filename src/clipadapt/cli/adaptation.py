@@ -103,7 +103,7 @@ def adapt_to(data: Dataset, test: Dataset | None, plan: Plan) -> dict[str, Any]:
     from clipadapt.data import class_texts
 
     class_texts(support.class_names, plan.templates)  # a wrong template shows now, not after the encoding
-    with err.status("Loading the backbone"):
+    with err.status(f"Loading {plan.backbone or 'the embedded model'}"):
         from clipadapt.backbones import load_backbone
 
         backbone = load_backbone(plan.source)
@@ -148,8 +148,8 @@ def encode(
     from clipadapt.features import encode_images
 
     encoded = encode_images(backbone, [*support.items, *held_out.items], progress=True, on_error=on_error)
-    for name, reason in encoded.skipped:
-        note(f"skipped {reason}" if name in reason else f"skipped {name}: {reason}")
+    for _, reason in encoded.skipped:
+        note(f"skipped: {reason}")
     kept = [i for i in encoded.kept if i < len(support)], [i - len(support) for i in encoded.kept if i >= len(support)]
     return support.select(kept[0]), held_out.select(kept[1]), encoded.skipped
 
@@ -163,7 +163,7 @@ def note_duplicates(support: Dataset, held_out: Dataset) -> None:
         sum(place.part == "held out" for place in group) for group in groups if any(p.part == "support" for p in group)
     )
     if flattered:
-        note(f"{counted(flattered, 'held-out picture')} also lie among those learned from (identical files)")
+        note(f"{counted(flattered, 'held-out picture')} with a copy among those learned from (identical files)")
 
 
 def compare(backbone: Backbone, support: Dataset, plan: Plan) -> tuple[Method, dict[str, Any]]:
@@ -228,14 +228,17 @@ def show(document: dict[str, Any], next_command: str) -> None:
     if document["trials"]:
         out.print(comparison_table(document))
         out.print(f"Chosen: {document['reason']}.", markup=False)
-        for skipped in document["not_tried"]:
-            out.print(f"Not tried: {skipped['method']}: {skipped['reason']}.", style="dim", markup=False)
+        reasons = dict.fromkeys(skipped["reason"] for skipped in document["not_tried"])
+        for reason in reasons:
+            methods = ", ".join(s["method"] for s in document["not_tried"] if s["reason"] == reason)
+            out.print(f"Not tried: {methods}: {reason}.", style="dim", markup=False)
     else:
         seconds, parameters = console.duration(document["fit_seconds"]), document["trained_parameters"]
-        out.print(f"{document['method']}: fitted in {seconds}, {counted(parameters, 'trained parameter')}.\n")
+        out.print(f"{document['method']}: fitted in {seconds}, {counted(parameters, 'trained parameter')}.")
     if document["held_out"] is None:
-        out.print("\nNo picture is left over to check the model on: fewer --shots would leave some.")
+        out.print("No picture is left over to check the model on: fewer --shots would leave some.")
     else:
+        out.print()
         out.print(held_out_table(document))
     out.print(f"The model lies in [bold]{document['model']}[/] ({console.size(document['bytes'])}). Next:")
     out.print(f"  {next_command}", style="cyan", markup=False, soft_wrap=True)

@@ -75,7 +75,8 @@ def prepare(
 ) -> None:
     if debug:
         return
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    for library in ("TRANSFORMERS", "HF_HUB"):
+        os.environ.setdefault(f"{library}_VERBOSITY", "error")
     warnings.filterwarnings("ignore", module=r"(torch|transformers|huggingface_hub|sklearn|peft|accelerate)\b")
     warnings.showwarning = lambda message, *_: err.print(f"warning: {message}", style="yellow", markup=False)
 

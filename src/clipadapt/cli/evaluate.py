@@ -42,7 +42,7 @@ def evaluate(
     logits, kept = fitted.image_logits(data, on_error=on_error.value, progress=True)
     unreadable = [data.items[index].name for index in sorted(set(range(len(data))) - set(kept))]
     for name in unreadable:
-        note(f"skipped {name}, which cannot be read")
+        note(f"skipped: {name} cannot be read")
     document = {"model": str(model), "method": fitted.card.key, "data": data.name, "unreadable": unreadable}
     document |= measure([labels[index] for index in kept], logits.argmax(dim=1).numpy(), fitted.class_names_)
     if as_json:

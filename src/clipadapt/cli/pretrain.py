@@ -17,7 +17,7 @@ def corpus(
     archives: Annotated[
         Path | None, typer.Option("--from", help="Folder of packages fetched before; missing ones are put there.")
     ] = None,
-    playground: Annotated[int, typer.Option(help="Pictures of the playground to draw.")] = 25_000,
+    playground: Annotated[int, typer.Option(help="Pictures of the playground to draw.")] = 22_000,
     workers: Annotated[int | None, typer.Option(help="Processes that draw; default: one per core.")] = None,
 ) -> None:
     """Fetch icon sets, annotations and clip art, and draw them into OUT (about 1.2 GB)."""
@@ -49,9 +49,8 @@ def run(
     source = Corpus.open(corpus)
     tokenizer = train_tokenizer(source.training_texts(), vocabulary)
     model = scratch_clip(tokenizer, **sizes)
-    # Over the few tokens of small pictures the fused kernel's backward pass takes a third of a step on a CPU.
-    model.set_attn_implementation("eager")
-    hooks = corpus_hooks(source, tokenizer, model.config.vision_config.image_size)
+    vision: Any = model.config.vision_config
+    hooks = corpus_hooks(source, tokenizer, vision.image_size)
     plan = Recipe.from_dict(values)
     trained = train_contrastive(
         model, tokenizer, source, plan, out, hooks=hooks, on_log=lambda record: typer.echo(json.dumps(record))

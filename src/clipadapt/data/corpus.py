@@ -72,7 +72,7 @@ def build_corpus(
     out: str | Path,
     *,
     archives: str | Path | None = None,
-    playground: int = 25_000,
+    playground: int = 22_000,
     workers: int | None = None,
     report: Callable[[str], None] = print,
 ) -> Path:
@@ -165,6 +165,7 @@ def _write_text(path: Path, lines: Iterable[str]) -> None:
 
 def draw_record(record: Record) -> bytes | None:
     """The record's picture, (64, 64, 4) straight RGBA bytes, longest side 64, centred; None if it cannot be drawn."""
+    picture: Image.Image
     try:
         if record.svg is not None:
             import resvg_py

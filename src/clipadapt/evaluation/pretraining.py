@@ -22,7 +22,9 @@ Hook = Callable[["CLIPModel"], dict[str, Any]]
 TEMPLATES = ("a photo of a {}.", "{}")
 
 
-def corpus_hooks(corpus: Corpus, tokenizer: PreTrainedTokenizerBase, image_size: int) -> dict[str, Hook]:
+def corpus_hooks(
+    corpus: Corpus, tokenizer: PreTrainedTokenizerBase, image_size: int, *, playground_per_kind: int = 10
+) -> dict[str, Hook]:
     """Evaluations for `train_contrastive`, by name; every figure is a share in [0, 1].
 
     heldout_style  one picture a name in the emoji style never trained on. `top1`: names that were trained on in other
@@ -35,7 +37,7 @@ def corpus_hooks(corpus: Corpus, tokenizer: PreTrainedTokenizerBase, image_size:
     encode = _Encoder(tokenizer)
     return {
         "heldout_style": _heldout_style(corpus, encode, image_size),
-        "playground": _playground(encode, image_size),
+        "playground": _playground(encode, image_size, playground_per_kind),
         "retrieval": _retrieval(corpus, encode, image_size),
     }
 
@@ -57,11 +59,15 @@ class _Encoder:
 
     @torch.no_grad()
     def texts(self, model: CLIPModel, texts: list[str]) -> Tensor:
-        length = model.config.text_config.max_position_embeddings
+        text: Any = model.config.text_config
         features = []
         for start in range(0, len(texts), 256):
             tokens = self.tokenizer(
-                texts[start : start + 256], padding=True, truncation=True, max_length=length, return_tensors="pt"
+                texts[start : start + 256],
+                padding=True,
+                truncation=True,
+                max_length=text.max_position_embeddings,
+                return_tensors="pt",
             )
             features.append(model.get_text_features(input_ids=tokens["input_ids"].to(model.device)).pooler_output.cpu())
         return normalize(torch.cat(features), dim=-1)
@@ -103,14 +109,14 @@ def _heldout_style(corpus: Corpus, encode: _Encoder, image_size: int) -> Hook:
     return hook
 
 
-def _playground(encode: _Encoder, image_size: int) -> Hook:
+def _playground(encode: _Encoder, image_size: int, per_kind: int) -> Hook:
     from clipadapt.data.playground import HELDOUT_KINDS, HELDOUT_STYLE, KINDS, STYLES, Playground
 
     seen = [kind for kind in KINDS if kind not in HELDOUT_KINDS]
     styles = [style for style in STYLES if style != HELDOUT_STYLE]
 
     def draw(kinds: list[str], styles: list[str]) -> tuple[Tensor, Tensor, list[str]]:
-        data = Playground(size=64, kinds=kinds, styles=styles, seed=1_000).dataset(10, by="kind")
+        data = Playground(size=64, kinds=tuple(kinds), styles=tuple(styles), seed=1_000).dataset(per_kind, by="kind")
         pictures = [item.open().resize((image_size, image_size), 3) for item in data.items]  # 3: bicubic
         pixels = torch.from_numpy(np.stack([np.asarray(picture) for picture in pictures])).permute(0, 3, 1, 2)
         return pixels, torch.tensor(data.labels), data.class_names

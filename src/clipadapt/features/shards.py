@@ -18,7 +18,8 @@ from safetensors.numpy import save_file
 from clipadapt.data import as_items
 from clipadapt.errors import ArtifactError, ClipadaptError
 from clipadapt.features.encode import encode_images
-from clipadapt.features.store import checksum, written_aside
+from clipadapt.features.store import checksum
+from clipadapt.files import written_aside
 
 if TYPE_CHECKING:
     from clipadapt.backbones import Backbone

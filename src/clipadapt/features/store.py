@@ -7,8 +7,8 @@ import time
 import uuid
 import warnings
 import zlib
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import suppress
 from itertools import repeat
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from clipadapt.errors import ClipadaptError
+from clipadapt.files import written_aside
 
 KEY_BYTES = 16
 PART_ROWS = 4096  # rows that make a part full
@@ -34,17 +35,6 @@ def cache_root() -> Path:
 def checksum(array: np.ndarray) -> str:
     """CRC-32 of type, shape and bytes of a contiguous array, as 8 hex digits."""
     return f"{zlib.crc32(array.data, zlib.crc32(f'{array.dtype} {array.shape}'.encode())):08x}"
-
-
-@contextmanager
-def written_aside(path: Path) -> Iterator[Path]:
-    """A path beside `path` to write to; it takes the place of `path` at the end, or vanishes on an exception."""
-    aside = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        yield aside
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
 
 
 class FeatureStore:

@@ -1,1 +1,1 @@
-
+"""Objectives as pure functions of features."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from torch import Tensor
 import clipadapt
 from clipadapt.backbones import Backbone, load_backbone
 from clipadapt.errors import ArtifactError
+from clipadapt.files import written_aside
 from clipadapt.methods.base import Method
 from clipadapt.methods.registry import create
 
@@ -81,22 +81,14 @@ def save(method: Method, folder: str | Path) -> Path:
         "learned": plain,
         "weights": {"file": weights, "sha256": digest},
     }
-    write_aside(folder / weights, blob)
-    write_aside(folder / "config.json", (json.dumps(config, indent=1, ensure_ascii=False) + "\n").encode())
-    for stale in [*folder.glob("weights-*.safetensors"), *folder.glob("*.part")]:
+    with written_aside(folder / weights) as aside:
+        aside.write_bytes(blob)
+    with written_aside(folder / "config.json") as aside:
+        aside.write_text(json.dumps(config, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    for stale in [*folder.glob("weights-*.safetensors"), *folder.glob(".*.tmp")]:  # an older model, a killed save
         if stale.name != weights:
-            stale.unlink()
+            stale.unlink(missing_ok=True)
     return folder
-
-
-def write_aside(path: Path, content: bytes) -> None:
-    """Write a file under another name, flush it to disk, then rename it: never seen half-written."""
-    aside = path.with_name(f"{path.name}.{os.getpid()}.part")
-    with open(aside, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(aside, path)
 
 
 def load(folder: str | Path, backbone: Backbone | None = None) -> Method:

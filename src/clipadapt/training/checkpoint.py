@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from clipadapt.errors import ArtifactError
+from clipadapt.files import written_aside
 from clipadapt.training.averaging import EMA
 
 ADAM_STATE = ("step", "exp_avg", "exp_avg_sq")
@@ -28,9 +28,8 @@ def save_checkpoint(
         tensors[f"weight.{name}"], tensors[f"average.{name}"] = parameter.detach(), average
         for key in ADAM_STATE:
             tensors[f"{key}.{name}"] = optimizer.state[parameter][key]
-    aside = file.with_suffix(".aside")
-    save_file(tensors, aside, metadata={"progress": json.dumps({**progress, "ema_updates": ema.updates})})
-    os.replace(aside, file)
+    with written_aside(file) as aside:
+        save_file(tensors, aside, metadata={"progress": json.dumps({**progress, "ema_updates": ema.updates})})
 
 
 @torch.no_grad()
@@ -63,6 +62,5 @@ def rewind_log(file: Path, step: int) -> None:
     lines: Iterable[str] = file.read_text(encoding="utf-8").splitlines(keepends=True)
     # A line without its end was cut off by the interruption.
     kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
-    aside = file.with_suffix(".aside")
-    aside.write_text("".join(kept), encoding="utf-8")
-    os.replace(aside, file)
+    with written_aside(file) as aside:
+        aside.write_text("".join(kept), encoding="utf-8")

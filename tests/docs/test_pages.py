@@ -1,0 +1,160 @@
+"""The pages and the examples are true: their code runs, their commands exist, their links lead somewhere."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import re
+import runpy
+import shlex
+import subprocess
+import sys
+import tarfile
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import redirect_stdout
+from io import StringIO
+from multiprocessing import get_context
+from pathlib import Path
+
+import pytest
+import typer
+
+from clipadapt.cli.app import app
+from clipadapt.data import Playground
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
+OTHERS = {"add-a-method.md"}  # its code is a method's file, which test_add_a_method.py tries
+
+CLASSES = ("cat", "fish", "house", "star")
+
+# A page's process is forked from one that has these already; they take most of its time.
+PROCESSES = get_context("forkserver")
+PROCESSES.set_forkserver_preload(["clipadapt.methods", "clipadapt.evaluation.select", "sklearn.datasets", "pytest"])
+
+
+def blocks(page: Path, language: str) -> Iterator[tuple[int, str]]:
+    """(line number from 0, text) of a page's fenced blocks in one language."""
+    text = page.read_text(encoding="utf-8")
+    for block in re.finditer(rf"^```{language}\n(.*?)^```$", text, re.M | re.S):
+        yield text.count("\n", 0, block.start(1)), block.group(1)
+
+
+def name_of(path: Path) -> str:
+    return path.name
+
+
+# -- code ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def photos(tmp_path_factory) -> Path:
+    """A folder with what the pages take for granted: photos/, and the same pictures listed or packed in other forms."""
+    folder = tmp_path_factory.mktemp("pages")
+    data = Playground().dataset(12, kinds=CLASSES)
+    paths, labels = [], [CLASSES[label] for label in data.labels]
+    for number, (item, label) in enumerate(zip(data.items, labels, strict=True)):
+        path = Path("photos", label, f"{number:03}.png")
+        (folder / path.parent).mkdir(parents=True, exist_ok=True)
+        item.open().save(folder / path)
+        paths.append(str(path))
+    rows = list(zip(paths, labels, strict=True))
+    with open(folder / "photos.csv", "w", newline="") as file:
+        csv.writer(file).writerows([("image", "label"), *rows])
+    entries = [[path, CLASSES.index(label), label] for path, label in rows]
+    parts = {"train": entries[0::3], "val": entries[1::3], "test": entries[2::3]}
+    (folder / "split_zhou_Photos.json").write_text(json.dumps(parts))
+    with tarfile.open(folder / "photos-000.tar", "w") as shard:
+        for number, (path, label) in enumerate(rows):
+            (folder / "label.cls").write_text(label)
+            shard.add(folder / path, f"{number:03}.png")
+            shard.add(folder / "label.cls", f"{number:03}.cls")
+    return folder
+
+
+def run(script: str, folder: str) -> str:
+    """Run a script in a folder, in a process of its own; gives what it printed."""
+    os.chdir(folder)
+    with redirect_stdout(StringIO()) as printed:
+        runpy.run_path(script, run_name="__main__")
+    return printed.getvalue()
+
+
+def run_apart(script: Path, folder: Path) -> str:
+    with ProcessPoolExecutor(1, PROCESSES) as pool:
+        return pool.submit(run, str(script), str(folder)).result(timeout=300)
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if p.name not in OTHERS and list(blocks(p, "python"))], ids=name_of)
+def test_code_on_the_page_runs(page, photos, tmp_path):
+    lines = [""] * len(page.read_text(encoding="utf-8").splitlines())
+    for start, code in blocks(page, "python"):
+        lines[start : start + code.count("\n")] = code.splitlines()
+    script = tmp_path / f"{page.stem}.py"
+    script.write_text("\n".join(lines))  # a traceback names the page's own lines
+    run_apart(script, photos)
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=name_of)
+def test_example_runs(example, photos):
+    assert run_apart(example, photos).strip()
+
+
+# -- commands --------------------------------------------------------------------------------------------------------
+
+
+def commands(page: Path) -> Iterator[str]:
+    for _, block in blocks(page, "sh"):
+        yield from re.findall(r"^clipadapt .*", block.replace("\\\n", " "), re.M)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_commands_are_of_the_program(page):
+    for line in commands(page):
+        command, words = typer.main.get_command(app), shlex.split(line, comments=True)[1:]
+        while hasattr(command, "commands"):
+            assert words[0] in command.commands, f"{page.name} has {line!r}, and there is no command {words[0]!r}"
+            command = command.commands[words.pop(0)]
+        command.make_context(command.name, words)  # raises on an unknown option or a wrong value
+
+
+# -- links -----------------------------------------------------------------------------------------------------------
+
+
+def anchors(page: Path) -> set[str]:
+    """What GitHub lets one link to on a page: its headings, in small letters, with hyphens."""
+    prose = re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.M | re.S)
+    headings = re.findall(r"^#+ (.*)$", prose, re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_links_lead_somewhere(page):
+    prose = re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.M | re.S)
+    for target in re.findall(r"\]\(([^)\s]+)\)", prose):
+        if not re.match(r"[a-z]+:", target):
+            path, _, anchor = target.partition("#")
+            linked = (page.parent / path).resolve() if path else page
+            assert linked.exists(), f"{page.name} links to {target}, which does not exist"
+            assert not anchor or anchor in anchors(linked), f"{page.name} links to {target}, which has no such heading"
+
+
+def test_every_page_is_in_the_index():
+    index = (ROOT / "docs" / "README.md").read_text(encoding="utf-8")
+    for page in (ROOT / "docs").glob("*.md"):
+        assert page.name == "README.md" or f"({page.name})" in index
+    for example in EXAMPLES:
+        assert f"({os.path.relpath(example, ROOT / 'docs')})" in index
+
+
+# -- what is made by a script ----------------------------------------------------------------------------------------
+
+
+def test_the_catalogue_is_that_of_the_cards(tmp_path):
+    script = ROOT / "docs" / "make_catalogue.py"
+    subprocess.run([sys.executable, str(script), str(tmp_path / "methods.md")], check=True, timeout=120)
+    made, kept = (tmp_path / "methods.md").read_text(), (ROOT / "docs" / "methods.md").read_text()
+    assert made == kept, "docs/methods.md is not up to date; run: python docs/make_catalogue.py"
