@@ -18,7 +18,7 @@ CLASSES, DIM, SHOTS = 20, 64, 8
 def features(per_class: int, centres: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     """Image features (N, D) scattered around their class's centre, and labels (N,)."""
     labels = np.repeat(np.arange(len(centres)), per_class)
-    return centres[labels] + 0.9 * rng.normal(size=(len(labels), DIM)), labels
+    return centres[labels] + 1.6 * rng.normal(size=(len(labels), DIM)), labels
 
 
 def main() -> None:

@@ -24,10 +24,11 @@ def load_backbone(
 ) -> Backbone:
     """Load a CLIP-like model, frozen and in float32.
 
-    source  nothing or "embedded": the small model that ships with clipadapt; a hub id such as "openai/clip-vit-base-patch16"; a
-            folder written by transformers; a file of weights in OpenAI's or OpenCLIP's ViT naming; or
-            "open_clip:MODEL/TAG" for what transformers has no class for (extra [open-clip], encoding only)
-    device  where its weights go, e.g. "cpu" or "cuda"
+    source      nothing or "embedded": the small model that ships with clipadapt;
+                a hub id such as "openai/clip-vit-base-patch16", or a folder written by transformers;
+                a file of weights in OpenAI's or OpenCLIP's ViT naming;
+                "open_clip:MODEL/TAG" for what transformers has no class for (extra [open-clip], encoding only)
+    device      where its weights go, e.g. "cpu" or "cuda"
     activation  only for a file of weights, which does not tell: "quick_gelu" (OpenAI, assumed without) or "gelu"
 
     Raises BackboneError naming the source when it is missing, incomplete, or of a family that is not known.

@@ -15,7 +15,7 @@ from clipadapt.errors import DataError
 
 def predict(
     model: Annotated[Path, typer.Argument(metavar="MODEL", help="A folder that `clipadapt adapt` wrote.")],
-    files: Annotated[list[Path], typer.Argument(metavar="FILES...", help="Pictures, or folders of pictures.")],
+    files: Annotated[list[Path], typer.Argument(metavar="FILES", help="Pictures, or folders of pictures.")],
     top: Annotated[int, typer.Option(min=1, help="How many classes to name.")] = 3,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object a line, one line a picture.")] = False,
 ) -> None:

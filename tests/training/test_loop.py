@@ -1,0 +1,85 @@
+"""The few-shot loop: batches, schedule, clipping, reports, and randomness that stays inside."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from clipadapt.backbones import load_backbone
+from clipadapt.training.loop import batches, seeded, train
+from clipadapt.training.pixels import Pixels
+from clipadapt.training.search import best_on
+from tests.pictures import colours
+from tests.tiny import tiny_clip
+
+
+def test_batches_hold_every_row_once_an_epoch():
+    steps = batches(10, 4, epochs=3, seed=5)
+    assert [len(rows) for rows in steps] == [4, 4, 2] * 3
+    for epoch in range(3):
+        assert sorted(torch.cat(steps[3 * epoch : 3 * epoch + 3]).tolist()) == list(range(10))
+    assert [r.tolist() for r in steps] == [r.tolist() for r in batches(10, 4, epochs=3, seed=5)]
+    assert [r.tolist() for r in steps] != [r.tolist() for r in batches(10, 4, epochs=3, seed=6)]
+
+
+def test_train_is_gradient_descent():
+    """x <- x - lr_t x on f(x) = x^2 / 2, with the rate of each step and everything reported."""
+    x = torch.tensor([8.0], requires_grad=True)
+    reports = []
+    losses = train(
+        lambda rows: (x**2 / 2).sum(),
+        torch.optim.SGD([x], lr=0.5),
+        [torch.arange(1)] * 3,
+        schedule=lambda step: [1.0, 0.5, 0.0][step],
+        report=reports.append,
+    )
+    assert losses == [32.0, 8.0, 4.5]
+    assert x.item() == 3.0
+    assert [(r["step"], r["steps"], r["loss"], r["lr"]) for r in reports] == [
+        (1, 3, 32.0, 0.5),
+        (2, 3, 8.0, 0.25),
+        (3, 3, 4.5, 0.0),
+    ]
+
+
+def test_the_gradient_is_clipped_as_a_whole():
+    x, y = torch.tensor([3.0], requires_grad=True), torch.tensor([4.0], requires_grad=True)
+    train(lambda rows: (x**2 / 2 + y**2 / 2).sum(), torch.optim.SGD([x, y], lr=1.0), [torch.arange(1)], clip_norm=1.0)
+    assert (x.item(), y.item()) == pytest.approx((3 - 0.6, 4 - 0.8), abs=1e-5)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run():
+    x = torch.tensor([1.0], requires_grad=True)
+    with pytest.raises(FloatingPointError, match="at step 1: lower the learning rate"):
+        train(lambda rows: (x / 0).sum(), torch.optim.SGD([x], lr=1.0), [torch.arange(1)])
+
+
+def test_seeded_leaves_the_global_stream_alone():
+    torch.manual_seed(1)
+    expected = torch.rand(3)
+    torch.manual_seed(1)
+    with seeded(7):
+        first = torch.rand(2)
+    assert torch.equal(torch.rand(3), expected)
+    with seeded(7):
+        assert torch.equal(torch.rand(2), first)
+
+
+def test_the_first_of_equal_candidates_wins():
+    labels = torch.tensor([0, 1])
+    right, wrong = torch.eye(2), torch.eye(2).flip(0)
+    assert best_on(labels, [("a", wrong), ("b", right), ("c", right)]) == ("b", 1.0)
+
+
+def test_pixels_plain_and_cropped():
+    backbone, data = load_backbone(tiny_clip()), colours(2, seed=3)
+    plain = Pixels(backbone, data, min_scale=1.0, seed=1)
+    expected = torch.stack([backbone.preprocess(item.open()) for item in data.items])
+    assert torch.equal(plain.batch(torch.arange(8), 0), expected)
+    assert torch.equal(plain.batch([5, 2], 9), expected[[5, 2]])
+    cropped = Pixels(backbone, data, min_scale=0.3, seed=1)
+    first, second = cropped.batch([0, 1], 0), cropped.batch([0, 1], 1)
+    assert first.shape == (2, 3, 32, 32)
+    assert not torch.equal(first, second)
+    assert torch.equal(first, Pixels(backbone, data, min_scale=0.3, seed=1).batch([0, 1], 0))
+    assert not torch.equal(first, Pixels(backbone, data, min_scale=0.3, seed=2).batch([0, 1], 0))
