@@ -1,7 +1,8 @@
-"""Writing a file so that nobody ever sees half of it."""
+"""Files and folders: written so that nobody ever sees half of one, and told from those that are not ours."""
 
 from __future__ import annotations
 
+import json
 import os
 import uuid
 from collections.abc import Iterator
@@ -23,3 +24,12 @@ def written_aside(path: Path) -> Iterator[Path]:
         os.replace(aside, path)
     finally:
         aside.unlink(missing_ok=True)
+
+
+def is_model(folder: Path) -> bool:
+    """Whether `folder` holds a saved clipadapt model, going by its config.json; other programs write one, too."""
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(config, dict) and {"format", "method"} <= config.keys()

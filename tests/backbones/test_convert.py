@@ -162,6 +162,11 @@ def test_clear_errors(weights, tmp_path):
     for name in ("torn.safetensors", "text.pt"):
         with pytest.raises(BackboneError, match=f"{name} cannot be read as weights|{name} holds pickled"):
             load_backbone(tmp_path / name)
+    torch.save([torch.zeros(1)], tmp_path / "list.pt")
+    with pytest.raises(BackboneError, match=r"list\.pt holds no named weights"):
+        load_backbone(tmp_path / "list.pt")
+    with pytest.raises(BackboneError, match="tells its activation; give none"):
+        load_backbone(tiny_clip(), activation="gelu")
     with pytest.raises(BackboneError, match="There is no file"):
         read_state_dict(tmp_path / "absent.pt")
 

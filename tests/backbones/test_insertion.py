@@ -136,6 +136,21 @@ def test_mmrl(golden, golden_clip, variant):
     assert_close(100 * rep @ texts.T, values["logits_rep"])
 
 
+@pytest.mark.parametrize("variant", ["OxfordPets", "Caltech101"])
+def test_tcp(golden, golden_clip, variant):
+    """Rows of each class replaced once more before a later block."""
+    values = Golden(golden / "tcp.npz", f"{variant}/")
+    teacher = golden_clip.encode_tokens(values["teacher_tokens"])  # (C, D)
+    hidden = teacher @ values["meta_net.linear1.weight"].T + values["meta_net.linear1.bias"]
+    hidden = hidden * torch.sigmoid(1.702 * hidden)
+    prompts = hidden @ values["meta_net.linear2.weight"].T + values["meta_net.linear2.bias"]
+    class_prompts = prompts.reshape(len(teacher), 4, -1)  # (C, 4, W)
+    with golden_clip.inserted(text=[Insertion(values["ctx"]), Insertion(class_prompts, layer=int(values["layer"]))]):
+        texts = golden_clip.encode_tokens(values["tokenized_prompts"])
+    logits = golden_clip.logit_scale * golden_clip.encode_images(values["pixels"]) @ texts.T
+    assert_close(logits, values["logits"])
+
+
 # -- every family ------------------------------------------------------------------------------------------------------
 
 

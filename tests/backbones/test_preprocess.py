@@ -58,6 +58,12 @@ def test_equal_with_a_transparent_colour():
     assert torch.equal(Preprocess.from_config(PROCESSORS["clip-48"].to_dict())(image), expected)
 
 
+@pytest.mark.parametrize("size", [(1, 60_000), (60_000, 1)])
+def test_a_thread_of_a_picture_takes_no_memory(size):
+    """Its shortest side enlarged to 224 would be 13 million pixels long."""
+    assert Preprocess()(picture(size)).shape == (3, 224, 224)
+
+
 @pytest.mark.parametrize("size", [(64, 64), (33, 33)])
 def test_equal_to_naflex_on_square_pictures(size):
     """SigLIP 2's flexible processor keeps the aspect ratio; we use its square for every picture."""

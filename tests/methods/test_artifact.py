@@ -98,6 +98,10 @@ def test_other_peoples_files_are_left_alone(saved, tmp_path):
     (tmp_path / "thesis" / "chapter.tex").write_text("years of work")
     with pytest.raises(ArtifactError, match="holds other files and no clipadapt model"):
         model.save(tmp_path / "thesis")
+    (tmp_path / "towers").mkdir()
+    (tmp_path / "towers" / "config.json").write_text('{"model_type": "clip"}')
+    with pytest.raises(ArtifactError, match="holds other files and no clipadapt model"):
+        model.save(tmp_path / "towers")
     (tmp_path / "file").write_text("")
     with pytest.raises(ArtifactError, match="is a file"):
         model.save(tmp_path / "file")

@@ -18,7 +18,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from clipadapt.backbones.backbone import Backbone
-from clipadapt.backbones.families import Pretrained, clip_model, clip_tokenizer, image_processor, load_tokenizer
+from clipadapt.backbones.families import (
+    Pretrained,
+    clip_model,
+    clip_tokenizer,
+    first_line,
+    image_processor,
+    load_tokenizer,
+)
 from clipadapt.backbones.preprocess import Preprocess
 from clipadapt.errors import BackboneError, unknown_name
 
@@ -105,12 +112,14 @@ def read_state_dict(path: Path) -> dict[str, torch.Tensor]:
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)
     except (SafetensorError, RuntimeError, OSError, EOFError, ValueError) as error:
-        raise BackboneError(f"{path} cannot be read as weights: {str(error).splitlines()[0]}") from error
+        raise BackboneError(f"{path} cannot be read as weights: {first_line(error)}") from error
     except UnpicklingError as error:
         raise BackboneError(f"{path} holds pickled objects beside tensors, which are never loaded.") from error
     for key in ("state_dict", "model"):
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]
+    if not isinstance(state, dict):
+        raise BackboneError(f"{path} holds no named weights.")
     named = {str(name).removeprefix("module."): tensor for name, tensor in state.items()}
     return {name: tensor for name, tensor in named.items() if isinstance(tensor, torch.Tensor)}
 

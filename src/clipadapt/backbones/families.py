@@ -127,9 +127,9 @@ def from_pretrained(source: str) -> Pretrained:
             tokenizer = load_tokenizer(source) if has_tokenizer else None
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         if folder:
-            raise BackboneError(f"The folder {source} is no complete backbone: {_first_line(error)}") from error
+            raise BackboneError(f"The folder {source} is no complete backbone: {first_line(error)}") from error
         raise BackboneError(
-            f"There is no folder {source}, and as a hub id it cannot be loaded: {_first_line(error)}"
+            f"There is no folder {source}, and as a hub id it cannot be loaded: {first_line(error)}"
         ) from error
     return Pretrained(config.model_type, model, processor, tokenizer)
 
@@ -139,7 +139,7 @@ def load_tokenizer(source: str) -> Any:
     try:
         return transformers.AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError, KeyError, ImportError) as error:
-        raise BackboneError(f"{source} has no tokenizer that can be read: {_first_line(error)}") from error
+        raise BackboneError(f"{source} has no tokenizer that can be read: {first_line(error)}") from error
 
 
 def clip_model(
@@ -182,7 +182,7 @@ def _with_weights(model_class: Any, name: str | None, source: str, **given: Any)
     return model
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
     return str(error).strip().split("\n")[0]
 
 

@@ -33,6 +33,8 @@ def load_backbone(
 
     Raises BackboneError naming the source when it is missing, incomplete, or of a family that is not known.
     """
+    if activation is not None and (source is None or Path(source).suffix not in SUFFIXES):
+        raise BackboneError(f"{source or 'The embedded model'} tells its activation; give none.")
     if source is None or source == "embedded":
         if not (EMBEDDED / "config.json").is_file():
             raise BackboneError("This installation has no embedded model; give a hub id or a folder.")

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from clipadapt.backbones.backbone import Backbone
-from clipadapt.backbones.families import TowerName
+from clipadapt.backbones.families import TowerName, first_line
 from clipadapt.errors import BackboneError
 
 PREFIX = "open_clip:"
@@ -33,7 +33,7 @@ def load_open_clip(source: str, device: str | torch.device) -> OpenClipBackbone:
         model, transform = open_clip.create_model_from_pretrained(name, pretrained=weights, device=device)
         tokenizer = open_clip.get_tokenizer(name)
     except (RuntimeError, OSError, ValueError) as error:
-        raise BackboneError(f"OpenCLIP cannot load {source}: {str(error).splitlines()[0]}") from error
+        raise BackboneError(f"OpenCLIP cannot load {source}: {first_line(error)}") from error
     return OpenClipBackbone(source, model, transform, tokenizer)
 
 

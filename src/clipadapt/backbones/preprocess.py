@@ -19,6 +19,9 @@ OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
 class Preprocess:
     """The image transform of one backbone; equal bit for bit to the PIL image processors of `transformers`.
 
+    Two departures: SigLIP 2's flexible size becomes a square, and of a picture more than 100 times as long as wide
+    only the middle is resized, so that memory stays bounded.
+
     resize     shortest side in pixels (keeps the aspect ratio), or (height, width), or None
     crop       (height, width) of the centre crop (black where the picture is smaller), or None
     resample   PIL's number of the filter (2 bilinear, 3 bicubic)
@@ -72,6 +75,8 @@ class Preprocess:
     def __call__(self, picture: Image.Image) -> torch.Tensor:
         """A PIL picture of any mode -> (3, H, W) float32; transparency is laid on white."""
         picture = to_rgb(picture)
+        if isinstance(self.resize, int) and self.crop is not None:
+            picture = _bounded(picture)
         if self.resize is not None:
             picture = picture.resize(_target_size(picture.size, self.resize), self.resample)
         values = np.asarray(picture)  # (H, W, 3) uint8
@@ -102,6 +107,16 @@ def _value_table(rescale: float, mean: tuple[float, ...], std: tuple[float, ...]
     scaled = (np.arange(256, dtype=np.float64) * rescale).astype(np.float32)  # (256,)
     mean_, std_ = np.array(mean, np.float32)[:, None], np.array(std, np.float32)[:, None]
     return (scaled - mean_) / std_  # (3, 256)
+
+
+def _bounded(picture: Image.Image) -> Image.Image:
+    """The middle of a picture more than 100 times as long as wide, whose enlargement could exhaust the memory."""
+    width, height = picture.size
+    longest = 100 * min(width, height)
+    if max(width, height) <= longest:
+        return picture
+    left, top = max(width - longest, 0) // 2, max(height - longest, 0) // 2
+    return picture.crop((left, top, left + min(width, longest), top + min(height, longest)))
 
 
 def _target_size(size: tuple[int, int], resize: int | tuple[int, int]) -> tuple[int, int]:

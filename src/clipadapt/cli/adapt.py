@@ -9,8 +9,9 @@ from typing import Annotated, Any
 
 import typer
 
-from clipadapt.cli.adaptation import Plan, adapt_to, check_target, show
+from clipadapt.cli.adaptation import Plan, adapt_to, check_target
 from clipadapt.cli.console import AsJson, OnError, print_json
+from clipadapt.cli.outcome import show
 from clipadapt.cli.photos import Photos, Root, read_photos
 from clipadapt.errors import ClipadaptError
 

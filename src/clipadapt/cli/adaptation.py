@@ -1,6 +1,6 @@
-"""What `adapt` and `demo` share: draw pictures, compare methods, fit, save, check on held-out pictures, and show it.
+"""What `adapt` and `demo` do: draw pictures, compare methods, fit, save, and check on held-out pictures.
 
-Everything that is shown stands in one JSON document, so that --json and the tables cannot disagree.
+The outcome is one JSON document. `outcome.py` shows it, so that --json and the tables cannot disagree.
 """
 
 from __future__ import annotations
@@ -14,11 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.table import Table
-
 from clipadapt.cli import console
-from clipadapt.cli.console import counted, err, note, out
+from clipadapt.cli.console import counted, err, note
 from clipadapt.errors import ArtifactError, DataError
+from clipadapt.files import is_model
 
 if TYPE_CHECKING:
     from clipadapt.backbones import Backbone
@@ -54,19 +53,11 @@ def check_target(target: Path, photos: Path | None = None) -> None:
         raise ArtifactError(f"{target} is a file; the model needs a folder.")
     if photos is not None and photos.is_dir() and target.resolve().is_relative_to(photos.resolve()):
         raise ArtifactError(f"{target} lies among the pictures of {photos}; save the model elsewhere (--out).")
-    if target.is_dir() and any(target.iterdir()) and not _is_model(target):
+    if target.is_dir() and any(target.iterdir()) and not is_model(target):
         raise ArtifactError(f"{target} holds other files and no clipadapt model; give a new folder (--out).")
     ancestor = next(folder for folder in (target, *target.absolute().parents) if folder.exists())
     if not os.access(ancestor, os.W_OK):
         raise ArtifactError(f"{target} cannot be written: no permission to write in {ancestor}.")
-
-
-def _is_model(folder: Path) -> bool:
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return isinstance(config, dict) and {"format", "method"} <= config.keys()
 
 
 def draw(data: Dataset, test: Dataset | None, shots: int, seed: int) -> tuple[Dataset, Dataset]:
@@ -218,56 +209,3 @@ def settings(method: Method) -> dict[str, Any]:
     from clipadapt.methods.artifact import recipe
 
     return recipe(method)["hyperparameters"]
-
-
-# -- showing -----------------------------------------------------------------------------------------------------------
-
-
-def show(document: dict[str, Any], next_command: str) -> None:
-    """The document as tables, where the model lies, and what to type next."""
-    if document["trials"]:
-        out.print(comparison_table(document))
-        out.print(f"Chosen: {document['reason']}.", markup=False)
-        reasons = dict.fromkeys(skipped["reason"] for skipped in document["not_tried"])
-        for reason in reasons:
-            methods = ", ".join(s["method"] for s in document["not_tried"] if s["reason"] == reason)
-            out.print(f"Not tried: {methods}: {reason}.", style="dim", markup=False)
-    else:
-        seconds, parameters = console.duration(document["fit_seconds"]), document["trained_parameters"]
-        out.print(f"{document['method']}: fitted in {seconds}, {counted(parameters, 'trained parameter')}.")
-    if document["held_out"] is None:
-        out.print("No picture is left over to check the model on: fewer --shots would leave some.")
-    else:
-        out.print()
-        out.print(held_out_table(document))
-    out.print(f"The model lies in [bold]{document['model']}[/] ({console.size(document['bytes'])}). Next:")
-    out.print(f"  {next_command}", style="cyan", markup=False, soft_wrap=True)
-
-
-def comparison_table(document: dict[str, Any]) -> Table:
-    """Zero-shot and each method: accuracy across the folds of the support set."""
-    right = ("accuracy", "95 % interval", "seconds", "trained parameters")
-    title = f"Cross-validation within the {counted(document['data']['support'], 'picture')} learned from"
-    drawn = console.table("", "method", *right, right=right, title=title)
-    for trial in document["trials"]:
-        drawn.add_row(
-            "→" if trial["chosen"] else "",
-            trial["method"],
-            console.percent(trial["accuracy"]),
-            console.interval(trial["interval"]),
-            f"{trial['seconds']:.1f}",
-            f"{trial['trained_parameters']:,}",
-            style="bold green" if trial["chosen"] else None,
-        )
-    return drawn
-
-
-def held_out_table(document: dict[str, Any]) -> Table:
-    """Zero-shot and the adapted model on pictures that neither has seen."""
-    held_out = document["held_out"]
-    title = f"Check on {counted(held_out['pictures'], 'held-out picture')}"
-    drawn = console.table("model", "accuracy", "95 % interval", right=("accuracy", "95 % interval"), title=title)
-    for name, key in (("zero-shot", "zero_shot"), (f"adapted ({document['method']})", "adapted")):
-        scores = held_out[key]
-        drawn.add_row(name, console.percent(scores["accuracy"]), console.interval(scores["interval"]))
-    return drawn

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from clipadapt.cli.adaptation import Plan, adapt_to, check_target, show
+from clipadapt.cli.adaptation import Plan, adapt_to, check_target
 from clipadapt.cli.console import AsJson, print_json
+from clipadapt.cli.outcome import show
 
 if TYPE_CHECKING:
     from clipadapt.data import Dataset

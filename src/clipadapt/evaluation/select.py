@@ -20,6 +20,7 @@ import numpy as np
 from clipadapt.backbones import Backbone
 from clipadapt.data import Dataset
 from clipadapt.data.splits import stratified_folds
+from clipadapt.errors import ClipadaptError
 from clipadapt.evaluation.metrics import wilson
 from clipadapt.features import encode_classes, encode_images
 from clipadapt.methods import FeatureMethod, Method, create, list_methods, method_class
@@ -160,15 +161,15 @@ def select(
             continue
         try:
             if key != "zero-shot" and out_of_time(0):
-                raise _OverBudget("no time left")
+                raise _OverBudget(f"no time was left of {_duration(budget)}")
             trials.append(judge(key))
-        except _OverBudget as error:
-            skipped.append((key, f"{error} (budget {_duration(budget)})"))
+        except (_OverBudget, ClipadaptError, FloatingPointError) as error:
+            skipped.append((key, str(error)))
             tell(f"{key}: skipped, {error}")
         else:
             tell(f"{key}: {100 * (trials[-1].accuracy or 0):.1f} % in {trials[-1].seconds:.1f} s")
     best = max(trials, key=lambda t: t.accuracy or 0)
-    reason = f"{best.key} is best on {len(labels)} pictures of the support set, each held out once in {k} folds"
+    reason = f"{best.key} is best on {len(labels):,} pictures of the support set, each held out once in {k} folds"
     return Selection(trials, best, reason, skipped)
 
 
@@ -179,7 +180,9 @@ def _watch(fits_after: int, until: float) -> Callable[[dict[str, Any]], None]:
         if step["step"] >= 4 and step["step"] % 4 == 0:
             one = step["seconds"] * step["steps"] / step["step"]
             if time.perf_counter() - step["seconds"] + one * (1 + fits_after) > until:
-                raise _OverBudget(f"it would take about {_duration(one * (1 + fits_after))}")
+                left = max(until - time.perf_counter(), 0)
+                needed = _duration(one * (1 + fits_after))
+                raise _OverBudget(f"it needs about {needed} more, and {_duration(left)} of the budget were left")
 
     return watch
 

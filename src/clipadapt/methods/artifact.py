@@ -18,7 +18,7 @@ from torch import Tensor
 import clipadapt
 from clipadapt.backbones import Backbone, load_backbone
 from clipadapt.errors import ArtifactError
-from clipadapt.files import written_aside
+from clipadapt.files import is_model, written_aside
 from clipadapt.methods.base import Method
 from clipadapt.methods.registry import create
 
@@ -65,7 +65,7 @@ def save(method: Method, folder: str | Path) -> Path:
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
         raise ArtifactError(f"{folder} is a file; a model is saved as a folder.")
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / "config.json").exists():
+    if folder.is_dir() and any(folder.iterdir()) and not is_model(folder):
         raise ArtifactError(f"{folder} holds other files and no clipadapt model; save to a new or empty folder.")
     folder.mkdir(parents=True, exist_ok=True)
 

@@ -47,6 +47,7 @@ def inject(backbone: Backbone, targets: Sequence[str], rank: int, alpha: float, 
     pairs = {}
     for name in targets:
         layer: Any = backbone.model.get_submodule(name)
+        layer.lora_dropout.train()  # this dropout only: some towers have others, made for pre-training
         pairs[f"{name}.A"], pairs[f"{name}.B"] = layer.lora_A["default"].weight, layer.lora_B["default"].weight
     return pairs
 
@@ -128,7 +129,6 @@ class ClipLora(WeightMethod):
         with seeded(self.seed):
             targets = adapted.target_modules(self.tower, self.kinds, self.layers)  # type: ignore[arg-type]
             pairs = inject(adapted, targets, self.rank, self.alpha, self.dropout)
-            adapted.model.train()
             train(
                 loss_of,
                 torch.optim.AdamW(list(pairs.values()), lr=self.lr, weight_decay=1e-2),

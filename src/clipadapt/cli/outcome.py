@@ -1,0 +1,60 @@
+"""The outcome of `adapt` and `demo` as tables: how the methods compare, how good the model is, where it lies."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.table import Table
+
+from clipadapt.cli import console
+from clipadapt.cli.console import counted, out
+
+
+def show(document: dict[str, Any], next_command: str) -> None:
+    """The document as tables, where the model lies, and what to type next."""
+    if document["trials"]:
+        out.print(comparison_table(document))
+        out.print(f"Chosen: {document['reason']}.", markup=False)
+        reasons = dict.fromkeys(skipped["reason"] for skipped in document["not_tried"])
+        for reason in reasons:
+            methods = ", ".join(s["method"] for s in document["not_tried"] if s["reason"] == reason)
+            out.print(f"Not tried: {methods}: {reason}.", style="dim", markup=False)
+    else:
+        seconds, parameters = console.duration(document["fit_seconds"]), document["trained_parameters"]
+        out.print(f"{document['method']}: fitted in {seconds}, {counted(parameters, 'trained parameter')}.")
+    if document["held_out"] is None:
+        out.print("No picture is left over to check the model on: fewer --shots would leave some.")
+    else:
+        out.print()
+        out.print(held_out_table(document))
+    out.print(f"The model lies in [bold]{document['model']}[/] ({console.size(document['bytes'])}). Next:")
+    out.print(f"  {next_command}", style="cyan", markup=False, soft_wrap=True)
+
+
+def comparison_table(document: dict[str, Any]) -> Table:
+    """Zero-shot and each method: accuracy across the folds of the support set."""
+    right = ("accuracy", "95 % interval", "seconds", "trained parameters")
+    title = f"Cross-validation within the {counted(document['data']['support'], 'picture')} learned from"
+    drawn = console.table("", "method", *right, right=right, title=title)
+    for trial in document["trials"]:
+        drawn.add_row(
+            "→" if trial["chosen"] else "",
+            trial["method"],
+            console.percent(trial["accuracy"]),
+            console.interval(trial["interval"]),
+            f"{trial['seconds']:.1f}",
+            f"{trial['trained_parameters']:,}",
+            style="bold green" if trial["chosen"] else None,
+        )
+    return drawn
+
+
+def held_out_table(document: dict[str, Any]) -> Table:
+    """Zero-shot and the adapted model on pictures that neither has seen."""
+    held_out = document["held_out"]
+    title = f"Check on {counted(held_out['pictures'], 'held-out picture')}"
+    drawn = console.table("model", "accuracy", "95 % interval", right=("accuracy", "95 % interval"), title=title)
+    for name, key in (("zero-shot", "zero_shot"), (f"adapted ({document['method']})", "adapted")):
+        scores = held_out[key]
+        drawn.add_row(name, console.percent(scores["accuracy"]), console.interval(scores["interval"]))
+    return drawn
