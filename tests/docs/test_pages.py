@@ -18,6 +18,7 @@ from io import StringIO
 from multiprocessing import get_context
 from pathlib import Path
 
+import numpy as np
 import pytest
 import typer
 
@@ -72,14 +73,23 @@ def photos(tmp_path_factory) -> Path:
             (folder / "label.cls").write_text(label)
             shard.add(folder / path, f"{number:03}.png")
             shard.add(folder / "label.cls", f"{number:03}.cls")
+    data.items[0].open().save(folder / "new.jpg")
     return folder
 
 
 def run(script: str, folder: str) -> str:
     """Run a script in a folder, in a process of its own; gives what it printed."""
     os.chdir(folder)
+    sys.argv = [script]
+    draws = np.random.default_rng(0)
+    known = {  # what the README's reader has at hand
+        "image_features": draws.normal(size=(8, 16)),
+        "labels": np.arange(8) % 4,
+        "text_features": draws.normal(size=(4, 16)),
+        "other_features": draws.normal(size=(2, 16)),
+    }
     with redirect_stdout(StringIO()) as printed:
-        runpy.run_path(script, run_name="__main__")
+        runpy.run_path(script, known, run_name="__main__")
     return printed.getvalue()
 
 

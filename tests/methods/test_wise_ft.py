@@ -39,6 +39,8 @@ def test_the_middle_is_the_mean_of_all_weights(backbone):
     support = colours(3, seed=1)
     inner = create("fine-tune", **INNER["fine-tune"])
     model = create("wise-ft", method=inner, alpha=0.5).fit(backbone, support)
+    assert not hasattr(inner, "backbone_"), "the method that was given is a recipe; it stays unfitted"
+    inner.fit(backbone, support)
     ours, tuned, original = (m.model.state_dict() for m in (model.backbone_, inner.backbone_, backbone))
     for name in ours:
         torch.testing.assert_close(ours[name], (tuned[name] + original[name]) / 2)

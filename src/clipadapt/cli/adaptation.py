@@ -5,7 +5,6 @@ The outcome is one JSON document. `outcome.py` shows it, so that --json and the 
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import time

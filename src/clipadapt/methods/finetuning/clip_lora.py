@@ -90,7 +90,7 @@ class ClipLora(WeightMethod):
         signal="labels",
         requires=frozenset({"texts", "weights"}),
     )
-    tiny = {"steps_per_shot": 4, "lr": 2e-3, "min_scale": 1.0}
+    tiny = {"steps_per_shot": 5, "lr": 1e-2, "batch_size": 16, "min_scale": 1.0}
 
     def fit(
         self,

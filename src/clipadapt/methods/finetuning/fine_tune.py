@@ -53,7 +53,7 @@ class FineTune(WeightMethod):
         signal="labels",
         requires=frozenset({"texts", "weights"}),
     )
-    tiny = {"lr": 1e-4, "epochs": 2, "batch_size": 16, "min_scale": 1.0}
+    tiny = {"lr": 3e-4, "epochs": 5, "batch_size": 16, "min_scale": 1.0}
     head_from_text = False
 
     def fit(

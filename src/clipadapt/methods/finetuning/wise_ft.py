@@ -10,7 +10,7 @@ adapted text tower (such as CLIP-LoRA) gets it encoded again by the interpolated
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Self
 
 import torch
@@ -20,6 +20,7 @@ from clipadapt.backbones import Backbone
 from clipadapt.data import Dataset
 from clipadapt.errors import ClipadaptError
 from clipadapt.methods.base import Card, Report, WeightMethod, hyper, with_weights
+from clipadapt.methods.finetuning.fine_tune import FineTune
 from clipadapt.methods.registry import create, register
 
 
@@ -64,6 +65,7 @@ class WiseFt(WeightMethod):
         signal="labels",
         requires=frozenset({"texts", "weights"}),
     )
+    tiny = {"method": FineTune(**FineTune.tiny), "alpha": 0.8}
 
     def fit(
         self,
@@ -76,7 +78,8 @@ class WiseFt(WeightMethod):
     ) -> Self:
         """Fit the wrapped method, then interpolate."""
         support = self._open(backbone, support, class_names)
-        inner = create(self.method, templates=self.templates) if isinstance(self.method, str) else self.method
+        keyed = isinstance(self.method, str)
+        inner = create(self.method, templates=self.templates) if keyed else replace(self.method)  # never fitted twice
         if not isinstance(inner, WeightMethod):
             raise ClipadaptError(f"wise-ft interpolates weights, and {inner.card.key} changes none.")
         inner.fit(backbone, support, val=val, report=report)

@@ -93,7 +93,7 @@ class CoOp(Method):
         signal="labels",
         requires=frozenset({"texts", "prompts"}),
     )
-    tiny = {"n_ctx": 4, "epochs": 10, "lr": 0.05}
+    tiny = {"n_ctx": 4, "epochs": 20, "lr": 0.05}
 
     def fit(
         self,
