@@ -1,6 +1,8 @@
 """Draw docs/playground.png: every style of the playground by a few kinds, textures, counts and relations.
 
     python docs/make_playground_sheet.py [FILE]
+
+A star marks the style that the embedded model never saw in training.
 """
 
 from __future__ import annotations

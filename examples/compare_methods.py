@@ -27,7 +27,7 @@ def main() -> None:
     selection = select(backbone, support, keys=keys, budget=30, templates=TEMPLATE)
     for trial in selection.trials:
         low, high = trial.interval
-        print(f"{trial.key:13} {100 * trial.accuracy:5.1f} %  ({100 * low:.0f} to {100 * high:.0f})  {trial.seconds:.1f} s")
+        print(f"{trial.key:13} {100 * trial.accuracy:5.1f} %  ({100 * low:.0f} to {100 * high:.0f})")
     for key, reason in selection.skipped:
         print(f"{key}: not tried, {reason}")
     print(f"Chosen: {selection.reason}.")

@@ -15,7 +15,8 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import clipadapt
 from clipadapt.backbones import Backbone, load_backbone
-from clipadapt.data import Dataset, image_list
+from clipadapt.cli.demo import handwritten_digits
+from clipadapt.data import Dataset
 from clipadapt.errors import ClipadaptError
 from clipadapt.evaluation.select import select
 from clipadapt.methods import FeatureMethod, Method, create, list_methods, method_class
@@ -58,7 +59,9 @@ def test_card_and_hyperparameters(key):
     cls = method_class(key)
     card = cls.card
     assert card.key == key == key.lower()
-    assert cls.__module__.rsplit(".", 1)[1] == key.replace("-", "_").replace("+", "p"), "a file is named after its key"
+    assert cls.__module__.rsplit(".", 1)[1] == key.replace("++", "_plus_plus").replace("-", "_"), (
+        "a file is named after its key"
+    )
     assert card.title
     assert card.family
     assert card.task
@@ -270,12 +273,7 @@ def test_adapted_towers_export_as_a_plain_folder(key, fitted, queries, tmp_path)
 @pytest.fixture(scope="module")
 def digits() -> tuple[Backbone, Dataset, Dataset]:
     """The small real task: scikit-learn's handwritten digits, 8 shots, on the embedded model."""
-    from sklearn.datasets import load_digits
-
-    raw = load_digits()
-    names = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
-    images = [Image.fromarray((255 - pixels * 15.9).astype(np.uint8)).resize((48, 48)) for pixels in raw.images]
-    train, test = image_list(images, raw.target.tolist(), names).split(test=0.2, seed=1)
+    train, test = handwritten_digits().split(test=0.2, seed=1)
     return load_backbone(), train.few_shot(8, seed=1), test
 
 

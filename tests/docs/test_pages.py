@@ -8,7 +8,6 @@ import os
 import re
 import runpy
 import shlex
-import subprocess
 import sys
 import tarfile
 from collections.abc import Iterator
@@ -45,7 +44,7 @@ def blocks(page: Path, language: str) -> Iterator[tuple[int, str]]:
 
 
 def name_of(path: Path) -> str:
-    return path.name
+    return path.relative_to(ROOT).as_posix()
 
 
 # -- code ------------------------------------------------------------------------------------------------------------
@@ -58,10 +57,9 @@ def photos(tmp_path_factory) -> Path:
     data = Playground().dataset(12, kinds=CLASSES)
     paths, labels = [], [CLASSES[label] for label in data.labels]
     for number, (item, label) in enumerate(zip(data.items, labels, strict=True)):
-        path = Path("photos", label, f"{number:03}.png")
-        (folder / path.parent).mkdir(parents=True, exist_ok=True)
-        item.open().save(folder / path)
-        paths.append(str(path))
+        paths.append(f"photos/{label}/{number:03}.png")
+        (folder / paths[-1]).parent.mkdir(parents=True, exist_ok=True)
+        item.open().save(folder / paths[-1])
     rows = list(zip(paths, labels, strict=True))
     with open(folder / "photos.csv", "w", newline="") as file:
         csv.writer(file).writerows([("image", "label"), *rows])
@@ -77,10 +75,10 @@ def photos(tmp_path_factory) -> Path:
     return folder
 
 
-def run(script: str, folder: str) -> str:
-    """Run a script in a folder, in a process of its own; gives what it printed."""
+def run(script: str, folder: str, *arguments: str) -> str:
+    """Run a script in a folder; gives what it printed."""
     os.chdir(folder)
-    sys.argv = [script]
+    sys.argv = [script, *arguments]
     draws = np.random.default_rng(0)
     known = {  # what the README's reader has at hand
         "image_features": draws.normal(size=(8, 16)),
@@ -93,9 +91,10 @@ def run(script: str, folder: str) -> str:
     return printed.getvalue()
 
 
-def run_apart(script: Path, folder: Path) -> str:
+def run_apart(script: Path, folder: Path, *arguments: str) -> str:
+    """The same in a process of its own."""
     with ProcessPoolExecutor(1, PROCESSES) as pool:
-        return pool.submit(run, str(script), str(folder)).result(timeout=300)
+        return pool.submit(run, str(script), str(folder), *arguments).result(timeout=300)
 
 
 @pytest.mark.parametrize("page", [p for p in PAGES if p.name not in OTHERS and list(blocks(p, "python"))], ids=name_of)
@@ -164,7 +163,6 @@ def test_every_page_is_in_the_index():
 
 
 def test_the_catalogue_is_that_of_the_cards(tmp_path):
-    script = ROOT / "docs" / "make_catalogue.py"
-    subprocess.run([sys.executable, str(script), str(tmp_path / "methods.md")], check=True, timeout=120)
+    run_apart(ROOT / "docs" / "make_catalogue.py", tmp_path, "methods.md")
     made, kept = (tmp_path / "methods.md").read_text(), (ROOT / "docs" / "methods.md").read_text()
     assert made == kept, "docs/methods.md is not up to date; run: python docs/make_catalogue.py"
