@@ -34,7 +34,7 @@ def main(source: str, scratch: Path) -> None:
     train, test = data.split(test=0.5, seed=1)
     model = clipadapt.create("clip-lora", steps_per_shot=2, lr=2e-3, min_scale=0.9).fit(backbone, train)
     zero_shot = clipadapt.create("zero-shot").fit(backbone, train)
-    print(f"zero-shot {zero_shot.score(test):.2f}, after LoRA {model.score(test):.2f}")
+    print(f"zero-shot {100 * zero_shot.score(test):.0f} %, after LoRA {100 * model.score(test):.0f} %")
 
     model.export(scratch / "adapted")  # a plain transformers folder
     print("read by transformers as", type(AutoModel.from_pretrained(scratch / "adapted")).__name__)

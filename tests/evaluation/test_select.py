@@ -111,3 +111,9 @@ def test_a_method_that_refuses_the_data_is_named_and_the_rest_goes_on(backbone, 
     assert key == "coop"
     assert "choose a smaller n_ctx" in reason
     assert [t.key for t in selection.trials] == ["zero-shot", "gda-clip"]
+
+
+def test_a_lead_that_may_be_chance_is_called_so(backbone, support):
+    few = support.select([0, 1, 6, 7, 12, 13, 18, 19])
+    assert "may be chance" in select(backbone, few, keys=FAST, folds=2).reason
+    assert "did better than zero-shot" in select(backbone, support, keys=[]).reason

@@ -170,6 +170,11 @@ def select(
             tell(f"{key}: {100 * (trials[-1].accuracy or 0):.1f} % in {trials[-1].seconds:.1f} s")
     best = max(trials, key=lambda t: t.accuracy or 0)
     reason = f"{best.key} is best on {len(labels):,} pictures of the support set, each held out once in {k} folds"
+    zero_shot = trials[0]
+    if best is zero_shot:
+        reason = f"no method did better than zero-shot on {len(labels):,} pictures of the support set"
+    elif best.interval and zero_shot.interval and best.interval[0] <= zero_shot.interval[1]:
+        reason += "; its lead over zero-shot may be chance, so few pictures tell little"
     return Selection(trials, best, reason, skipped)
 
 
