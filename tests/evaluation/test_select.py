@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import time
+
 import numpy as np
 import pytest
 
 from clipadapt.backbones import Backbone, load_backbone
 from clipadapt.data.splits import stratified_folds
 from clipadapt.evaluation.metrics import wilson
-from clipadapt.evaluation.select import contenders, select, settings
+from clipadapt.evaluation.select import Trial, _OverBudget, contenders, select, settings
 from clipadapt.features import encode_classes, encode_images
 from clipadapt.methods import method_class
 from tests.pictures import colours
@@ -105,12 +107,24 @@ def test_what_the_backbone_lacks_is_named(backbone, support, monkeypatch):
     assert selection.skipped == [("coop", "needs a backbone with prompts")]
 
 
-def test_a_method_that_refuses_the_data_is_named_and_the_rest_goes_on(backbone, support):
-    selection = select(backbone, support, keys=["coop", "gda-clip"], folds=2)  # 16 context vectors, 16 tokens at most
-    [(key, reason)] = selection.skipped
-    assert key == "coop"
-    assert "choose a smaller n_ctx" in reason
-    assert [t.key for t in selection.trials] == ["zero-shot", "gda-clip"]
+def test_what_needs_more_than_its_share_gets_what_is_left(backbone, support, monkeypatch):
+    """Six methods and 60 s: one that needs 40 s does not fit its first share of 30 s; the others take no time."""
+    shares: list[tuple[str, float]] = []
+
+    def judge(self, key: str, until: float) -> Trial:
+        shares.append((key, until - time.perf_counter()))
+        if key == "slow" and shares[-1][1] < 40:
+            raise _OverBudget("it needs 40 s")
+        return Trial(key, {}, 0.5, (0.4, 0.6), 0.0, 0)
+
+    keys = ["slow", "a", "b", "c", "d", "e"]
+    monkeypatch.setattr("clipadapt.evaluation.select._Judge.__call__", judge)
+    monkeypatch.setattr("clipadapt.evaluation.select._order", lambda keys: keys)
+    selection = select(backbone, support, keys=keys, budget=60)
+    assert [key for key, _ in shares] == ["zero-shot", *keys, "slow"]
+    assert [round(share) for _, share in shares[1:]] == [30, 36, 45, 60, 60, 60, 60]
+    assert [t.key for t in selection.trials] == ["zero-shot", *keys]
+    assert selection.skipped == []
 
 
 def test_a_lead_that_may_be_chance_is_called_so(backbone, support):

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 try:  # repairs mis-decoded text; the original CLIP uses it, and we do where it is installed
     from ftfy import fix_text
 except ImportError:
-    fix_text = None
+    fix_text = None  # type: ignore[assignment]
 
 
 def clean(text: str, special_tokens: Iterable[str] = ()) -> str:

@@ -293,6 +293,8 @@ class Corpus:
         for index in drawn:
             pair = self.pairs[index]
             text = _draw_text(pair, rng)
+            if text in texts_used:
+                text = pair["name"]
             if pair["name"] in names_used or text in texts_used:
                 continue
             names_used.add(pair["name"])
@@ -328,12 +330,14 @@ class Corpus:
 
 def _draw_text(pair: dict[str, Any], rng: np.random.Generator) -> str:
     """A text of the picture in a template: mostly its name, at times a synonym, a keyword or another language; of a
-    scene, any of its captions."""
+    scene, any of its captions, half of the time the shortest."""
     templates = CAPTION_TEMPLATES if pair["kind"] == "playground" else TEMPLATES
     text = pair["name"]
     share = rng.random()
     if pair["kind"] == "playground":
-        text = pair["texts"][rng.integers(len(pair["texts"]))]
+        # The shortest names things without their colours, which alone would tell most scenes of a batch apart.
+        captions = pair["texts"]
+        text = min(captions, key=len) if share < 0.5 else captions[rng.integers(len(captions))]
     elif share < 0.3 and len(pair["texts"]) > 1:
         text = pair["texts"][rng.integers(1, len(pair["texts"]))]
     elif 0.3 <= share < 0.36 and pair["keywords"]:

@@ -8,8 +8,9 @@ the budget is stopped as soon as its own progress reports show it, and named.
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import product
 from types import MappingProxyType
@@ -24,6 +25,7 @@ from clipadapt.errors import ClipadaptError
 from clipadapt.evaluation.metrics import wilson
 from clipadapt.features import encode_classes, encode_images
 from clipadapt.methods import FeatureMethod, Method, create, list_methods, method_class
+from clipadapt.methods.base import Report
 
 
 @dataclass(frozen=True)
@@ -89,96 +91,127 @@ def select(
 ) -> Selection:
     """Judge methods (all, or those in `keys`) on `support` within `budget` seconds, and choose the best.
 
-    `overrides` fixes hyper-parameters by method; the others take the values of their search space.
-
+    `overrides` fixes hyper-parameters by method; the others take the values of their search space. Each method may
+    take a few times its equal share of the time; those that need more are tried again with what is left at the end.
     Ties go to the earlier one in the order of the table: what trains nothing comes first. With one picture a class
     nothing can be held out, and Tip-Adapter with its published setting is taken unjudged.
     """
     tell = progress or (lambda line: None)
-    start = time.perf_counter()
-    features = encode_images(backbone, support).features.numpy()
-    texts = encode_classes(backbone, support.class_names, templates)
-    labels = np.array(support.labels)
     k = min(folds, max(support.counts))
-
-    def fold_rows() -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        everything = np.arange(len(labels))
-        for held_out in stratified_folds(support.labels, k, seed):
-            yield np.setdiff1d(everything, held_out), np.array(held_out)
-
-    def fit(key: str, setting: dict[str, Any], rows: np.ndarray, watch: Callable[[dict[str, Any]], None]) -> Method:
-        method = create(key, templates=templates, **setting)
-        if isinstance(method, FeatureMethod):
-            return method.fit_features(features[rows], labels[rows], texts, backbone.logit_scale, report=watch)
-        return method.fit(backbone, support.select(rows), report=watch)
-
-    def judge(key: str) -> Trial:
-        begun = time.perf_counter()
-        combos = list({repr(c): c for s in settings(method_class(key)) for c in [s | overrides.get(key, {})]}.values())
-        hits = {c: np.zeros(0, dtype=bool) for c in range(len(combos))}
-        parameters, longest = 0, 0.0
-        for fold, (train, held_out) in enumerate(fold_rows()):
-            for c in hits:
-                # After this fit: one setting through the remaining folds, and the winner once on everything.
-                watch = _watch(fits_after=k - fold, until=start + budget)
-                fit_begun = time.perf_counter()
-                model = fit(key, combos[c], train, watch)
-                predicted = predict(model, held_out)
-                longest = max(longest, time.perf_counter() - fit_begun)
-                hits[c] = np.append(hits[c], predicted == labels[held_out])
-                parameters = model.trained_parameters
-                if c != max(hits) and out_of_time(longest * (k - fold + 1)):
-                    hits = {c: h for c, h in hits.items() if len(h) == len(hits[c]) and len(h) > 0}
-                    break  # the settings that were not reached are given up
-            hits = {c: hits[c] for c in contenders(hits)}
-            if out_of_time(longest * len(hits) * (k - fold)):
-                leader = max(hits, key=lambda c: hits[c].sum())
-                hits = {leader: hits[leader]}
-        best = max(hits, key=lambda c: hits[c].sum())
-        correct, total = int(hits[best].sum()), len(hits[best])
-        setting = {"templates": templates} | combos[best]
-        seconds = time.perf_counter() - begun
-        return Trial(key, setting, correct / total, wilson(correct, total), seconds, parameters)
-
-    def predict(model: Method, rows: np.ndarray) -> np.ndarray:
-        if isinstance(model, FeatureMethod):
-            return np.asarray(model.logits(features[rows])).argmax(1)
-        return model.predict(support.select(rows))
-
-    def out_of_time(seconds: float) -> bool:
-        return time.perf_counter() - start + seconds > budget
-
     if k < 2:
         trials = [Trial(key, {"templates": templates}, None, None, 0.0, 0) for key in ("zero-shot", "tip-adapter")]
         reason = "one picture a class leaves none to judge by, so Tip-Adapter runs with its published setting"
         return Selection(trials, trials[-1], reason, [])
 
-    trials, skipped = [], []
-    for key in _order(keys):
-        missing = method_class(key).card.requires - backbone.capabilities
-        if missing:
-            skipped.append((key, f"needs a backbone with {', '.join(sorted(missing))}"))
-            continue
-        try:
-            if key != "zero-shot" and out_of_time(0):
-                raise _OverBudget(f"no time was left of {_duration(budget)}")
-            trials.append(judge(key))
-        except (_OverBudget, ClipadaptError, FloatingPointError) as error:
-            skipped.append((key, str(error)))
-            tell(f"{key}: skipped, {error}")
-        else:
-            tell(f"{key}: {100 * (trials[-1].accuracy or 0):.1f} % in {trials[-1].seconds:.1f} s")
-    best = max(trials, key=lambda t: t.accuracy or 0)
-    reason = f"{best.key} is best on {len(labels):,} pictures of the support set, each held out once in {k} folds"
-    zero_shot = trials[0]
+    end = time.perf_counter() + budget
+    judge = _Judge(backbone, support, k, seed, templates, overrides)
+    found = {"zero-shot": judge("zero-shot", until=math.inf)}  # whatever the budget: it is what the others must beat
+    order = [key for key in _order(keys) if key != "zero-shot"]
+    refused: dict[str, str] = {}
+    for generosity in (3, 1):
+        waiting = [key for key in order if key not in found and key not in refused]
+        late: dict[str, str] = {}
+        for number, key in enumerate(waiting):
+            now = time.perf_counter()
+            share = (end - now) * min(1.0, generosity / (len(waiting) - number))
+            try:
+                found[key] = judge(key, until=now + share)
+                tell(f"{key}: {100 * (found[key].accuracy or 0):.1f} % in {found[key].seconds:.1f} s")
+            except _OverBudget as error:
+                late[key] = str(error)
+            except (ClipadaptError, FloatingPointError) as error:  # this data or this backbone does not suit it
+                refused[key] = str(error)
+                tell(f"{key}: skipped, {error}")
+    for key, why in late.items():
+        tell(f"{key}: skipped, {why}")
+
+    skipped = refused | late
+    trials = [found[key] for key in ["zero-shot", *order] if key in found]
+    best, zero_shot = max(trials, key=lambda t: t.accuracy or 0), trials[0]
+    reason = f"{best.key} is best on {len(support):,} pictures of the support set, each held out once in {k} folds"
     if best is zero_shot:
-        reason = f"no method did better than zero-shot on {len(labels):,} pictures of the support set"
+        reason = f"no method did better than zero-shot on {len(support):,} pictures of the support set"
     elif best.interval and zero_shot.interval and best.interval[0] <= zero_shot.interval[1]:
         reason += "; its lead over zero-shot may be chance, so few pictures tell little"
-    return Selection(trials, best, reason, skipped)
+    return Selection(trials, best, reason, [(key, skipped[key]) for key in order if key in skipped])
 
 
-def _watch(fits_after: int, until: float) -> Callable[[dict[str, Any]], None]:
+class _Judge:
+    """Cross-validates one method after the other on the same folds of one support set, encoded once."""
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        support: Dataset,
+        k: int,
+        seed: int,
+        templates: Any,
+        overrides: Mapping[str, dict[str, Any]],
+    ) -> None:
+        self.backbone, self.support, self.templates, self.overrides = backbone, support, templates, overrides
+        self.features = encode_images(backbone, support).features.numpy()  # (N, D)
+        self.texts = encode_classes(backbone, support.class_names, templates)  # (C, D)
+        self.labels = np.array(support.labels)  # (N,)
+        self.folds = [np.array(rows) for rows in stratified_folds(support.labels, k, seed)]
+
+    def __call__(self, key: str, until: float) -> Trial:
+        """All settings of a method through the folds, side by side; the best one's trial.
+
+        Raises `_OverBudget` when not even one setting can be judged, and the winner refitted, before `until`.
+        """
+        cls = method_class(key)
+        missing = cls.card.requires - self.backbone.capabilities
+        if missing:
+            raise ClipadaptError(f"needs a backbone with {', '.join(sorted(missing))}")
+        begun = time.perf_counter()
+        if begun >= until:
+            raise _OverBudget("no time was left")
+        tried = [s | self.overrides.get(key, {}) for s in settings(cls)]
+        combos = [s for i, s in enumerate(tried) if s not in tried[:i]]
+        hits = {c: np.zeros(0, dtype=bool) for c in range(len(combos))}
+        parameters, longest = 0, 0.0
+        for fold, held_out in enumerate(self.folds):
+            fits_after = len(self.folds) - fold  # one setting through the other folds, and the winner on everything
+            for c in hits:
+                fit_begun = time.perf_counter()
+                model = self._fit(key, combos[c], held_out, _watch(fits_after, until))
+                hits[c] = np.append(hits[c], self._predict(model, held_out) == self.labels[held_out])
+                parameters = model.trained_parameters
+                longest = max(longest, time.perf_counter() - fit_begun)
+                if time.perf_counter() + longest * (fits_after + 1) > until:
+                    reached = len(hits[c])
+                    hits = {s: h for s, h in hits.items() if len(h) == reached}
+                    break  # no time for the settings that were not reached
+            hits = {c: hits[c] for c in contenders(hits)}
+            if time.perf_counter() + longest * (len(hits) * (fits_after - 1) + 1) > until:
+                leader = max(hits, key=lambda c: hits[c].sum())
+                hits = {leader: hits[leader]}
+        best = max(hits, key=lambda c: hits[c].sum())
+        correct, total = int(hits[best].sum()), len(hits[best])
+        return Trial(
+            key,
+            {"templates": self.templates} | combos[best],
+            correct / total,
+            wilson(correct, total),
+            time.perf_counter() - begun,
+            parameters,
+        )
+
+    def _fit(self, key: str, setting: dict[str, Any], held_out: np.ndarray, watch: Report) -> Method:
+        rows = np.setdiff1d(np.arange(len(self.labels)), held_out)
+        method = create(key, **{"templates": self.templates} | setting)
+        if isinstance(method, FeatureMethod):
+            x, y = self.features[rows], self.labels[rows]
+            return method.fit_features(x, y, self.texts, self.backbone.logit_scale, report=watch)
+        return method.fit(self.backbone, self.support.select(rows), report=watch)
+
+    def _predict(self, model: Method, rows: np.ndarray) -> np.ndarray:
+        if isinstance(model, FeatureMethod):
+            return np.asarray(model.logits(self.features[rows])).argmax(1)
+        return model.predict(self.support.select(rows))
+
+
+def _watch(fits_after: int, until: float) -> Report:
     """A report that stops a training run when it and `fits_after` more like it would not end before `until`."""
 
     def watch(step: dict[str, Any]) -> None:
@@ -187,7 +220,7 @@ def _watch(fits_after: int, until: float) -> Callable[[dict[str, Any]], None]:
             if time.perf_counter() - step["seconds"] + one * (1 + fits_after) > until:
                 left = max(until - time.perf_counter(), 0)
                 needed = _duration(one * (1 + fits_after))
-                raise _OverBudget(f"it needs about {needed} more, and {_duration(left)} of the budget were left")
+                raise _OverBudget(f"it needs about {needed}, and {_duration(left)} were left for it")
 
     return watch
 
