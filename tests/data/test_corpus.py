@@ -141,6 +141,10 @@ def test_licences_and_brands(corpus):
     assert facts["pictures"] == len(corpus.pairs) == len(corpus.images)
 
 
+def test_missing_clip_art_is_reported(built):
+    assert built[1][0] == "openclipart-png is left out: apt-get and dpkg-deb are not both installed."
+
+
 def test_what_cannot_be_drawn_is_counted(corpus, built):
     assert json.loads((corpus.folder / "corpus.json").read_text())["not_drawn"] == {"broken": 1}
     assert "1 could not be drawn" in built[1][-1]
@@ -268,6 +272,14 @@ def test_missing_packages_and_no_npm(tmp_path, monkeypatch):
         build_corpus(tmp_path, playground=0)
 
 
+def test_a_failed_download_says_why(tmp_path, monkeypatch):
+    (tmp_path / "npm").write_text("#!/bin/sh\necho no such package >&2\nexit 3\n")
+    (tmp_path / "npm").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    with pytest.raises(DataError, match=r"`npm pack @iconify/json@\S+` failed with status 3 .* no such package"):
+        build_corpus(tmp_path / "out", playground=0)
+
+
 @pytest.mark.parametrize(
     ("identifier", "words"),
     [
@@ -301,5 +313,5 @@ def test_clipart_names_stop_at_authors(tmp_path, archives):
         (root / file).parent.mkdir(parents=True, exist_ok=True)
         (root / file).touch()
     words = Annotations([archives / f"cldr-annotations-full-{NPM_PACKAGES['cldr-annotations-full']}.tgz"]).words()
-    records = list(clipart_records(tmp_path / "unused.deb", tmp_path, words))
+    records = list(clipart_records(tmp_path, words))
     assert [(record.name, record.keywords) for record in records] == [("birds", []), ("cat face", ["hats"])]

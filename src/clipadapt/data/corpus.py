@@ -36,6 +36,7 @@ from clipadapt.data.corpus_sources import (
     icon_records,
     known_words,
     set_facts,
+    unpack,
 )
 from clipadapt.errors import DataError
 
@@ -83,13 +84,13 @@ def build_corpus(
     """
     out = Path(out)
     folder = Path(archives) if archives else out / "archives"
-    found = fetch_archives(folder)
+    found = fetch_archives(folder, report)
     annotations = Annotations([found["cldr-annotations-full"], found["cldr-annotations-derived-full"]])
     records = list(icon_records(found["@iconify/json"], annotations))
     for package in DEBIAN_PACKAGES:
         if package in found:
             words = known_words(records, annotations)
-            records += clipart_records(found[package], folder / package, words)
+            records += clipart_records(unpack(found[package], folder / package), words)
     facts: dict[str, Any] = {
         "packages": {**NPM_PACKAGES, **{name: found[name].name for name in DEBIAN_PACKAGES if name in found}},
         "sources": set_facts(found["@iconify/json"])
@@ -279,42 +280,34 @@ class Corpus:
         return augment(rgba, is_scene, image_size, rng), texts
 
     def _draw_pairs(self, batch_size: int, rng: np.random.Generator) -> tuple[list[int], list[str]]:
+        indices: list[int] = []
+        texts: list[str] = []
+        used: set[str] = set()  # names and texts
+        for index in self._candidates(batch_size, rng):
+            name, text = self.pairs[index]["name"], _draw_text(self.pairs[index], rng)
+            if text in used:
+                text = name
+            if name in used:
+                continue
+            used |= {name, text}
+            indices.append(index)
+            texts.append(text)
+            if len(indices) == batch_size:
+                return indices, texts
+        raise DataError(f"The corpus has only {len(indices)} training names; a batch of {batch_size} needs as many.")
+
+    def _candidates(self, batch_size: int, rng: np.random.Generator) -> Iterator[int]:
+        """Pictures of a batch with the shares of KIND_WEIGHTS, in random order; then, for those refused, any others."""
         total = sum(KIND_WEIGHTS[kind] for kind in self._names)
         drawn: list[int] = []
         for kind, names in self._names.items():
             wanted = round(batch_size * KIND_WEIGHTS[kind] / total) + 1
             chosen = rng.choice(len(names), min(wanted, len(names)), replace=False)
             drawn += [names[name][rng.integers(len(names[name]))] for name in chosen]
-        rng.shuffle(drawn)
-        indices: list[int] = []
-        texts: list[str] = []
-        names_used: set[str] = set()
-        texts_used: set[str] = set()
-        for index in drawn:
-            pair = self.pairs[index]
-            text = _draw_text(pair, rng)
-            if text in texts_used:
-                text = pair["name"]
-            if pair["name"] in names_used or text in texts_used:
-                continue
-            names_used.add(pair["name"])
-            texts_used.add(text)
-            indices.append(index)
-            texts.append(text)
-            if len(indices) == batch_size:
-                return indices, texts
-        # Few names are left over after the duplicates went: fill up with whole draws of names not used yet.
-        free = [group for names in self._names.values() for group in names]
-        for position in rng.permutation(len(free)):
-            index = free[position][0]
-            name = self.pairs[index]["name"]
-            if name not in names_used and name not in texts_used:
-                names_used.add(name)
-                indices.append(index)
-                texts.append(name)
-                if len(indices) == batch_size:
-                    return indices, texts
-        raise DataError(f"The corpus has only {len(indices)} training names; a batch of {batch_size} needs as many.")
+        yield from rng.permutation(drawn).tolist()
+        others = [group for names in self._names.values() for group in names]
+        for position in rng.permutation(len(others)):
+            yield others[position][0]
 
     def views(self, indices: Sequence[int], image_size: int) -> torch.Tensor:
         """The whole pictures on white, as they are judged: (B, 3, S, S) uint8."""

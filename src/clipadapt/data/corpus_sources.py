@@ -12,7 +12,7 @@ import shutil
 import subprocess
 import tarfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from pathlib import Path
@@ -74,10 +74,10 @@ def is_heldout_name(name: str) -> bool:
     return int.from_bytes(blake2b(concept.encode(), digest_size=4).digest(), "big") % 10 == 0
 
 
-def fetch_archives(folder: Path) -> dict[str, Path]:
+def fetch_archives(folder: Path, report: Callable[[str], None] = print) -> dict[str, Path]:
     """Package name -> archive in `folder`; what is missing is fetched with the user's own npm and apt.
 
-    Clip art is left out, with a printed line, where apt is missing.
+    Clip art is left out, and that is reported, where apt is missing. Raises `DataError` when a package cannot be had.
     """
     folder.mkdir(parents=True, exist_ok=True)
     found: dict[str, Path] = {}
@@ -86,16 +86,33 @@ def fetch_archives(folder: Path) -> dict[str, Path]:
         if not archive.exists():
             if shutil.which("npm") is None:
                 raise DataError(f"{archive.name} is not in {folder} and npm is not installed to fetch it.")
-            subprocess.run(["npm", "pack", f"{package}@{version}"], cwd=folder, check=True, stdout=subprocess.DEVNULL)
+            _run(["npm", "pack", f"{package}@{version}"], folder)
         found[package] = archive
     for package in DEBIAN_PACKAGES:
+        if shutil.which("apt-get") is None or shutil.which("dpkg-deb") is None:
+            report(f"{package} is left out: apt-get and dpkg-deb are not both installed.")
+            continue
         if not list(folder.glob(f"{package}_*.deb")):
-            if shutil.which("apt-get") is None or shutil.which("dpkg-deb") is None:
-                print(f"{package} is left out: apt-get or dpkg-deb is not installed.")
-                continue
-            subprocess.run(["apt-get", "download", package], cwd=folder, check=True, stdout=subprocess.DEVNULL)
+            _run(["apt-get", "download", package], folder)
         found[package] = sorted(folder.glob(f"{package}_*.deb"))[-1]
     return found
+
+
+def unpack(archive: Path, folder: Path) -> Path:
+    """The files of a Debian package in `folder`, unpacked aside and renamed; what is there already is kept."""
+    if not folder.exists():
+        aside = folder.with_name(folder.name + ".part")
+        shutil.rmtree(aside, ignore_errors=True)
+        _run(["dpkg-deb", "-x", str(archive.resolve()), aside.name], folder.parent)
+        aside.rename(folder)
+    return folder
+
+
+def _run(command: list[str], folder: Path) -> None:
+    finished = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    if finished.returncode:
+        said = finished.stderr.strip().splitlines() or ["nothing"]
+        raise DataError(f"`{' '.join(command)}` failed with status {finished.returncode} and said: {said[-1]}")
 
 
 def clean_name(name: str) -> str:
@@ -271,11 +288,12 @@ def _svg(icon: dict[str, Any], icons: dict[str, Any]) -> str:
     )
 
 
-def clipart_records(archive: Path, unpacked: Path, known_words: set[str]) -> Iterator[Record]:
-    """Records of Debian's openclipart-png. File names end in authors ("sombrero_dave_pena_01"): words are read up to
-    the first that `known_words` lacks; the folder ("hats") is a keyword, and the name where nothing is left."""
-    if not unpacked.exists():
-        subprocess.run(["dpkg-deb", "-x", str(archive), str(unpacked)], check=True)
+def clipart_records(unpacked: Path, known_words: set[str]) -> Iterator[Record]:
+    """Records of Debian's openclipart-png, `unpacked`.
+
+    File names end in authors' names ("sombrero_dave_pena_01"): words are read up to the first that `known_words` lacks.
+    The folder ("hats") is a keyword, and the name where nothing is left.
+    """
     root = unpacked / "usr/share/openclipart/png"
     for file in sorted(root.rglob("*.png")):
         folder = file.parent.relative_to(root).as_posix()

@@ -47,8 +47,11 @@ def method_class(key: str) -> type[Method]:
     return _METHODS[key]
 
 
-def create(key: str, **hyperparameters: Any) -> Method:
-    """A method by its key, such as `create("tip-adapter", alpha=1.0)`; not fitted yet."""
+def create(key: str, **hyperparameters: Any) -> Any:
+    """A method by its key, such as `create("tip-adapter", alpha=1.0)`; not fitted yet.
+
+    The type depends on the key: every one is a `Method`, most are `FeatureMethod`s with `fit_features`.
+    """
     cls = method_class(key)
     known = {f.name for f in dataclasses.fields(cls)}
     for name in hyperparameters:

@@ -13,7 +13,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 
 from clipadapt.errors import ClipadaptError
@@ -25,6 +24,8 @@ SWEEP = (0.1, 1.0, 10.0, 100.0, 1000.0)
 
 def logistic_regression(x: Tensor, y: Tensor, classes: int, strength: float, steps: int) -> tuple[Tensor, Tensor]:
     """Weights (C, D) and biases (C,) of the regularised maximum-likelihood classifier on (N, D) features."""
+    from sklearn.linear_model import LogisticRegression  # here, as it takes a second to import
+
     solver = LogisticRegression(C=strength, max_iter=steps).fit(x.double().numpy(), y.numpy())
     w, b = torch.from_numpy(solver.coef_).float(), torch.from_numpy(solver.intercept_).float()
     if len(w) == 1:  # two classes: scikit-learn keeps only the second one's weights

@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 import torch
-from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor
 from torch.nn.functional import cross_entropy, normalize
 
@@ -34,6 +33,8 @@ def inject(backbone: Backbone, targets: Sequence[str], rank: int, alpha: float, 
 
     "NAME.A" is (r, in) and "NAME.B" is (out, r); the update is scaled by alpha / sqrt(r), the paper's rule.
     """
+    from peft import LoraConfig, inject_adapter_in_model  # here, as it takes two seconds to import
+
     inject_adapter_in_model(
         LoraConfig(
             r=rank,
