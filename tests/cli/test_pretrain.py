@@ -64,8 +64,10 @@ def test_run_trains_and_continues(corpus, tmp_path):
 @pytest.mark.usefixtures("no_evaluation")
 def test_bad_recipes_are_named(corpus, tmp_path):
     recipe = tmp_path / "recipe.json"
+    with pytest.raises(ClipadaptError, match="cannot be read: No such file"):
+        pretrain("run", corpus, "--out", tmp_path / "run", "--recipe", recipe)
     recipe.write_text("{steps: 2}")
-    with pytest.raises(ClipadaptError, match=r"recipe.json is not a readable JSON recipe"):
+    with pytest.raises(ClipadaptError, match=r"recipe\.json is not JSON"):
         pretrain("run", corpus, "--out", tmp_path / "run", "--recipe", recipe)
     recipe.write_text(json.dumps(RECIPE | {"batchsize": 8}))
     with pytest.raises(ClipadaptError, match="did you mean 'batch_size'"):

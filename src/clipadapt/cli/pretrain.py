@@ -34,7 +34,7 @@ def run(
     steps: Annotated[int | None, typer.Option(help="Length of the run, instead of the recipe's.")] = None,
 ) -> None:
     """Train a CLIP on CORPUS by a recipe; the weights are in OUT/model at any time (a plain transformers folder)."""
-    from clipadapt.backbones.scratch import save_clip, scratch_clip
+    from clipadapt.backbones.scratch import scratch_clip
     from clipadapt.backbones.vocabulary import train_tokenizer
     from clipadapt.data.corpus import Corpus
     from clipadapt.evaluation.pretraining import corpus_hooks
@@ -52,18 +52,19 @@ def run(
     vision: Any = model.config.vision_config
     hooks = corpus_hooks(source, tokenizer, vision.image_size)
     plan = Recipe.from_dict(values)
-    trained = train_contrastive(
+    train_contrastive(
         model, tokenizer, source, plan, out, hooks=hooks, on_log=lambda record: typer.echo(json.dumps(record))
     )
-    folder = save_clip(trained, tokenizer, out / "model")
-    typer.echo(f"The model is in {folder}")
+    typer.echo(f"The model is in {out / 'model'}")
 
 
 def read_recipe(file: Path) -> dict[str, Any]:
-    """The recipe's values; raises ClipadaptError naming the file when it is not JSON."""
+    """The recipe's values; raises ClipadaptError naming the file when it cannot be read or is not JSON."""
     from clipadapt.errors import ClipadaptError
 
     try:
         return json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
-        raise ClipadaptError(f"{file} is not a readable JSON recipe: {error}.") from None
+    except OSError as error:
+        raise ClipadaptError(f"The recipe {file} cannot be read: {error.strerror}.") from None
+    except json.JSONDecodeError as error:
+        raise ClipadaptError(f"The recipe {file} is not JSON: {error}.") from None

@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 
 SIZE = 64  # pixels a side
 MAX_PIXELS = 16_000_000  # larger clip art is left out: it takes seconds each
-KIND_WEIGHTS = {"emoji": 0.52, "icon": 0.17, "clipart": 0.06, "playground": 0.25}  # shares of a training batch
+KIND_WEIGHTS = {"emoji": 0.6, "icon": 0.1, "clipart": 0.05, "playground": 0.25}  # shares of a training batch
 
 # (template, weight). The plain default of zero-shot classification is common, so that it works well untuned.
 TEMPLATES = (

@@ -4,8 +4,8 @@ A method is a dataclass. Its fields are hyper-parameters; `fit` learns and retur
 attributes that end in an underscore. Three bases, by what a method needs:
 
 * `FeatureMethod`: sees only tensors. Write `_fit(support)` and `_logits(images)`.
-* `Method` itself: towers take part in training but stay as they are (prompts). Write `fit` and `_logits`.
-* `WeightMethod`: towers change. `fit` leaves `backbone_`, an adapted copy, and `weight_`, the classifier on it.
+* `Method` itself: towers take part in training but stay as they are (prompts). Write `_fit_towers` and `_logits`.
+* `WeightMethod`: towers change. `_fit_towers` leaves `backbone_`, an adapted copy, and `weight_`, the classifier on it.
 """
 
 from __future__ import annotations
@@ -119,8 +119,14 @@ class Method:
     ) -> Self:
         """Learn from a labelled `support` set (or only from `class_names`, where the card's signal is "none").
 
-        `val` chooses hyper-parameters where the method's paper does so; nothing is ever trained on it.
+        `val` chooses hyper-parameters where the method's paper does so; nothing is ever trained on it. `report` is
+        called after every training step with a dict of step, steps, loss, lr and seconds.
         """
+        self._fit_towers(backbone, self._open(backbone, support, class_names), val, report)
+        return self
+
+    def _fit_towers(self, backbone: Backbone, support: Dataset, val: Dataset | None, report: Report | None) -> None:
+        """The method's own `fit`, on a support set that has been checked."""
         raise NotImplementedError
 
     def _open(self, backbone: Backbone, support: Dataset | None, class_names: Sequence[str] | None) -> Dataset:
@@ -213,17 +219,8 @@ class Method:
 class FeatureMethod(Method):
     """A method that sees only tensors: write `_fit(support)` and `_logits(images)`."""
 
-    def fit(
-        self,
-        backbone: Backbone,
-        support: Dataset | None = None,
-        *,
-        val: Dataset | None = None,
-        class_names: Sequence[str] | None = None,
-        report: Report | None = None,
-    ) -> Self:
-        support = self._open(backbone, support, class_names)
-        return self._learn(
+    def _fit_towers(self, backbone: Backbone, support: Dataset, val: Dataset | None, report: Report | None) -> None:
+        self._learn(
             encode_images(backbone, support).features,
             support.labels,
             encode_classes(backbone, support.class_names, self.templates),
@@ -248,7 +245,8 @@ class FeatureMethod(Method):
         """
         self.backbone_, self.origin_ = None, None
         self.class_names_ = [str(c) for c in range(len(text_features))]
-        return self._learn(image_features, labels, text_features, float(logit_scale), val, report)
+        self._learn(image_features, labels, text_features, float(logit_scale), val, report)
+        return self
 
     def _learn(
         self,
@@ -258,7 +256,7 @@ class FeatureMethod(Method):
         logit_scale: float,
         val: tuple[Array, Any] | None,
         report: Report | None,
-    ) -> Self:
+    ) -> None:
         texts = unit(text_features, "text_features")
         images = unit(image_features, "image_features", dim=texts.shape[1])
         if self.card.signal != "none" and len(images) == 0:
@@ -268,7 +266,6 @@ class FeatureMethod(Method):
             val = x, as_labels(y, len(x), len(texts))
         self.dim_ = texts.shape[1]
         self._fit(Support(images, as_labels(labels, len(images), len(texts)), texts, logit_scale, val), report)
-        return self
 
     def _fit(self, support: Support, report: Report | None) -> None:
         raise NotImplementedError

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -93,17 +93,7 @@ class ClipLora(WeightMethod):
     )
     tiny = {"steps_per_shot": 5, "lr": 1e-2, "batch_size": 16, "min_scale": 1.0}
 
-    def fit(
-        self,
-        backbone: Backbone,
-        support: Dataset | None = None,
-        *,
-        val: Dataset | None = None,
-        class_names: Sequence[str] | None = None,
-        report: Report | None = None,
-    ) -> Self:
-        """Learn from a labelled support set; `val` is not used (the last step counts, as in the paper)."""
-        support = self._open(backbone, support, class_names)
+    def _fit_towers(self, backbone: Backbone, support: Dataset, val: Dataset | None, report: Report | None) -> None:
         adapted = backbone.copy()
         labels = torch.tensor(support.labels, device=backbone.device)
         sentences = class_texts(support.class_names, self.templates)
@@ -139,7 +129,6 @@ class ClipLora(WeightMethod):
             )
         self.lora_ = {name: tensor.detach().cpu() for name, tensor in pairs.items()}
         self._restore(backbone)
-        return self
 
     def _restore(self, backbone: Backbone | None) -> None:
         assert backbone is not None  # a weight method is never fitted on features alone

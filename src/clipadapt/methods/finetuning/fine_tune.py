@@ -10,9 +10,7 @@ at most 64 pictures, and a warm-up of a tenth of the run, since few-shot runs ar
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Self
 
 import torch
 from torch import Tensor
@@ -56,17 +54,7 @@ class FineTune(WeightMethod):
     tiny = {"lr": 3e-4, "epochs": 5, "batch_size": 16, "min_scale": 1.0}
     head_from_text = False
 
-    def fit(
-        self,
-        backbone: Backbone,
-        support: Dataset | None = None,
-        *,
-        val: Dataset | None = None,
-        class_names: Sequence[str] | None = None,
-        report: Report | None = None,
-    ) -> Self:
-        """Learn from a labelled support set; `val` is not used (the last epoch counts)."""
-        support = self._open(backbone, support, class_names)
+    def _fit_towers(self, backbone: Backbone, support: Dataset, val: Dataset | None, report: Report | None) -> None:
         adapted = backbone.copy()
         labels = torch.tensor(support.labels, device=backbone.device)
         tower = image_tower(adapted)
@@ -94,7 +82,6 @@ class FineTune(WeightMethod):
         self.tower_ = {name: parameter.detach().cpu() for name, parameter in tower.items()}
         self.weight_ = head.detach().cpu()
         self._restore(backbone)
-        return self
 
     def _restore(self, backbone: Backbone | None) -> None:
         assert backbone is not None  # a weight method is never fitted on features alone

@@ -9,9 +9,9 @@ adapted text tower (such as CLIP-LoRA) gets it encoded again by the interpolated
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -67,17 +67,7 @@ class WiseFt(WeightMethod):
     )
     tiny = {"method": FineTune(**FineTune.tiny), "alpha": 0.8}
 
-    def fit(
-        self,
-        backbone: Backbone,
-        support: Dataset | None = None,
-        *,
-        val: Dataset | None = None,
-        class_names: Sequence[str] | None = None,
-        report: Report | None = None,
-    ) -> Self:
-        """Fit the wrapped method, then interpolate."""
-        support = self._open(backbone, support, class_names)
+    def _fit_towers(self, backbone: Backbone, support: Dataset, val: Dataset | None, report: Report | None) -> None:
         keyed = isinstance(self.method, str)
         inner = create(self.method, templates=self.templates) if keyed else replace(self.method)  # never fitted twice
         if not isinstance(inner, WeightMethod):
@@ -93,7 +83,6 @@ class WiseFt(WeightMethod):
         else:
             head0 = self._text_classifier(backbone).cpu()
             self.weight_ = interpolate({"head": head0}, {"head": inner.weight_}, self.alpha)["head"]
-        return self
 
     def _restore(self, backbone: Backbone | None) -> None:
         assert backbone is not None  # a weight method is never fitted on features alone

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Self
 
 import torch
 from torch import Tensor
@@ -95,17 +94,7 @@ class CoOp(Method):
     )
     tiny = {"n_ctx": 4, "epochs": 20, "lr": 0.05}
 
-    def fit(
-        self,
-        backbone: Backbone,
-        support: Dataset | None = None,
-        *,
-        val: Dataset | None = None,
-        class_names: Sequence[str] | None = None,
-        report: Report | None = None,
-    ) -> Self:
-        """Learn the context from a labelled support set; `val` is not used (the last epoch counts, as in the paper)."""
-        support = self._open(backbone, support, class_names)
+    def _fit_towers(self, backbone: Backbone, support: Dataset, val: Dataset | None, report: Report | None) -> None:
         images = encode_images(backbone, support).features.to(backbone.device)  # (N, D)
         labels = torch.tensor(support.labels, device=backbone.device)
         context = self._initial(backbone, len(support.class_names)).to(backbone.device).requires_grad_()
@@ -128,7 +117,6 @@ class CoOp(Method):
         train(loss_of, optimizer, steps, schedule=schedule, report=report)
         self.context_ = context.detach().cpu()  # (M, W) or (C, M, W)
         self._restore(backbone)
-        return self
 
     def _restore(self, backbone: Backbone | None) -> None:
         self.backbone_ = backbone
