@@ -1,6 +1,7 @@
 """What the first release must show: exemplar methods on real CLIP features, and the main job on Caltech-101.
 
-    python benchmarks/foundation.py ../shared/data            # writes benchmarks/foundation.jsonl and prints tables
+    python benchmarks/foundation.py ../shared/data whu            # writes benchmarks/foundation_whu.jsonl
+    python benchmarks/foundation.py ../shared/data caltech        # writes benchmarks/foundation_caltech.jsonl
 
 `whu-rs19`: published features of two real CLIP encoders; 16-shot support sets drawn by the published sampler, seeds
 1-3, all other pictures are the test set; default hyper-parameters, nothing searched.
@@ -31,6 +32,7 @@ from clipadapt.evaluation.select import select
 from clipadapt.methods import FeatureMethod, method_class
 
 SEEDS = (1, 2, 3)
+SHOTS = (1, 2, 4, 8, 16)
 
 
 def whu(data: Path) -> list[dict[str, Any]]:
@@ -39,7 +41,7 @@ def whu(data: Path) -> list[dict[str, Any]]:
     for encoder in ("clip_rn50", "clip_vit-b-32"):
         z = np.load(data / "whu-rs19" / f"{encoder}.npz")
         x, y, t = z["image_features"], z["labels"], z["mean_prompt_features"]
-        for shots in (1, 2, 4, 8, 16):
+        for shots in SHOTS:
             for key in keys:
                 accuracy, start = [], time.perf_counter()
                 for seed in SEEDS:
@@ -109,30 +111,46 @@ def timed_adapt(split_file: Path, root: Path, seed: int, budget: float) -> dict[
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("data", type=Path, help="the folder that holds whu-rs19/, caltech101/ and coop-splits/")
+    parser.add_argument("part", choices=("whu", "caltech"))
     parser.add_argument("--budget", type=float, default=60.0, help="seconds for --method auto")
     options = parser.parse_args()
-    rows = whu(options.data) + caltech(options.data, options.budget)
-    fingerprint = clipadapt.load_backbone().fingerprint
-    out = Path(__file__).with_suffix(".jsonl")
-    with open(out, "w") as file:
-        for row in rows:
-            file.write(json.dumps({"clipadapt": clipadapt.__version__, "backbone": fingerprint, **row}) + "\n")
+    rows = whu(options.data) if options.part == "whu" else caltech(options.data, options.budget)
+    facts = {"clipadapt": clipadapt.__version__}
+    if options.part == "caltech":
+        facts["backbone"] = clipadapt.load_backbone().fingerprint
+    out = Path(__file__).with_name(f"foundation_{options.part}.jsonl")
+    out.write_text("".join(json.dumps(facts | row) + "\n" for row in rows))
+    (print_whu if options.part == "whu" else print_caltech)(rows)
+    print(f"\n{out}")
 
-    print("\nwhu-rs19, mean of seeds 1-3, %")
-    for encoder in ("clip_rn50", "clip_vit-b-32"):
-        table = [r for r in rows if r.get("encoder") == encoder]
-        for key in dict.fromkeys(r["method"] for r in table):
-            print(f"{encoder:14} {key:14}", *(f"{100 * r['mean']:6.2f}" for r in table if r["method"] == key))
-    print("\ncaltech101, 16 shots, test accuracy by seed, %")
+
+def print_whu(rows: list[dict[str, Any]]) -> None:
+    print(
+        "| method |"
+        + "".join(f" RN50, {n} |" for n in SHOTS)
+        + "".join(f" ViT-B/32, {n} |" for n in SHOTS)
+        + " s/fit |"
+    )
+    print("|---|" + "---|" * (2 * len(SHOTS) + 1))
+    for key in dict.fromkeys(r["method"] for r in rows):
+        mine = [r for r in rows if r["method"] == key]
+        print(f"| {key} |" + "".join(f" {100 * r['mean']:.1f} |" for r in mine) + f" {mine[-1]['seconds']:.2f} |")
+
+
+def print_caltech(rows: list[dict[str, Any]]) -> None:
+    print("| method | cross-validated | test | seconds to judge |")
+    print("|---|---|---|---|")
     trials = [r for r in rows if "test" in r]
     for key in dict.fromkeys(r["method"] for r in trials):
-        print(
-            f"{key:14}", *(f"{100 * r['test']:6.2f}{'*' if r['chosen'] else ' '}" for r in trials if r["method"] == key)
-        )
+        mine = [r for r in trials if r["method"] == key]
+        judged = " ".join(f"{100 * r['cross_validated']:.1f}" for r in mine)
+        tested = " ".join(f"{100 * r['test']:.1f}{'*' if r['chosen'] else ''}" for r in mine)
+        print(f"| {key} | {judged} | {tested} | {np.mean([r['select_seconds'] for r in mine]):.1f} |")
     for r in rows:
         if "adapt" in r:
-            print(f"adapt, seed {r['seed']}: {r['seconds']:.0f} s, peak {r['peak_gib']:.2f} GiB")
-    print(f"\n{out}")
+            held_out = r["adapt"]["held_out"]
+            figures = (f"{100 * held_out[m]['accuracy']:.1f} %" for m in ("zero_shot", "adapted"))
+            print(f"adapt, seed {r['seed']}: {r['seconds']:.0f} s, {r['peak_gib']:.2f} GiB,", " -> ".join(figures))
 
 
 if __name__ == "__main__":
