@@ -92,7 +92,7 @@ class CoOp(Method):
         signal="labels",
         requires=frozenset({"texts", "prompts"}),
     )
-    tiny = {"n_ctx": 4, "epochs": 20, "lr": 0.05}
+    tiny = {"init": "a photo of a", "class_specific": True, "epochs": 20, "lr": 0.3}
 
     def _fit_towers(self, backbone: Backbone, support: Dataset, val: Dataset | None, report: Report | None) -> None:
         images = encode_images(backbone, support).features.to(backbone.device)  # (N, D)
