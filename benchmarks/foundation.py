@@ -2,18 +2,22 @@
 
     python benchmarks/foundation.py ../shared/data whu            # writes benchmarks/foundation_whu.jsonl
     python benchmarks/foundation.py ../shared/data caltech        # writes benchmarks/foundation_caltech.jsonl
+    python benchmarks/foundation.py ../shared/data digits         # writes benchmarks/foundation_digits.jsonl
 
 `whu-rs19`: published features of two real CLIP encoders; 16-shot support sets drawn by the published sampler, seeds
 1-3, all other pictures are the test set; default hyper-parameters, nothing searched.
 `caltech101`: the published split, 16 shots, seeds 1-3, embedded model; each method is searched and judged inside the
 support set (`select`), refitted on all of it and scored on the published test part. `adapt` is timed as a user runs
 it: a new process, an empty feature cache.
+`digits`: every method, those that train the towers included, on scikit-learn's handwritten digits, 8 shots, seeds
+1-3, embedded model, with the quick settings of the conformance suite (`tiny`, and the search inside the support set).
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import random
 import resource
@@ -27,9 +31,11 @@ from typing import Any
 import numpy as np
 
 import clipadapt
+from clipadapt.cli.demo import handwritten_digits
 from clipadapt.data.splits import sample_shots
 from clipadapt.evaluation.select import select
 from clipadapt.methods import FeatureMethod, method_class
+from clipadapt.methods.artifact import recipe
 
 SEEDS = (1, 2, 3)
 SHOTS = (1, 2, 4, 8, 16)
@@ -94,6 +100,33 @@ def caltech(data: Path, budget: float) -> list[dict[str, Any]]:
     return rows
 
 
+def digits() -> list[dict[str, Any]]:
+    rows = []
+    backbone = clipadapt.load_backbone()
+    for seed in SEEDS:
+        train, test = handwritten_digits().split(test=0.3, seed=seed)
+        support = train.few_shot(8, seed=seed)
+        for key in clipadapt.list_methods():
+            overrides = {key: method_class(key).tiny}
+            start = time.perf_counter()
+            trials = select(
+                backbone, support, keys=[key], folds=2, budget=math.inf, seed=seed, overrides=overrides
+            ).trials
+            model = trials[-1].create().fit(backbone, support)
+            rows.append(
+                {
+                    "data": "digits",
+                    "method": key,
+                    "seed": seed,
+                    "hyperparameters": recipe(model)["hyperparameters"],
+                    "test": model.score(test),
+                    "seconds": time.perf_counter() - start,
+                    "trained_parameters": model.trained_parameters,
+                }
+            )
+    return rows
+
+
 def timed_adapt(split_file: Path, root: Path, seed: int, budget: float) -> dict[str, Any]:
     """The main job as a user runs it the first time: wall seconds and peak memory of the whole process."""
     with tempfile.TemporaryDirectory() as folder:
@@ -111,16 +144,18 @@ def timed_adapt(split_file: Path, root: Path, seed: int, budget: float) -> dict[
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("data", type=Path, help="the folder that holds whu-rs19/, caltech101/ and coop-splits/")
-    parser.add_argument("part", choices=("whu", "caltech"))
+    parser.add_argument("part", choices=("whu", "caltech", "digits"))
     parser.add_argument("--budget", type=float, default=60.0, help="seconds for --method auto")
     options = parser.parse_args()
-    rows = whu(options.data) if options.part == "whu" else caltech(options.data, options.budget)
     facts = {"clipadapt": clipadapt.__version__}
-    if options.part == "caltech":
+    if options.part == "whu":
+        rows = whu(options.data)
+    else:
         facts["backbone"] = clipadapt.load_backbone().fingerprint
+        rows = caltech(options.data, options.budget) if options.part == "caltech" else digits()
     out = Path(__file__).with_name(f"foundation_{options.part}.jsonl")
     out.write_text("".join(json.dumps(facts | row) + "\n" for row in rows))
-    (print_whu if options.part == "whu" else print_caltech)(rows)
+    {"whu": print_whu, "caltech": print_caltech, "digits": print_digits}[options.part](rows)
     print(f"\n{out}")
 
 
@@ -151,6 +186,15 @@ def print_caltech(rows: list[dict[str, Any]]) -> None:
             held_out = r["adapt"]["held_out"]
             figures = (f"{100 * held_out[m]['accuracy']:.1f} %" for m in ("zero_shot", "adapted"))
             print(f"adapt, seed {r['seed']}: {r['seconds']:.0f} s, {r['peak_gib']:.2f} GiB,", " -> ".join(figures))
+
+
+def print_digits(rows: list[dict[str, Any]]) -> None:
+    print("| method | test, seeds 1-3 | trained parameters | seconds |")
+    print("|---|---|---|---|")
+    for key in dict.fromkeys(r["method"] for r in rows):
+        mine = [r for r in rows if r["method"] == key]
+        tested = " ".join(f"{100 * r['test']:.1f}" for r in mine)
+        print(f"| {key} | {tested} | {mine[0]['trained_parameters']:,} | {np.mean([r['seconds'] for r in mine]):.1f} |")
 
 
 if __name__ == "__main__":
