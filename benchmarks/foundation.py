@@ -9,7 +9,8 @@
 `caltech101`: the published split, 16 shots, seeds 1-3, embedded model; each method is searched and judged inside the
 support set (`select`), refitted on all of it and scored on the published test part. `adapt` is timed as a user runs
 it: a new process, an empty feature cache. The test part has up to 240 pictures of a class and as few as 10, the
-support set as many of each; so what cross-validation estimates is the mean over classes ("balanced").
+support set as many of each; cross-validation weighs the classes by their frequency in the training part, as `adapt`
+does. "balanced" is the mean over classes.
 `digits`: every method, those that train the towers included, on scikit-learn's handwritten digits, 8 shots, seeds
 1-3, embedded model, with the quick settings of the conformance suite (`tiny`, and the search inside the support set).
 """
@@ -80,7 +81,7 @@ def caltech(data: Path, budget: float) -> list[dict[str, Any]]:
         backbone = clipadapt.load_backbone()
         split = clipadapt.coop_split(split_file, root=root)
         support = split.few_shot(16, seed=seed)[0]
-        selection = select(backbone, support, budget=budget, seed=seed)
+        selection = select(backbone, support, budget=budget, seed=seed, frequencies=split.train.counts)
         for trial in selection.trials:
             start = time.perf_counter()
             predicted = trial.create().fit(backbone, support).predict(split.test)

@@ -38,7 +38,7 @@ def catalogue() -> str:
     families = {name: list(members) for name, members in groupby(cards, key=lambda card: card["family"])}
     overview = ["| family | methods |", "|---|---|"]
     for name, members in families.items():
-        links = ", ".join(f"[{card['key']}](#{card['key']})" for card in members)
+        links = ", ".join(f"[{card['key']}](#{card['key'].replace('+', '')})" for card in members)
         overview.append(f"| {name} | {links} |")
     sections = [f"## {name}\n\n" + "\n\n".join(map(section, members)) for name, members in families.items()]
     return "\n".join([HEAD, *overview]) + "\n\n" + "\n\n".join(sections) + "\n"

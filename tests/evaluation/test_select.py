@@ -16,6 +16,7 @@ from clipadapt.methods import method_class
 from tests.pictures import colours
 from tests.tiny import tiny_clip
 
+ONE = {"gda-clip": {"alpha": 1.0}}
 FAST = ["tip-adapter", "gda-clip", "linear-probe"]
 
 
@@ -131,3 +132,21 @@ def test_a_lead_that_may_be_chance_is_called_so(backbone, support):
     few = support.select([0, 1, 6, 7, 12, 13, 18, 19])
     assert "may be chance" in select(backbone, few, keys=FAST, folds=2).reason
     assert "did better than zero-shot" in select(backbone, support, keys=[]).reason
+
+
+def test_accuracy_to_expect_where_classes_are_uneven(backbone, support):
+    """With frequencies, the estimate is the mean of the classes' accuracies in these proportions."""
+    frequencies = [10, 1, 1, 0]
+    trial = select(backbone, support, keys=["gda-clip"], folds=3, frequencies=frequencies, overrides=ONE).trials[1]
+    x = encode_images(backbone, support).features
+    y, t = np.array(support.labels), encode_classes(backbone, support.class_names)
+    hits = np.zeros(len(y))
+    for held_out in stratified_folds(support.labels, 3, seed=1):
+        train = np.setdiff1d(np.arange(len(y)), held_out)
+        head = trial.create().fit_features(x[train], y[train], t, backbone.logit_scale)
+        hits[held_out] = head.logits(x[held_out]).argmax(1).numpy() == y[held_out]
+    by_class = [hits[y == c].mean() for c in range(4)]
+    assert trial.accuracy == pytest.approx(np.average(by_class, weights=frequencies))
+    low, high = trial.interval
+    even = select(backbone, support, keys=["gda-clip"], folds=3, overrides=ONE).trials[1]
+    assert high - low > even.interval[1] - even.interval[0], "uneven weights tell less"

@@ -102,7 +102,7 @@ def adapt_to(data: Dataset, test: Dataset | None, plan: Plan) -> dict[str, Any]:
     comparison: dict[str, Any] = {"trials": [], "not_tried": [], "reason": None}
     method = plan.method
     if method is None:
-        method, comparison = compare(backbone, support, plan)
+        method, comparison = compare(backbone, support, plan, data.counts)
 
     fitted_at = time.perf_counter()
     with console.training_progress(f"Fitting {method.card.key}") as report:
@@ -156,13 +156,21 @@ def note_duplicates(support: Dataset, held_out: Dataset) -> None:
         note(f"{counted(flattered, 'held-out picture')} with a copy among those learned from (identical files)")
 
 
-def compare(backbone: Backbone, support: Dataset, plan: Plan) -> tuple[Method, dict[str, Any]]:
+def compare(
+    backbone: Backbone, support: Dataset, plan: Plan, frequencies: Sequence[float]
+) -> tuple[Method, dict[str, Any]]:
     """The best method inside the support set, unfitted, and the comparison for the document."""
     from clipadapt.evaluation.select import select
 
     with err.status(f"Comparing methods by cross-validation, at most {plan.budget:.0f} s"):
         selection = select(
-            backbone, support, budget=plan.budget, seed=plan.seed, templates=plan.templates, progress=note
+            backbone,
+            support,
+            budget=plan.budget,
+            seed=plan.seed,
+            templates=plan.templates,
+            frequencies=frequencies,
+            progress=note,
         )
     trials = [
         {

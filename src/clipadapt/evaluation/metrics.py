@@ -44,7 +44,7 @@ def macro_accuracy(labels: ArrayLike, predicted: ArrayLike) -> float:
     return float(np.mean([np.mean(predicted[labels == c] == c) for c in np.unique(labels)]))
 
 
-def wilson(correct: int, total: int, level: float = 0.95) -> tuple[float, float]:
+def wilson(correct: float, total: float, level: float = 0.95) -> tuple[float, float]:
     """Wilson's score interval for a share of `correct` among `total` (J. Am. Stat. Assoc. 22, 1927): (low, high).
 
     Unlike the interval from the standard error it stays in [0, 1] and is honest at 0 % and 100 %.

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from types import MappingProxyType
@@ -86,12 +86,15 @@ def select(
     folds: int = 5,
     seed: int = 1,
     templates: Any = "photo",
+    frequencies: Sequence[float] | None = None,
     overrides: Mapping[str, dict[str, Any]] = MappingProxyType({}),
     progress: Callable[[str], None] | None = None,
 ) -> Selection:
     """Judge methods (all, or those in `keys`) on `support` within `budget` seconds, and choose the best.
 
-    `overrides` fixes hyper-parameters by method; the others take the values of their search space. Each method may
+    `frequencies` (C,) says how often each class occurs where the model will be used: accuracies are then those to
+    expect there, while without it every picture of the support set counts the same. `overrides` fixes hyper-parameters
+    by method; the others take the values of their search space. Each method may
     take a few times its equal share of the time; those that need more are tried again with what is left at the end.
     Ties go to the earlier one in the order of the table: what trains nothing comes first. With one picture a class
     nothing can be held out, and Tip-Adapter with its published setting is taken unjudged.
@@ -104,7 +107,7 @@ def select(
         return Selection(trials, trials[-1], reason, [])
 
     end = time.perf_counter() + budget
-    judge = _Judge(backbone, support, k, seed, templates, overrides)
+    judge = _Judge(backbone, support, k, seed, templates, overrides, frequencies)
     found = {"zero-shot": judge("zero-shot", until=math.inf)}  # whatever the budget: it is what the others must beat
     order = [key for key in _order(keys) if key != "zero-shot"]
     refused: dict[str, str] = {}
@@ -147,12 +150,16 @@ class _Judge:
         seed: int,
         templates: Any,
         overrides: Mapping[str, dict[str, Any]],
+        frequencies: Sequence[float] | None = None,
     ) -> None:
         self.backbone, self.support, self.templates, self.overrides = backbone, support, templates, overrides
         self.features = encode_images(backbone, support).features.numpy()  # (N, D)
         self.texts = encode_classes(backbone, support.class_names, templates)  # (C, D)
         self.labels = np.array(support.labels)  # (N,)
         self.folds = [np.array(rows) for rows in stratified_folds(support.labels, k, seed)]
+        judged = self.labels[np.concatenate(self.folds)]  # (N,) in the order of judgement
+        counts = np.bincount(judged, minlength=len(support.class_names))
+        self.weights = np.ones(len(judged)) if frequencies is None else (np.array(frequencies) / counts.clip(1))[judged]
 
     def __call__(self, key: str, until: float) -> Trial:
         """All settings of a method through the folds, side by side; the best one's trial.
@@ -184,10 +191,12 @@ class _Judge:
                     break  # no time for the settings that were not reached
             hits = {c: hits[c] for c in contenders(hits)}
             if time.perf_counter() + longest * (len(hits) * (fits_after - 1) + 1) > until:
-                leader = max(hits, key=lambda c: hits[c].sum())
+                leader = max(hits, key=lambda c: self.weights[: len(hits[c])] @ hits[c])
                 hits = {leader: hits[leader]}
-        best = max(hits, key=lambda c: hits[c].sum())
-        correct, total = int(hits[best].sum()), len(hits[best])
+        w = self.weights
+        best = max(hits, key=lambda c: w @ hits[c])
+        total = w.sum() ** 2 / (w @ w)  # as many pictures of equal weight would tell as much (Kish)
+        correct = (w @ hits[best]) * total / w.sum()
         return Trial(
             key,
             {"templates": self.templates} | combos[best],
