@@ -14,7 +14,7 @@ import json
 import os
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -39,6 +39,7 @@ from clipadapt.data.corpus_sources import (
     unpack,
 )
 from clipadapt.errors import DataError
+from clipadapt.files import written_aside
 
 if TYPE_CHECKING:
     import torch
@@ -132,15 +133,18 @@ def write_corpus(
         for pixels, line in scenes:
             images[len(lines)] = np.frombuffer(pixels, np.uint8).reshape(SIZE, SIZE, 4)
             lines.append(line)
-    _write_array(out / "images.npy", images[: len(lines)])
+    with written_aside(out / "images.npy") as aside, aside.open("wb") as file:
+        np.save(file, images[: len(lines)])
     del images
     (out / "images.npy.part").unlink()
-    _write_text(out / "pairs.jsonl", (json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+    with written_aside(out / "pairs.jsonl") as aside, aside.open("w", encoding="utf-8") as pairs:
+        pairs.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
     counts = Counter(line["source"] for line in lines)
     facts["sources"] = {source: fact | {"pictures": counts[source]} for source, fact in facts["sources"].items()}
     splits = Counter(line["split"] for line in lines)
     facts |= {"pictures": len(lines), "splits": dict(splits), "not_drawn": dict(failed)}
-    _write_text(out / "corpus.json", [json.dumps(facts, indent=1, ensure_ascii=False) + "\n"])
+    with written_aside(out / "corpus.json") as aside:
+        aside.write_text(json.dumps(facts, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     report(f"{len(lines):,} pictures in {out}, {sum(failed.values()):,} could not be drawn")
     return out
 
@@ -148,20 +152,6 @@ def write_corpus(
 def _line(record: Record) -> dict[str, Any]:
     fields = ("source", "name", "texts", "keywords", "other", "split", "kind")
     return {name: getattr(record, name) for name in fields}
-
-
-def _write_array(path: Path, array: np.ndarray) -> None:
-    part = path.with_suffix(".npy.aside")
-    with open(part, "wb") as file:
-        np.save(file, array)
-    os.replace(part, path)
-
-
-def _write_text(path: Path, lines: Iterable[str]) -> None:
-    part = path.with_name(path.name + ".part")
-    with open(part, "w", encoding="utf-8") as file:
-        file.writelines(lines)
-    os.replace(part, path)
 
 
 def draw_record(record: Record) -> bytes | None:

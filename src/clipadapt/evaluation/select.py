@@ -94,10 +94,10 @@ def select(
 
     `frequencies` (C,) says how often each class occurs where the model will be used: accuracies are then those to
     expect there, while without it every picture of the support set counts the same. `overrides` fixes hyper-parameters
-    by method; the others take the values of their search space. Each method may
-    take a few times its equal share of the time; those that need more are tried again with what is left at the end.
-    Ties go to the earlier one in the order of the table: what trains nothing comes first. With one picture a class
-    nothing can be held out, and Tip-Adapter with its published setting is taken unjudged.
+    by method; the others take the values of their search space. Each method may take a few times its equal share of the
+    time; those that need more are tried again with what is left at the end. Ties go to the earlier one in the order of
+    the table: what trains nothing comes first. With one picture a class nothing can be held out, and Tip-Adapter with
+    its published setting is taken unjudged.
     """
     tell = progress or (lambda line: None)
     k = min(folds, max(support.counts))

@@ -281,11 +281,16 @@ class WeightMethod(Method):
     # Whether the classifier is encoded by the adapted text tower, or is itself a trained parameter.
     head_from_text: ClassVar[bool] = True
 
+    tower_: dict[str, Tensor]  # what `changed` returns, unless a method overrides it
     weight_: Tensor  # (C, D); as this class is no dataclass itself, not a hyper-parameter
 
     def changed(self) -> dict[str, Tensor]:
         """The adapted weights by their names in `backbone.model`; all others are those of the original."""
-        raise NotImplementedError
+        return self.tower_
+
+    def _restore(self, backbone: Backbone | None) -> None:
+        assert backbone is not None  # a weight method is never fitted on features alone
+        self.backbone_ = with_weights(backbone, self.changed())
 
     def _text_classifier(self, backbone: Backbone) -> Tensor:
         return backbone.logit_scale * encode_classes(backbone, self.class_names_, self.templates)  # (C, D)

@@ -18,7 +18,7 @@ from torch.nn.functional import cross_entropy
 
 from clipadapt.backbones import Backbone
 from clipadapt.data import Dataset
-from clipadapt.methods.base import Card, Report, WeightMethod, hyper, with_weights
+from clipadapt.methods.base import Card, Report, WeightMethod, hyper
 from clipadapt.methods.registry import register
 from clipadapt.training.loop import batches, train
 from clipadapt.training.pixels import Pixels
@@ -82,13 +82,6 @@ class FineTune(WeightMethod):
         self.tower_ = {name: parameter.detach().cpu() for name, parameter in tower.items()}
         self.weight_ = head.detach().cpu()
         self._restore(backbone)
-
-    def _restore(self, backbone: Backbone | None) -> None:
-        assert backbone is not None  # a weight method is never fitted on features alone
-        self.backbone_ = with_weights(backbone, self.tower_)
-
-    def changed(self) -> dict[str, Tensor]:
-        return self.tower_
 
     @property
     def trained_parameters(self) -> int:

@@ -84,13 +84,6 @@ class WiseFt(WeightMethod):
             head0 = self._text_classifier(backbone).cpu()
             self.weight_ = interpolate({"head": head0}, {"head": inner.weight_}, self.alpha)["head"]
 
-    def _restore(self, backbone: Backbone | None) -> None:
-        assert backbone is not None  # a weight method is never fitted on features alone
-        self.backbone_ = with_weights(backbone, self.tower_)
-
-    def changed(self) -> dict[str, Tensor]:
-        return self.tower_
-
     @property
     def trained_parameters(self) -> int:
         return self.trained_
