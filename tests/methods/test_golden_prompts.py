@@ -16,10 +16,8 @@ from clipadapt.methods.base import with_weights
 from clipadapt.methods.few_shot.clip_adapter import adapt
 from clipadapt.methods.finetuning.clip_lora import inject, merged
 from clipadapt.methods.finetuning.wise_ft import interpolate
-from clipadapt.methods.prompts.coop import encode_prompts, prompt_layout
 from clipadapt.training.loop import train
 
-START, END, PERIOD = 510, 511, 269
 TOLERANCE = 5e-5  # relative to the largest value of an array: what the golden page calls comfortable
 
 
@@ -41,25 +39,6 @@ def golden(shared: Path):
 
 def tensor(array: np.ndarray) -> Tensor:
     return torch.from_numpy(array)
-
-
-@pytest.mark.parametrize("position", ["end", "middle", "front"])
-@pytest.mark.parametrize("sharing", ["unified", "csc"])
-def test_coop(backbone, golden, position, sharing):
-    g = golden("coop")
-    names = [[int(i) for i in row if i >= 0] for row in g["class_tokens"]]
-    context = tensor(g[f"{position}_{sharing}/ctx"]).requires_grad_()
-    ids, rows = prompt_layout(names, context.shape[-2], position, start=[START], period=[PERIOD], end=END)
-    lengths = (g["tokenized_prompts"] > 0).sum(1)
-    np.testing.assert_array_equal((ids > 0).sum(1), lengths)
-    texts = encode_prompts(backbone, ids, rows, context)
-    close(texts, normalize(tensor(g[f"{position}_{sharing}/text_features"]), dim=1).numpy())
-    logits = backbone.logit_scale * backbone.encode_images(tensor(g["pixels"])) @ texts.T
-    close(logits, g[f"{position}_{sharing}/logits"])
-    loss = cross_entropy(logits, tensor(g["labels"]))
-    close(loss, g[f"{position}_{sharing}/loss"])
-    loss.backward()
-    close(context.grad, g[f"{position}_{sharing}/grad_ctx"])
 
 
 PROJECTIONS = {"q_proj": "q_proj", "k_proj": "k_proj", "v_proj": "v_proj", "proj": "out_proj"}

@@ -21,6 +21,7 @@ from torch import nn
 
 from clipadapt.backbones.families import FAMILIES, Pretrained, Tower, TowerName, quiet, submodule
 from clipadapt.backbones.preprocess import Preprocess
+from clipadapt.backbones.prompt_encoder import PromptEncoder
 from clipadapt.backbones.surgery import Insertion, PromptedRows, changed_attention, inserted_tokens
 from clipadapt.backbones.text import clean
 from clipadapt.errors import BackboneError, unknown_name
@@ -249,6 +250,20 @@ class Backbone:
     def embed_tokens(self, ids: torch.Tensor) -> torch.Tensor:
         """Token ids (..., L) -> their vectors (..., L, W) before positions are added, to start prompts from words."""
         return submodule(self.model, self.tower("text").tokens)(ids.to(self.device))
+
+    def prompt_encoder(self, ids: torch.Tensor, *, memory: int = 2 << 30) -> PromptEncoder:
+        """For prompts (C, L) that are encoded again and again with other tokens inserted; see `PromptEncoder`.
+
+        memory  bytes that a call may keep for its backward pass; what exceeds them is computed twice instead
+        """
+        if ids.ndim != 2 or ids.dtype != torch.int64 or len(ids) == 0:
+            raise BackboneError(f"Prompts must be (C, L) int64 with C >= 1, but are {tuple(ids.shape)} {ids.dtype}.")
+        return PromptEncoder(self, ids, memory)
+
+    def project_texts(self, rows: torch.Tensor) -> torch.Tensor:
+        """Pooled rows (..., W) as the last block of a causal text tower leaves them -> features (..., D)."""
+        tower = self.tower("text")
+        return submodule(self.model, tower.projection)(submodule(self.model, tower.norm)(rows))
 
     # -- towers -----------------------------------------------------------------------------------------------------
 

@@ -27,6 +27,8 @@ class Tower:
     blocks: str
     norm: str  # after the last block
     tokens: str = ""  # the table of token vectors (text towers)
+    positions: str = ""  # the table of position vectors (causal text towers, and so the next two)
+    projection: str = ""  # from the normed pooled row to the joint space
     attention: str = "self_attn"
     q: str = "self_attn.q_proj"
     k: str = "self_attn.k_proj"
@@ -34,6 +36,9 @@ class Tower:
     o: str = "self_attn.out_proj"
     fc1: str = "mlp.fc1"
     fc2: str = "mlp.fc2"
+    norm1: str = "layer_norm1"
+    norm2: str = "layer_norm2"
+    mlp: str = "mlp"
 
 
 VIT = Tower("vision_model.embeddings", "vision_model.encoder.layers", "vision_model.post_layernorm")
@@ -42,6 +47,8 @@ GPT = Tower(
     "text_model.encoder.layers",
     "text_model.final_layer_norm",
     tokens="text_model.embeddings.token_embedding",
+    positions="text_model.embeddings.position_embedding",
+    projection="text_projection",
 )
 _BERT_BLOCK = {
     "attention": "attention.self",

@@ -63,7 +63,7 @@ class Insertion:
         return rows
 
 
-def _put_in(hidden: torch.Tensor, insertion: Insertion) -> tuple[torch.Tensor, slice | None]:
+def put_in(hidden: torch.Tensor, insertion: Insertion) -> tuple[torch.Tensor, slice | None]:
     """(B, L, W) -> the changed rows (B, L', W) and, of inserted ones, where they are."""
     batch, length, width = hidden.shape
     tokens = insertion.tokens.to(hidden.device, hidden.dtype)
@@ -78,7 +78,7 @@ def _put_in(hidden: torch.Tensor, insertion: Insertion) -> tuple[torch.Tensor, s
     return torch.cat([hidden[:, :start], tokens, hidden[:, start:]], 1), slice(start, start + tokens.shape[1])
 
 
-def _check(backbone: Backbone, tower: TowerName, insertion: Insertion) -> None:
+def check_insertion(backbone: Backbone, tower: TowerName, insertion: Insertion) -> None:
     width, depth = backbone.width(tower), len(backbone.blocks(tower))
     if insertion.tokens.ndim not in (2, 3) or insertion.tokens.shape[-1] != width:
         shape = tuple(insertion.tokens.shape)
@@ -106,7 +106,7 @@ class PromptedRows:
     def put_in(self, hidden: torch.Tensor, insertions: Sequence[Insertion]) -> torch.Tensor:
         for insertion in insertions:
             length = hidden.shape[1]
-            hidden, place = _put_in(hidden, insertion)
+            hidden, place = put_in(hidden, insertion)
             if place is not None:
                 self.added = self.added or [False] * length
                 self.added[place.start : place.start] = [True] * (place.stop - place.start)
@@ -129,7 +129,7 @@ class PromptedRows:
 def inserted_tokens(backbone: Backbone, tower: TowerName, insertions: Sequence[Insertion]) -> Iterator[None]:
     """See `Backbone.inserted`."""
     for insertion in insertions:
-        _check(backbone, tower, insertion)
+        check_insertion(backbone, tower, insertion)
     blocks, parts = backbone.blocks(tower), backbone.tower(tower)
     if tower in backbone.prompted:
         raise BackboneError(f"Tokens are already inserted into the {tower} tower; put all into one `inserted`.")

@@ -10,11 +10,16 @@ attributes that end in an underscore. Three bases, by what a method needs:
 
 from __future__ import annotations
 
+import copy
 import dataclasses
-from collections.abc import Callable, Sequence
+import json
+import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, ClassVar, Self, cast
+from hashlib import blake2b
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import numpy as np
 import torch
@@ -24,14 +29,12 @@ from torch.nn.functional import normalize, one_hot
 from clipadapt.data import Dataset
 from clipadapt.errors import ClipadaptError, unknown_name
 from clipadapt.features import encode_classes, encode_images
+from clipadapt.training.loop import Report, Run
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from clipadapt.backbones import Backbone
 
 Array = Tensor | np.ndarray
-Report = Callable[[dict[str, Any]], None]  # called by training loops with step, steps, loss, lr, seconds
 
 
 @dataclass(frozen=True)
@@ -39,7 +42,8 @@ class Card:
     """The facts of a method, shown by `clipadapt methods` and checked by the conformance suite.
 
     `signal` says what `fit` learns from: "none" (class names only) or "labels" (a labelled support set).
-    `requires` names the backbone capabilities without which the method refuses.
+    `requires` names the backbone capabilities without which the method refuses. `new_classes`: a fitted one can be
+    used for classes that it has not learned (`with_classes`), as base-to-new protocols do.
     """
 
     key: str
@@ -50,6 +54,7 @@ class Card:
     trains: str
     signal: str
     requires: frozenset[str] = frozenset()
+    new_classes: bool = False
 
 
 def hyper(default: Any, doc: str, *, low: float | None = None, high: float | None = None, choices: Any = None) -> Any:
@@ -116,16 +121,31 @@ class Method:
         val: Dataset | None = None,
         class_names: Sequence[str] | None = None,
         report: Report | None = None,
+        resume: str | Path | None = None,
     ) -> Self:
         """Learn from a labelled `support` set (or only from `class_names`, where the card's signal is "none").
 
         `val` chooses hyper-parameters where the method's paper does so; nothing is ever trained on it. `report` is
-        called after every training step with a dict of step, steps, loss, lr and seconds.
+        called after every training step with a dict of step, steps, loss, lr, seconds and, for some methods, accuracy.
+        In the folder `resume` a training run keeps its state until it ends: the same call goes on where an interrupted
+        one was, to the same result.
         """
-        self._fit_towers(backbone, self._open(backbone, support, class_names), val, report)
+        data = self._open(backbone, support, class_names)
+        folder = Path(resume) / self._identity(backbone, data) if resume is not None else None
+        self._fit_towers(backbone, data, val, Run(report, folder))
+        if folder is not None:
+            shutil.rmtree(folder, ignore_errors=True)
         return self
 
-    def _fit_towers(self, backbone: Backbone, support: Dataset, val: Dataset | None, report: Report | None) -> None:
+    def _identity(self, backbone: Backbone, support: Dataset) -> str:
+        """What a training run depends on, as 32 hex digits."""
+        from clipadapt.methods.artifact import recipe
+
+        pictures = [item.digest() for item in support.items]
+        facts = [recipe(self), backbone.fingerprint, pictures, support.labels, support.class_names]
+        return blake2b(json.dumps(facts, default=sorted).encode(), digest_size=16).hexdigest()
+
+    def _fit_towers(self, backbone: Backbone, support: Dataset, val: Dataset | None, run: Run) -> None:
         """The method's own `fit`, on a support set that has been checked."""
         raise NotImplementedError
 
@@ -151,6 +171,27 @@ class Method:
         self.dim_ = backbone.dim
         return support
 
+    def with_classes(self, class_names: Sequence[str]) -> Self:
+        """This fitted method for other classes, by their names alone; itself stays as it is. Nothing is refitted.
+
+        Raises ClipadaptError for a method that ties what it learned to its classes (see `Card.new_classes`).
+        """
+        if not self.card.new_classes:
+            raise ClipadaptError(f"{self.card.key} ties what it learns to its classes; fit it again for others.")
+        backbone = self._fitted("backbone_")
+        if backbone is None:
+            raise ClipadaptError(f"This {self.card.key} was fitted on features: it has no text tower for other classes.")
+        if len(class_names) < 2:
+            raise ClipadaptError(f"{self.card.key} needs at least two classes, not {list(class_names)}.")
+        other = copy.copy(self)
+        other.class_names_ = list(class_names)
+        other._reclassify(backbone)
+        return other
+
+    def _reclassify(self, backbone: Backbone) -> None:
+        """After `class_names_` changed: what depends on them, anew."""
+        self._restore(backbone)
+
     # -- predicting -------------------------------------------------------------------------------------------------
 
     def logits(self, image_features: Array) -> Array:
@@ -171,7 +212,8 @@ class Method:
         # Adapted towers exist once; keeping their features would only fill the disk.
         shared = self.origin_ is not None and backbone.fingerprint == self.origin_["fingerprint"]
         encoded = encode_images(backbone, images, cache=shared, on_error=on_error, progress=progress)
-        return cast(Tensor, self.logits(encoded.features)), encoded.kept
+        with torch.no_grad():
+            return self._logits(encoded.features), encoded.kept
 
     def predict_proba(self, images: Any) -> np.ndarray:
         """Class probabilities (N, C) of pictures; columns in the order of `class_names_`."""
@@ -219,14 +261,14 @@ class Method:
 class FeatureMethod(Method):
     """A method that sees only tensors: write `_fit(support)` and `_logits(images)`."""
 
-    def _fit_towers(self, backbone: Backbone, support: Dataset, val: Dataset | None, report: Report | None) -> None:
+    def _fit_towers(self, backbone: Backbone, support: Dataset, val: Dataset | None, run: Run) -> None:
         self._learn(
             encode_images(backbone, support).features,
             support.labels,
             encode_classes(backbone, support.class_names, self.templates),
             backbone.logit_scale,
             (encode_images(backbone, val).features, val.labels) if val is not None else None,
-            report,
+            run,
         )
 
     def fit_features(
@@ -245,7 +287,7 @@ class FeatureMethod(Method):
         """
         self.backbone_, self.origin_ = None, None
         self.class_names_ = [str(c) for c in range(len(text_features))]
-        self._learn(image_features, labels, text_features, float(logit_scale), val, report)
+        self._learn(image_features, labels, text_features, float(logit_scale), val, Run(report))
         return self
 
     def _learn(
@@ -255,7 +297,7 @@ class FeatureMethod(Method):
         text_features: Array,
         logit_scale: float,
         val: tuple[Array, Any] | None,
-        report: Report | None,
+        run: Run,
     ) -> None:
         texts = unit(text_features, "text_features")
         images = unit(image_features, "image_features", dim=texts.shape[1])
@@ -265,9 +307,9 @@ class FeatureMethod(Method):
             x, y = unit(val[0], "val features", dim=texts.shape[1]), val[1]
             val = x, as_labels(y, len(x), len(texts))
         self.dim_ = texts.shape[1]
-        self._fit(Support(images, as_labels(labels, len(images), len(texts)), texts, logit_scale, val), report)
+        self._fit(Support(images, as_labels(labels, len(images), len(texts)), texts, logit_scale, val), run)
 
-    def _fit(self, support: Support, report: Report | None) -> None:
+    def _fit(self, support: Support, run: Run) -> None:
         raise NotImplementedError
 
 
@@ -291,6 +333,9 @@ class WeightMethod(Method):
     def _restore(self, backbone: Backbone | None) -> None:
         assert backbone is not None  # a weight method is never fitted on features alone
         self.backbone_ = with_weights(backbone, self.changed())
+
+    def _reclassify(self, backbone: Backbone) -> None:
+        self.weight_ = self._text_classifier(backbone).cpu()
 
     def _text_classifier(self, backbone: Backbone) -> Tensor:
         return backbone.logit_scale * encode_classes(backbone, self.class_names_, self.templates)  # (C, D)

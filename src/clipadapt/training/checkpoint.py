@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +53,50 @@ def load_checkpoint(file: Path, module: nn.Module, ema: EMA, optimizer: torch.op
         ) from error
     ema.updates = progress.pop("ema_updates")
     return progress
+
+
+def save_progress(
+    file: Path, kept: Sequence[Tensor], optimizer: torch.optim.Optimizer, losses: list[float], seconds: float
+) -> None:
+    """Write a few-shot run after some steps: tensors, optimiser state, the random stream, and the losses so far."""
+    tensors = {f"kept.{i}": tensor.detach() for i, tensor in enumerate(kept)}
+    tensors["random"] = torch.get_rng_state()
+    if torch.cuda.is_available():
+        tensors["random.cuda"] = torch.cuda.get_rng_state()
+    for i, parameter in enumerate(p for group in optimizer.param_groups for p in group["params"]):
+        for key, value in optimizer.state.get(parameter, {}).items():
+            if value is not None:
+                tensors[f"state.{i}.{key}"] = torch.as_tensor(value)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    progress = json.dumps({"losses": losses, "seconds": seconds})
+    with written_aside(file) as aside:
+        save_file({k: v.contiguous() for k, v in tensors.items()}, aside, metadata={"progress": progress})
+
+
+@torch.no_grad()
+def load_progress(file: Path, kept: Sequence[Tensor], optimizer: torch.optim.Optimizer) -> tuple[list[float], float]:
+    """Restore, in place, what `save_progress` wrote; returns the losses so far and the seconds they took.
+
+    Raises ArtifactError for a file that is damaged or was written by another run.
+    """
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    try:
+        with safe_open(file, framework="pt") as stored:
+            progress = json.loads(stored.metadata()["progress"])
+            for i, tensor in enumerate(kept):
+                tensor.copy_(stored.get_tensor(f"kept.{i}"))
+            for name in stored.keys():  # noqa: SIM118 - no mapping
+                kind, _, rest = name.partition(".")
+                if kind == "state":
+                    number, _, key = rest.partition(".")
+                    parameter, value = parameters[int(number)], stored.get_tensor(name)
+                    optimizer.state[parameter][key] = value if key == "step" else value.to(parameter.device)
+            torch.set_rng_state(stored.get_tensor("random"))
+            if "random.cuda" in stored.keys() and torch.cuda.is_available():  # noqa: SIM118
+                torch.cuda.set_rng_state(stored.get_tensor("random.cuda"))
+    except (SafetensorError, RuntimeError, TypeError, KeyError, IndexError, ValueError) as error:
+        raise ArtifactError(f"{file} is damaged or belongs to another run; remove it to train afresh.") from error
+    return progress["losses"], progress["seconds"]
 
 
 def rewind_log(file: Path, step: int) -> None:

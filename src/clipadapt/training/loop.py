@@ -1,15 +1,46 @@
-"""The one loop of few-shot training: batches, a loss, an optimiser, a schedule, and a report of each step."""
+"""The one loop of few-shot training: batches, a loss, an optimiser, a schedule, a report of each step, and resumption."""
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from clipadapt.training.checkpoint import load_progress, save_progress
+
+Report = Callable[[dict[str, Any]], None]
+Loss = Tensor | tuple[Tensor, Tensor]  # the loss; or the loss and which of the batch's examples were right (B,)
+
+
+@dataclass
+class Run:
+    """How the training runs of one fit are watched, and where they are kept so that an interrupted fit goes on.
+
+    report  called after each step with step, steps, loss, lr, seconds and, where the method knows, accuracy
+    folder  one file for each call of `train` in the fit, in order; None keeps nothing
+    every   seconds between two savings
+    """
+
+    report: Report | None = None
+    folder: Path | None = None
+    every: float = 20.0
+    calls: int = field(default=0, init=False)
+
+    def next_file(self) -> Path | None:
+        """Where the next training run of this fit is kept."""
+        self.calls += 1
+        return self.folder / f"run-{self.calls}.safetensors" if self.folder is not None else None
+
+
+UNWATCHED = Run()
 
 
 def batches(n: int, batch_size: int, *, epochs: int, seed: int) -> list[Tensor]:
@@ -22,29 +53,36 @@ def batches(n: int, batch_size: int, *, epochs: int, seed: int) -> list[Tensor]:
 
 
 def train(
-    loss_of: Callable[[Tensor], Tensor],
+    loss_of: Callable[[Any], Loss],
     optimizer: torch.optim.Optimizer,
-    steps: list[Tensor],
+    steps: Sequence[Any],
     *,
     schedule: Callable[[int], float] | None = None,
     clip_norm: float | None = None,
-    report: Callable[[dict[str, Any]], None] | None = None,
+    run: Run = UNWATCHED,
     after_step: Callable[[int], None] | None = None,
+    state: Sequence[Tensor] = (),
 ) -> list[float]:
-    """Minimise `loss_of(rows)` over `steps`, a list of row numbers for each step; returns the loss of every step.
+    """Minimise `loss_of(step)` over `steps`, mostly row numbers of batches; returns the loss of every step.
 
-    `schedule(step)` is the factor on each group's learning rate at that step (constant where it is None);
-    `clip_norm` is the greatest norm of the whole gradient.
+    `schedule(number)` is the factor on each group's learning rate at that step (constant where it is None);
+    `clip_norm` is the greatest norm of the whole gradient. A run that `run` keeps goes on where it was interrupted,
+    and ends bit for bit as it would have. Tensors that `after_step` changes in place belong in `state`: without them
+    such a run is not kept.
     """
     base = [group["lr"] for group in optimizer.param_groups]
-    start = time.perf_counter()
-    losses = []
-    for step, rows in enumerate(steps):
-        factor = schedule(step) if schedule is not None else 1.0
+    file = run.next_file() if after_step is None or state else None
+    kept = [*(p for group in optimizer.param_groups for p in group["params"]), *state]
+    losses, earlier = load_progress(file, kept, optimizer) if file is not None and file.exists() else ([], 0.0)
+    start = saved = time.perf_counter()
+    right: deque[float] = deque(maxlen=50)
+    for number in range(len(losses), len(steps)):
+        factor = schedule(number) if schedule is not None else 1.0
         for group, lr in zip(optimizer.param_groups, base, strict=True):
             group["lr"] = lr * factor
         optimizer.zero_grad(set_to_none=True)
-        loss = loss_of(rows)
+        result = loss_of(steps[number])
+        loss, hits = result if isinstance(result, tuple) else (result, None)
         loss.backward()
         if clip_norm is not None:
             parameters = [p for group in optimizer.param_groups for p in group["params"]]
@@ -52,14 +90,22 @@ def train(
         optimizer.step()
         losses.append(loss.item())
         if not math.isfinite(losses[-1]):
-            raise FloatingPointError(f"The loss became {losses[-1]} at step {step + 1}: lower the learning rate.")
-        if report is not None:
-            seconds = time.perf_counter() - start
-            report(
-                {"step": step + 1, "steps": len(steps), "loss": losses[-1], "lr": base[0] * factor, "seconds": seconds}
-            )
+            raise FloatingPointError(f"The loss became {losses[-1]} at step {number + 1}: lower the learning rate.")
         if after_step is not None:
-            after_step(step)
+            after_step(number)
+        now = time.perf_counter()
+        if run.report is not None:
+            line = {"step": number + 1, "steps": len(steps), "loss": losses[-1], "lr": base[0] * factor}
+            line["seconds"] = earlier + now - start
+            if hits is not None:
+                right.append(hits.float().mean().item())
+                line["accuracy"] = sum(right) / len(right)  # of the latest 50 batches, while they were learned from
+            run.report(line)
+        if file is not None and (now - saved >= run.every or number + 1 == len(steps)):
+            save_progress(file, kept, optimizer, losses, earlier + now - start)
+            saved = time.perf_counter()
+    for group, lr in zip(optimizer.param_groups, base, strict=True):
+        group["lr"] = lr
     return losses
 
 

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from clipadapt.methods.base import Card, FeatureMethod, Report, Support, hyper
+from clipadapt.methods.base import Card, FeatureMethod, Run, Support, hyper
 from clipadapt.methods.few_shot.tip_adapter import cache_logits
 from clipadapt.methods.registry import register
 from clipadapt.training.search import best_on
@@ -110,7 +110,7 @@ class Ape(FeatureMethod):
     )
     search_space = {"alpha": (2.0, 7.0, 20.0), "beta": (1.0, 5.5), "share": (0.5, 0.75)}
 
-    def _fit(self, support: Support, report: Report | None) -> None:
+    def _fit(self, support: Support, run: Run) -> None:
         images, texts = support.images, support.texts
         means = texts if self.prototypes == "texts" else class_means(texts, images, support.one_hot)
         self.channels_ = best_channels(criterion(texts, means, self.balance), self.share)  # (Q,)

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from clipadapt.methods.base import Card, Report, Support, hyper
+from clipadapt.methods.base import Card, Run, Support, hyper
 from clipadapt.methods.few_shot.ape import best_channels, criterion
 from clipadapt.methods.few_shot.tip_adapter import TipAdapter, cache_logits, search
 from clipadapt.methods.registry import register
@@ -58,7 +58,7 @@ class ApeT(TipAdapter):
     )
     search_space = {"alpha": (2.0, 7.0, 20.0), "beta": (1.0, 3.0)}
 
-    def _fit(self, support: Support, report: Report | None) -> None:
+    def _fit(self, support: Support, run: Run) -> None:
         images, labels, texts = support.images, support.labels, support.texts
         self.channels_ = best_channels(criterion(texts, texts, self.balance), self.share)  # (Q,)
         residual = torch.zeros(len(texts), len(self.channels_), requires_grad=True)  # (C, Q)
@@ -87,7 +87,7 @@ class ApeT(TipAdapter):
             torch.optim.AdamW([residual, entry_weight], lr=self.lr, eps=1e-3, weight_decay=0.1),
             steps,
             schedule=lambda step: cosine(step, len(steps)),
-            report=report,
+            run=run,
             after_step=after_step,
         )
         with torch.no_grad():

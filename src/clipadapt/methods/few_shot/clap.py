@@ -21,9 +21,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, normalize
 
-from clipadapt.methods.base import Card, FeatureMethod, Report, Support, hyper
+from clipadapt.methods.base import Card, FeatureMethod, Run, Support, hyper
 from clipadapt.methods.registry import register
-from clipadapt.training.loop import batches, train
+from clipadapt.training.loop import UNWATCHED, batches, train
 from clipadapt.training.schedules import cosine
 
 FIRST_LR = 1e-5
@@ -53,7 +53,7 @@ def train_prototypes(
     lr: float,
     schedule: Callable[[int], float],
     penalty: Tensor | None = None,
-    report: Report | None = None,
+    run: Run = UNWATCHED,
 ) -> Tensor:
     """Prototypes (C, D), not normalised, trained from text features (C, D) on rows of images (N, D), labels (N,).
 
@@ -67,7 +67,7 @@ def train_prototypes(
             loss = loss + (penalty * (prototypes - texts).square().sum(1)).mean()
         return loss
 
-    train(loss_of, torch.optim.SGD([prototypes], lr=lr, momentum=0.9), steps, schedule=schedule, report=report)
+    train(loss_of, torch.optim.SGD([prototypes], lr=lr, momentum=0.9), steps, schedule=schedule, run=run)
     return prototypes.detach()
 
 
@@ -93,7 +93,7 @@ class Clap(FeatureMethod):
     )
     search_space = {"lr": (0.1, 0.01, 0.001), "constraint": ("class", "none")}
 
-    def _fit(self, support: Support, report: Report | None) -> None:
+    def _fit(self, support: Support, run: Run) -> None:
         steps = batches(len(support.images), self.batch_size, epochs=self.epochs, seed=self.seed)
         per_epoch = len(steps) // self.epochs
         prototypes = train_prototypes(
@@ -105,7 +105,7 @@ class Clap(FeatureMethod):
             lr=self.lr,
             schedule=lambda step: rate(step // per_epoch, self.epochs, self.lr),
             penalty=multipliers(support.zero_shot, support.labels) if self.constraint == "class" else None,
-            report=report,
+            run=run,
         )
         self.weight_ = support.logit_scale * normalize(prototypes, dim=1)  # (C, D)
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, normalize, relu
 
-from clipadapt.methods.base import Card, FeatureMethod, Report, Support, hyper
+from clipadapt.methods.base import Card, FeatureMethod, Run, Support, hyper
 from clipadapt.methods.registry import register
 from clipadapt.training.loop import batches, seeded, train
 from clipadapt.training.schedules import cosine
@@ -53,7 +53,7 @@ class ClipAdapter(FeatureMethod):
     search_space = {"ratio": (0.2, 0.6), "lr": (2e-3, 0.1)}
     tiny = {"epochs": 60}
 
-    def _fit(self, support: Support, report: Report | None) -> None:
+    def _fit(self, support: Support, run: Run) -> None:
         dim = support.images.shape[1]
         with seeded(self.seed):
             w1 = torch.nn.Linear(dim, max(dim // self.reduction, 1), bias=False).weight
@@ -70,7 +70,7 @@ class ClipAdapter(FeatureMethod):
             torch.optim.SGD([w1, w2], lr=self.lr, momentum=0.9, weight_decay=5e-4),
             steps,
             schedule=lambda step: cosine(step, len(steps)),
-            report=report,
+            run=run,
         )
         self.w1_, self.w2_, self.weight_ = w1.detach(), w2.detach(), weight
 

@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, normalize
 
-from clipadapt.methods.base import Card, FeatureMethod, Report, Support, hyper
+from clipadapt.methods.base import Card, FeatureMethod, Run, Support, hyper
 from clipadapt.methods.registry import register
-from clipadapt.training.loop import batches, train
+from clipadapt.training.loop import UNWATCHED, batches, train
 from clipadapt.training.schedules import cosine
 
 WARMUP, FIRST_LR, VALIDATE_EVERY = 50, 1e-5, 100
@@ -62,7 +62,7 @@ def train_head(
     lr: float,
     weight_decay: float,
     val: tuple[Tensor, Tensor] | None = None,
-    report: Report | None = None,
+    run: Run = UNWATCHED,
 ) -> tuple[Tensor, int]:
     """Train a copy of `head` (C, D) on rows of (R, D) features of any modality, with labels (R,).
 
@@ -86,7 +86,7 @@ def train_head(
         torch.optim.AdamW([weight], lr=lr, weight_decay=weight_decay),
         steps,
         schedule=lambda step: rate(step, len(steps), lr),
-        report=report,
+        run=run,
         after_step=validate,
     )
     return kept.detach(), kept_step
@@ -117,7 +117,7 @@ class CrossModalProbe(FeatureMethod):
     search_space = {"steps": (300, 1000), "wise_ft": (0.0, 0.5)}
     tiny = {"steps": 400}
 
-    def _fit(self, support: Support, report: Report | None) -> None:
+    def _fit(self, support: Support, run: Run) -> None:
         classes = len(support.texts)
         head, _ = train_head(
             torch.cat([support.images, support.texts]),
@@ -128,7 +128,7 @@ class CrossModalProbe(FeatureMethod):
             lr=self.lr,
             weight_decay=self.weight_decay,
             val=support.val,
-            report=report,
+            run=run,
         )
         self.weight_ = support.logit_scale * ((1 - self.wise_ft) * head + self.wise_ft * support.texts)  # (C, D)
 

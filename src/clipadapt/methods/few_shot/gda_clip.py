@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from clipadapt.methods.base import Card, FeatureMethod, Report, Support, hyper
+from clipadapt.methods.base import Card, FeatureMethod, Run, Support, hyper
 from clipadapt.methods.registry import register
 from clipadapt.training.search import best_on
 
@@ -63,7 +63,7 @@ class GdaClip(FeatureMethod):
     )
     search_space = {"alpha": GRID}
 
-    def _fit(self, support: Support, report: Report | None) -> None:
+    def _fit(self, support: Support, run: Run) -> None:
         weight, bias = discriminant(support.images, support.labels, len(support.texts))
         texts = support.logit_scale * support.texts  # (C, D)
         alpha = self.alpha

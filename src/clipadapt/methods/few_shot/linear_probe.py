@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from clipadapt.errors import ClipadaptError
-from clipadapt.methods.base import Card, FeatureMethod, Report, Support, hyper
+from clipadapt.methods.base import Card, FeatureMethod, Run, Support, hyper
 from clipadapt.methods.registry import register
 
 SWEEP = (0.1, 1.0, 10.0, 100.0, 1000.0)
@@ -55,7 +55,7 @@ class LinearProbe(FeatureMethod):
     )
     search_space = {"strength": SWEEP}
 
-    def _fit(self, support: Support, report: Report | None) -> None:
+    def _fit(self, support: Support, run: Run) -> None:
         if len(support.labels.unique()) < 2:
             raise ClipadaptError("linear-probe needs pictures of at least two classes.")
         best = -1.0

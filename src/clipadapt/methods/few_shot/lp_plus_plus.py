@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from clipadapt.methods.base import Card, FeatureMethod, Report, Support, hyper
+from clipadapt.methods.base import Card, FeatureMethod, Run, Support, hyper
 from clipadapt.methods.registry import register
 from clipadapt.training.loop import seeded, train
 
@@ -72,7 +72,7 @@ class LpPlusPlus(FeatureMethod):
         signal="labels",
     )
 
-    def _fit(self, support: Support, report: Report | None) -> None:
+    def _fit(self, support: Support, run: Run) -> None:
         images, labels, texts = support.images, support.labels, support.texts
         classes, dim = texts.shape
         official = self.variant == "official"
@@ -118,7 +118,7 @@ class LpPlusPlus(FeatureMethod):
             {"params": [alpha], "lr": lr_alpha, "momentum": 0.0},
         ]
         rows = torch.arange(len(images))
-        train(loss_of, torch.optim.SGD(groups), [rows] * self.steps, report=report, after_step=keep)
+        train(loss_of, torch.optim.SGD(groups), [rows] * self.steps, run=run, after_step=keep)
 
     def _logits(self, images: Tensor) -> Tensor:
         return images @ self.weight_.T + self.bias_  # (N, C)

@@ -26,7 +26,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from clipadapt.methods.base import Card, FeatureMethod, Report, Support, hyper
+from clipadapt.methods.base import Card, FeatureMethod, Run, Support, hyper
 from clipadapt.methods.registry import register
 from clipadapt.training.search import best_on
 
@@ -110,7 +110,7 @@ class ProKeR(FeatureMethod):
     )
     search_space = {"solution": ("published", "textbook"), "lmbda": (0.03, 0.1, 0.3, 1.0, 3.0)}
 
-    def _fit(self, support: Support, report: Report | None) -> None:
+    def _fit(self, support: Support, run: Run) -> None:
         images, texts, labels = support.images, support.texts, support.one_hot
         shots = len(images) / len(support.labels.unique())
         beta, lmbda = BY_SHOTS[max(k for k in BY_SHOTS if k <= shots)]

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, normalize
 
-from clipadapt.methods.base import Card, FeatureMethod, Report, Support, hyper
+from clipadapt.methods.base import Card, FeatureMethod, Run, Support, hyper
 from clipadapt.methods.registry import register
 from clipadapt.training.loop import batches, train
 from clipadapt.training.schedules import cosine
@@ -52,7 +52,7 @@ class TaskRes(FeatureMethod):
     )
     search_space = {"scale": (0.1, 0.5, 1.0), "lr": (2e-4, 2e-3)}
 
-    def _fit(self, support: Support, report: Report | None) -> None:
+    def _fit(self, support: Support, run: Run) -> None:
         images, labels, texts = support.images, support.labels, support.texts
         residual = torch.zeros_like(texts).requires_grad_()  # (C, D)
         few = len(images) <= 4 * len(labels.unique())
@@ -69,7 +69,7 @@ class TaskRes(FeatureMethod):
             return 1e-5 / self.lr if epoch == 0 and epochs > 1 else cosine(max(epoch - 1, 0), epochs)
 
         optimizer = torch.optim.Adam([residual], lr=self.lr, weight_decay=5e-4)
-        train(loss_of, optimizer, steps, schedule=schedule, report=report)
+        train(loss_of, optimizer, steps, schedule=schedule, run=run)
         self.weight_ = support.logit_scale * classifier(texts, residual.detach(), self.scale)  # (C, D)
 
     def _logits(self, images: Tensor) -> Tensor:

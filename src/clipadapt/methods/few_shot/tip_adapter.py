@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from clipadapt.methods.base import Card, FeatureMethod, Report, Support, hyper
+from clipadapt.methods.base import Card, FeatureMethod, Run, Support, hyper
 from clipadapt.methods.registry import register
 from clipadapt.training.search import best_on
 
@@ -66,7 +66,7 @@ class TipAdapter(FeatureMethod):
     )
     search_space = {"alpha": (0.5, 1.0, 2.0, 5.0, 10.0, 20.0), "beta": (1.0, 2.0, 5.5, 10.0, 20.0, 40.0)}
 
-    def _fit(self, support: Support, report: Report | None) -> None:
+    def _fit(self, support: Support, run: Run) -> None:
         self.weight_ = support.logit_scale * support.texts  # (C, D)
         self.keys_, self.values_ = support.images, support.one_hot  # (N, D), (N, C)
         self.beta_, self.alpha_ = self.beta, self.alpha

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from clipadapt.methods.base import Card, Report, Support, hyper
+from clipadapt.methods.base import Card, Run, Support, hyper
 from clipadapt.methods.few_shot.tip_adapter import TipAdapter, cache_logits, search
 from clipadapt.methods.registry import register
 from clipadapt.training.loop import batches, train
@@ -48,7 +48,7 @@ class TipAdapterF(TipAdapter):
     )
     search_space = {"alpha": (1.17, 5.0, 20.0), "beta": (1.0, 5.5, 20.0)}
 
-    def _fit(self, support: Support, report: Report | None) -> None:
+    def _fit(self, support: Support, run: Run) -> None:
         self.weight_ = support.logit_scale * support.texts  # (C, D)
         self.values_ = support.one_hot  # (N, C)
         self.beta_, self.alpha_ = self.beta, self.alpha
@@ -70,7 +70,7 @@ class TipAdapterF(TipAdapter):
             torch.optim.AdamW([keys], lr=self.lr, eps=1e-4, weight_decay=0.01),
             steps,
             schedule=lambda step: cosine(step, len(steps)),
-            report=report,
+            run=run,
             after_step=after_step,
         )
         self.keys_ = keys.detach()

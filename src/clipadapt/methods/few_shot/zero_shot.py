@@ -14,7 +14,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from clipadapt.methods.base import Card, FeatureMethod, Report, Support
+from clipadapt.backbones import Backbone
+from clipadapt.features import encode_classes
+from clipadapt.methods.base import Card, FeatureMethod, Run, Support
 from clipadapt.methods.registry import register
 
 
@@ -36,10 +38,14 @@ class ZeroShot(FeatureMethod):
         task="zero-shot classification",
         trains="nothing",
         signal="none",
+        new_classes=True,
     )
 
-    def _fit(self, support: Support, report: Report | None) -> None:
+    def _fit(self, support: Support, run: Run) -> None:
         self.weight_ = support.logit_scale * support.texts  # (C, D)
+
+    def _reclassify(self, backbone: Backbone) -> None:
+        self.weight_ = backbone.logit_scale * encode_classes(backbone, self.class_names_, self.templates)
 
     def _logits(self, images: Tensor) -> Tensor:
         return images @ self.weight_.T  # (N, C)

@@ -21,7 +21,7 @@ from torch.nn.functional import cross_entropy, normalize
 
 from clipadapt.backbones import Backbone
 from clipadapt.data import Dataset, class_texts
-from clipadapt.methods.base import Card, Report, WeightMethod, hyper, with_weights
+from clipadapt.methods.base import Card, Run, WeightMethod, hyper, with_weights
 from clipadapt.methods.registry import register
 from clipadapt.training.loop import batches, seeded, train
 from clipadapt.training.pixels import Pixels
@@ -90,10 +90,11 @@ class ClipLora(WeightMethod):
         trains="low-rank weights",
         signal="labels",
         requires=frozenset({"texts", "weights"}),
+        new_classes=True,
     )
     tiny = {"steps_per_shot": 5, "lr": 1e-2, "batch_size": 16, "min_scale": 1.0}
 
-    def _fit_towers(self, backbone: Backbone, support: Dataset, val: Dataset | None, report: Report | None) -> None:
+    def _fit_towers(self, backbone: Backbone, support: Dataset, val: Dataset | None, run: Run) -> None:
         adapted = backbone.copy()
         labels = torch.tensor(support.labels, device=backbone.device)
         sentences = class_texts(support.class_names, self.templates)
@@ -105,13 +106,13 @@ class ClipLora(WeightMethod):
         total = self.steps_per_shot * max(support.counts)
         per_epoch = -(-len(support) // self.batch_size)
         steps = batches(len(support), self.batch_size, epochs=-(-total // per_epoch), seed=self.seed)[:total]
-        number = iter(range(total))
 
         def classifier() -> Tensor:
             return normalize(uses @ adapted.encode_tokens(ids), dim=1)  # (C, D)
 
-        def loss_of(rows: Tensor) -> Tensor:
-            images = adapted.encode_images(pixels.batch(rows, next(number)))  # (B, D)
+        def loss_of(step: tuple[int, Tensor]) -> Tensor:
+            number, rows = step
+            images = adapted.encode_images(pixels.batch(rows, number))  # (B, D)
             texts = classifier() if self.tower != "vision" else frozen
             return cross_entropy(backbone.logit_scale * images @ texts.T, labels[rows])
 
@@ -123,9 +124,9 @@ class ClipLora(WeightMethod):
             train(
                 loss_of,
                 torch.optim.AdamW(list(pairs.values()), lr=self.lr, weight_decay=1e-2),
-                steps,
+                list(enumerate(steps)),
                 schedule=lambda step: cosine(step, total, floor=1e-6 / self.lr),
-                report=report,
+                run=run,
             )
         self.lora_ = {name: tensor.detach().cpu() for name, tensor in pairs.items()}
         self._restore(backbone)

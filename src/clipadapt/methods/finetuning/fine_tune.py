@@ -18,7 +18,7 @@ from torch.nn.functional import cross_entropy
 
 from clipadapt.backbones import Backbone
 from clipadapt.data import Dataset
-from clipadapt.methods.base import Card, Report, WeightMethod, hyper
+from clipadapt.methods.base import Card, Run, WeightMethod, hyper
 from clipadapt.methods.registry import register
 from clipadapt.training.loop import batches, train
 from clipadapt.training.pixels import Pixels
@@ -54,7 +54,7 @@ class FineTune(WeightMethod):
     tiny = {"lr": 3e-4, "epochs": 5, "batch_size": 16, "min_scale": 1.0}
     head_from_text = False
 
-    def _fit_towers(self, backbone: Backbone, support: Dataset, val: Dataset | None, report: Report | None) -> None:
+    def _fit_towers(self, backbone: Backbone, support: Dataset, val: Dataset | None, run: Run) -> None:
         adapted = backbone.copy()
         labels = torch.tensor(support.labels, device=backbone.device)
         tower = image_tower(adapted)
@@ -64,20 +64,20 @@ class FineTune(WeightMethod):
         trained = [*tower.values(), head]
         pixels = Pixels(backbone, support, min_scale=self.min_scale, seed=self.seed)
         steps = batches(len(support), self.batch_size, epochs=self.epochs, seed=self.seed)
-        number = iter(range(len(steps)))
 
-        def loss_of(rows: Tensor) -> Tensor:
-            images = adapted.encode_images(pixels.batch(rows, next(number)))  # (B, D)
+        def loss_of(step: tuple[int, Tensor]) -> Tensor:
+            number, rows = step
+            images = adapted.encode_images(pixels.batch(rows, number))  # (B, D)
             return cross_entropy(images @ head.T, labels[rows])
 
         warmup = len(steps) // 10
         train(
             loss_of,
             torch.optim.AdamW(trained, lr=self.lr, weight_decay=0.1),
-            steps,
+            list(enumerate(steps)),
             schedule=lambda step: cosine(step, len(steps), warmup),
             clip_norm=1.0,
-            report=report,
+            run=run,
         )
         self.tower_ = {name: parameter.detach().cpu() for name, parameter in tower.items()}
         self.weight_ = head.detach().cpu()

@@ -19,7 +19,7 @@ from torch import Tensor
 from clipadapt.backbones import Backbone
 from clipadapt.data import Dataset
 from clipadapt.errors import ClipadaptError
-from clipadapt.methods.base import Card, Report, WeightMethod, hyper, with_weights
+from clipadapt.methods.base import Card, Run, WeightMethod, hyper, with_weights
 from clipadapt.methods.finetuning.fine_tune import FineTune
 from clipadapt.methods.registry import create, register
 
@@ -67,12 +67,12 @@ class WiseFt(WeightMethod):
     )
     tiny = {"method": FineTune(**FineTune.tiny), "alpha": 0.8}
 
-    def _fit_towers(self, backbone: Backbone, support: Dataset, val: Dataset | None, report: Report | None) -> None:
+    def _fit_towers(self, backbone: Backbone, support: Dataset, val: Dataset | None, run: Run) -> None:
         keyed = isinstance(self.method, str)
         inner = create(self.method, templates=self.templates) if keyed else replace(self.method)  # never fitted twice
         if not isinstance(inner, WeightMethod):
             raise ClipadaptError(f"wise-ft interpolates weights, and {inner.card.key} changes none.")
-        inner.fit(backbone, support, val=val, report=report)
+        inner.fit(backbone, support, val=val, report=run.report, resume=run.folder)
         tuned = inner.changed()
         original = {name: backbone.model.state_dict()[name] for name in tuned}
         self.tower_ = {k: v.cpu() for k, v in interpolate(original, tuned, self.alpha).items()}
