@@ -114,8 +114,32 @@ def test_too_long_a_text_is_cut_and_keeps_its_end(backbone):
     assert backbone.encode_tokens(ids).isfinite().all()
 
 
+def test_tokens_of_a_text_lie_in_the_joint_space(backbone, texts):
+    """What the pooled row goes through, every row goes through; the row that is pooled gives the pooled feature."""
+    ids = torch.nn.functional.pad(backbone.tokenize(texts), (0, 2))
+    same_end = backbone.family == "siglip"  # whose end token is its padding
+    lengths = [len(backbone.tokenize([text])[0]) - same_end for text in texts]
+    out = backbone.encode_tokens(ids, tokens=True, normalize=False)
+    torch.testing.assert_close(out.pooled, backbone.encode_tokens(ids, normalize=False))
+    assert out.tokens.shape == (len(texts), max(lengths), backbone.dim)
+    assert out.mask.tolist() == [[j < length for j in range(max(lengths))] for length in lengths]
+    if backbone.family.startswith("siglip"):  # pools the last of all rows, which only the longest of texts fills
+        full = backbone.encode_tokens(torch.tensor([[9] * 16]), tokens=True)
+        torch.testing.assert_close(full.tokens[:, 15], full.pooled)
+    else:
+        pooled = [length - 1 if "causal-text" in backbone.capabilities else 0 for length in lengths]
+        torch.testing.assert_close(out.tokens[range(len(texts)), pooled], out.pooled)
+    unit = backbone.encode_tokens(ids, tokens=True)
+    torch.testing.assert_close(unit.tokens, torch.nn.functional.normalize(out.tokens, dim=-1))
+    for row, length in enumerate(lengths):
+        alone = backbone.encode_tokens(ids[row : row + 1], tokens=True)
+        torch.testing.assert_close(alone.tokens[0], unit.tokens[row, :length], rtol=0, atol=1e-5)
+
+
 def test_no_texts_no_features(backbone):
     assert backbone.encode_texts([]).shape == (0, backbone.dim)
+    none = backbone.encode_tokens(torch.zeros(0, 0, dtype=torch.int64), tokens=True)
+    assert (none.pooled.shape, none.tokens.shape, none.mask.shape) == ((0, backbone.dim), (0, 1, backbone.dim), (0, 1))
 
 
 def test_text_errors(clip):

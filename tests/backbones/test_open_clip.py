@@ -101,6 +101,7 @@ def test_everything_else_is_refused_by_name(open_clip, tmp_path):
     insertion = Insertion(torch.zeros(1, 5))
     for refused in (
         lambda: backbone.encode_images(torch.zeros(1, 3, 16, 16), tokens=True),
+        lambda: backbone.encode_tokens(torch.zeros(1, 9, dtype=torch.int64), tokens=True),
         lambda: backbone.target_modules(),
         lambda: backbone.blocks("vision"),
         lambda: backbone.width("text"),

@@ -270,6 +270,57 @@ def test_adapted_towers_export_as_a_plain_folder(key, fitted, queries, tmp_path)
     assert exported.fingerprint == model.backbone_.fingerprint
 
 
+class Interrupted(Exception):
+    pass
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_an_interrupted_fit_goes_on(key, backbone, support, queries, fitted, tmp_path, monkeypatch):
+    """The same call ends with the same model, whatever of the training was kept."""
+    monkeypatch.setattr("clipadapt.training.loop.SAVE_EVERY", 0.0)
+    seen: list[dict] = []
+    quick(key).fit(backbone, support, report=seen.append)
+
+    def interrupt(line: dict) -> None:
+        if line["step"] == seen[-1]["steps"] // 2 + 1:
+            raise Interrupted
+
+    if seen:
+        with pytest.raises(Interrupted):
+            quick(key).fit(backbone, support, report=interrupt, resume=tmp_path / "run")
+    model = quick(key).fit(backbone, support, resume=tmp_path / "run")
+    np.testing.assert_array_equal(model.predict_proba(queries), fitted(key).predict_proba(queries))
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()], "nothing is left of a fit that ended"
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_new_classes(key, backbone, support, queries, fitted, tmp_path):
+    """A fitted method serves other names without refitting, or says that it cannot; itself it stays as it was."""
+    model, before = fitted(key), fitted(key).predict_proba(queries)
+    names = ["large cat", "house", support.class_names[1], "star", "dog"]
+    if not model.card.new_classes:
+        with pytest.raises(ClipadaptError, match="ties what it learns to its classes"):
+            model.with_classes(names)
+        return
+    if getattr(model, "class_specific", False):
+        model = create(key, **{**method_class(key).tiny, "class_specific": False}).fit(backbone, support)
+        before = model.predict_proba(queries)
+    other = model.with_classes(names)
+    probabilities = other.predict_proba(queries)
+    assert probabilities.shape == (8, 5)
+    assert other.class_names_ == names
+    assert other.trained_parameters == model.trained_parameters
+    np.testing.assert_allclose(
+        model.with_classes(names[::-1]).predict_proba(queries), probabilities[:, ::-1], atol=1e-4
+    )
+    np.testing.assert_allclose(model.with_classes(support.class_names).predict_proba(queries), before, atol=1e-5)
+    loaded = clipadapt.load(other.save(tmp_path / "other"), backbone)
+    np.testing.assert_allclose(loaded.predict_proba(queries), probabilities, atol=1e-6)
+    np.testing.assert_array_equal(model.predict_proba(queries), before)
+    with pytest.raises(ClipadaptError, match="two classes"):
+        model.with_classes(["one"])
+
+
 @pytest.fixture(scope="module")
 def digits() -> tuple[Backbone, Dataset, Dataset]:
     """The small real task: scikit-learn's handwritten digits, 8 shots, on the embedded model."""

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from clipadapt.backbones import load_backbone
-from clipadapt.training.loop import batches, seeded, train
+from clipadapt.errors import ArtifactError
+from clipadapt.training.loop import Run, batches, seeded, train
 from clipadapt.training.pixels import Pixels
 from clipadapt.training.search import best_on
 from tests.pictures import colours
@@ -31,7 +32,7 @@ def test_train_is_gradient_descent():
         torch.optim.SGD([x], lr=0.5),
         [torch.arange(1)] * 3,
         schedule=lambda step: [1.0, 0.5, 0.0][step],
-        report=reports.append,
+        run=Run(reports.append),
     )
     assert losses == [32.0, 8.0, 4.5]
     assert x.item() == 3.0
@@ -83,3 +84,78 @@ def test_pixels_plain_and_cropped():
     assert not torch.equal(first, second)
     assert torch.equal(first, Pixels(backbone, data, min_scale=0.3, seed=1).batch([0, 1], 0))
     assert not torch.equal(first, Pixels(backbone, data, min_scale=0.3, seed=2).batch([0, 1], 0))
+
+
+# -- interruption ------------------------------------------------------------------------------------------------------
+
+
+class Interrupted(Exception):
+    pass
+
+
+def descend(folder=None, stop_at: int | None = None, optimizer=torch.optim.SGD, **options) -> tuple[torch.Tensor, list]:
+    """A little training run that draws random numbers, averages its weights, and may be interrupted after a step."""
+    seen: list[dict] = []
+
+    def report(line: dict) -> None:
+        seen.append(line)
+        if line["step"] == stop_at:
+            raise Interrupted
+
+    weights, average = torch.ones(3, requires_grad=True), torch.zeros(3)
+    with seeded(1):
+        losses = train(
+            lambda rows: ((weights - rows.sum() - torch.rand(3)) ** 2).sum(),
+            optimizer([weights], **options),
+            batches(8, 2, epochs=3, seed=1),
+            schedule=lambda step: 1 / (1 + step),
+            run=Run(report, folder, every=0),
+            after_step=lambda step: average.add_(weights.detach()),
+            state=[average],
+        )
+    return torch.cat([weights.detach(), average, torch.tensor(losses)]), seen
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "options"),
+    [
+        (torch.optim.SGD, {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.1}),
+        (torch.optim.SGD, {"lr": 0.1}),
+        (torch.optim.AdamW, {"lr": 0.1}),
+    ],
+)
+def test_an_interrupted_run_ends_as_if_nothing_had_happened(tmp_path, optimizer, options):
+    whole, _ = descend(optimizer=optimizer, **options)
+    with pytest.raises(Interrupted):
+        descend(tmp_path, stop_at=5, optimizer=optimizer, **options)
+    resumed, seen = descend(tmp_path, optimizer=optimizer, **options)
+    assert torch.equal(resumed, whole)
+    assert [line["step"] for line in seen] == list(range(5, 13))  # step 5 was interrupted before it was kept
+    again, seen = descend(tmp_path, optimizer=optimizer, **options)  # a run that ended is not trained again
+    assert torch.equal(again, whole)
+    assert seen == []
+
+
+def test_a_kept_run_of_something_else_is_refused(tmp_path):
+    with pytest.raises(Interrupted):
+        descend(tmp_path, stop_at=5, lr=0.1)
+    x = torch.zeros(4, requires_grad=True)
+    with pytest.raises(ArtifactError, match=r"run-1.safetensors is damaged or belongs to another run"):
+        train(lambda rows: x.sum(), torch.optim.SGD([x], lr=0.1), [0], run=Run(None, tmp_path))
+    (tmp_path / "run-1.safetensors").write_bytes(b"half a file")
+    with pytest.raises(ArtifactError, match="damaged"):
+        descend(tmp_path, lr=0.1)
+
+
+def test_a_run_whose_after_step_has_hidden_state_is_not_kept(tmp_path):
+    x = torch.zeros(1, requires_grad=True)
+    optimizer = torch.optim.SGD([x], lr=0.1)
+    train(lambda rows: x.sum(), optimizer, [0], run=Run(None, tmp_path, every=0), after_step=lambda step: None)
+    assert not list(tmp_path.iterdir())
+
+
+def test_accuracy_is_reported_where_the_loss_gives_it():
+    x, seen = torch.zeros(1, requires_grad=True), []
+    hits = iter([[True, False], [True, True]])
+    train(lambda rows: (x.sum(), torch.tensor(next(hits))), torch.optim.SGD([x], lr=0.1), [0, 0], run=Run(seen.append))
+    assert [line["accuracy"] for line in seen] == [0.5, 0.75]

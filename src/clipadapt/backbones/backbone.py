@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ from torch import nn
 from clipadapt.backbones.families import FAMILIES, Pretrained, Tower, TowerName, quiet, submodule
 from clipadapt.backbones.preprocess import Preprocess
 from clipadapt.backbones.prompt_encoder import PromptEncoder
-from clipadapt.backbones.surgery import Insertion, PromptedRows, changed_attention, inserted_tokens
+from clipadapt.backbones.surgery import Insertion, PromptedRows, changed_attention, inserted_tokens, rows_after_blocks
 from clipadapt.backbones.text import clean
 from clipadapt.errors import BackboneError, unknown_name
 
@@ -46,6 +46,21 @@ class ImageTokens:
     inserted: torch.Tensor
 
 
+@dataclass(frozen=True)
+class TextTokens:
+    """What `encode_tokens(ids, tokens=True)` gives.
+
+    pooled  (T, D) the text features
+    tokens  (T, L', D) one feature for each token in the same joint space; L' is the length of the longest text
+    mask    (T, L') bool: true for a text's tokens, start and end included (but no end token that is also the padding,
+            as SigLIP's); what stands in the other rows means nothing
+    """
+
+    pooled: torch.Tensor
+    tokens: torch.Tensor
+    mask: torch.Tensor
+
+
 class Backbone:
     """A frozen image tower and text tower that share one space; made by `clipadapt.load_backbone`.
 
@@ -67,6 +82,7 @@ class Backbone:
         self.preprocess: Callable[[Image.Image], torch.Tensor] = transform
         self._family = FAMILIES[self.family]
         self.prompted: dict[TowerName, PromptedRows] = {}  # filled while `inserted` lasts
+        self.watched: list[TowerName] = []  # towers in which `after_blocks` is at work
         self._fingerprint: tuple[Any, str] | None = None
         config = self.model.config
         size = transform.crop or transform.resize
@@ -165,13 +181,16 @@ class Backbone:
             return _unit(pooled, normalize)
         norm = submodule(self.model, self._family.vision.norm)
         rows = output.last_hidden_state  # (B, 1 + N, W), or (B, N, W) already normed
-        patches = self._project_patches(norm(rows[:, 1:]) if self._family.class_token else rows)
+        patches = self.project_rows(norm(rows[:, 1:]) if self._family.class_token else rows)
         prompted = self.prompted.get("vision")
         taken = rows[:, :0] if prompted is None or prompted.taken is None else prompted.taken
         return ImageTokens(_unit(pooled, normalize), _unit(patches, normalize), grid, norm(taken))
 
-    def _project_patches(self, rows: torch.Tensor) -> torch.Tensor:
-        """(B, N, W) -> (B, N, D). A pooling head sees each patch as if it were the whole picture."""
+    def project_rows(self, rows: torch.Tensor) -> torch.Tensor:
+        """Rows of the image tower behind its last norm (B, N, W), such as `ImageTokens.inserted`, -> (B, N, D).
+
+        A pooling head sees each row as if it were the whole picture.
+        """
         if self._family.class_token:
             return self.model.visual_projection(rows)
         alone = rows.reshape(-1, 1, rows.shape[-1])  # (B * N, 1, W)
@@ -198,27 +217,45 @@ class Backbone:
         ids = [torch.tensor(row, dtype=torch.int64) for row in rows]
         return nn.utils.rnn.pad_sequence(ids, batch_first=True)  # (T, L)
 
-    def encode_tokens(self, ids: torch.Tensor, *, normalize: bool = True) -> torch.Tensor:
+    @overload
+    def encode_tokens(
+        self, ids: torch.Tensor, *, tokens: Literal[False] = False, normalize: bool = True
+    ) -> torch.Tensor: ...
+
+    @overload
+    def encode_tokens(self, ids: torch.Tensor, *, tokens: Literal[True], normalize: bool = True) -> TextTokens: ...
+
+    def encode_tokens(
+        self, ids: torch.Tensor, *, tokens: bool = False, normalize: bool = True
+    ) -> torch.Tensor | TextTokens:
         """Token ids (T, L) as `tokenize` gives them -> (T, D), of unit length unless `normalize` is off.
 
-        Costs no more than the longest text of the batch needs, except where padding is attended to.
+        Costs no more than the longest text of the batch needs, except where padding is attended to. With `tokens` a
+        `TextTokens` is returned: each token's row goes through what otherwise only the pooled row goes through.
         """
         if ids.ndim != 2 or ids.dtype != torch.int64:
             raise BackboneError(f"Token ids must be (T, L) int64, but are {tuple(ids.shape)} {ids.dtype}.")
         if ids.shape[0] == 0:
-            return torch.zeros(0, self.dim, device=self.device)
-        output = self.model.get_text_features(**self._text_inputs(ids.to(self.device)))
-        return _unit(output.pooler_output, normalize)
+            none = torch.zeros(0, self.dim, device=self.device)
+            return TextTokens(none, none[:, None], none[:, :1].bool()) if tokens else none
+        ids = ids.to(self.device)
+        lengths = self._lengths(ids)  # (T,)
+        output = self.model.get_text_features(**self._text_inputs(ids, lengths))
+        pooled = _unit(output.pooler_output, normalize)
+        if not tokens:
+            return pooled
+        rows = output.last_hidden_state[:, : int(lengths.max())]  # (T, L', W), already normed
+        project = self.model.text_model.head if self._family.padding == "fixed" else self.model.text_projection
+        mask = torch.arange(rows.shape[1], device=self.device) < lengths[:, None]
+        return TextTokens(pooled, _unit(project(rows), normalize), mask)
 
-    def _text_inputs(self, ids: torch.Tensor) -> dict[str, torch.Tensor]:
+    def _text_inputs(self, ids: torch.Tensor, lengths: torch.Tensor) -> dict[str, torch.Tensor]:
         """What the text tower takes: cut or filled as the family was trained."""
-        causal = self._family.padding == "causal"
-        lengths = self.end_positions(ids) + 1 if causal else self._lengths(ids)  # (T,)
         longest, most = int(lengths.max()), self.context_length
         if longest > most:
             raise BackboneError(f"A text of {longest} tokens exceeds the context length, which is {most}.")
         ids = ids[:, :longest]
-        if causal:
+        if self._family.padding == "causal":
             return {"input_ids": ids}
         inside = torch.arange(longest, device=ids.device) < lengths[:, None]  # (T, longest)
         ids = torch.where(inside, ids, self._pad_id)
@@ -228,6 +265,8 @@ class Backbone:
 
     def _lengths(self, ids: torch.Tensor) -> torch.Tensor:
         """(T, L) -> (T,) tokens of each text before its padding, be that zeros or the family's own padding token."""
+        if self._family.padding == "causal":
+            return self.end_positions(ids) + 1
         used = (ids != 0) & (ids != self._pad_id)
         return torch.where(used, torch.arange(1, ids.shape[1] + 1, device=ids.device), 1).amax(1)
 
@@ -326,6 +365,22 @@ class Backbone:
                 stack.enter_context(inserted_tokens(self, "text", text))
             if vision:
                 stack.enter_context(inserted_tokens(self, "vision", vision))
+            yield
+
+    @contextmanager
+    def after_blocks(
+        self, tower: TowerName, functions: Mapping[int, Callable[[torch.Tensor], torch.Tensor | None]]
+    ) -> Iterator[None]:
+        """While it lasts, the rows (B, L, W) that block j leaves go through `functions[j]`, to be read or changed.
+
+        A function gives other rows of the same shape, or None to leave them as they are; gradients flow through it.
+        Negative numbers count from the last block. Rows put in by `inserted` are among them.
+
+            seen = []
+            with backbone.after_blocks("vision", {3: seen.append}):   # read the rows behind the fourth block
+                backbone.encode_images(pixels)
+        """
+        with rows_after_blocks(self, tower, functions):
             yield
 
     @contextmanager

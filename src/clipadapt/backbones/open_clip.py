@@ -73,7 +73,9 @@ class OpenClipBackbone(Backbone):
     def tokenize(self, texts: Sequence[str]) -> torch.Tensor:
         return self.tokenizer(list(texts)) if texts else torch.zeros(0, self.context_length, dtype=torch.int64)
 
-    def encode_tokens(self, ids: torch.Tensor, *, normalize: bool = True) -> torch.Tensor:
+    def encode_tokens(self, ids: torch.Tensor, *, tokens: bool = False, normalize: bool = True) -> Any:
+        if tokens:
+            self._refuse("features of a text's tokens")
         if ids.shape[0] == 0:
             return torch.zeros(0, self.dim, device=self.device)
         full = nn.functional.pad(ids, (0, self.context_length - ids.shape[1])).to(self.device)  # (T, context)

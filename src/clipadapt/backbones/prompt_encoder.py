@@ -14,8 +14,9 @@ packing is not valid, `explain` says why, and the plain computation is done.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,6 +26,7 @@ from torch.utils.checkpoint import checkpoint
 
 from clipadapt.backbones.families import submodule
 from clipadapt.backbones.surgery import ATTENTION, Insertion, check_insertion, put_in
+from clipadapt.errors import BackboneError
 
 if TYPE_CHECKING:
     from clipadapt.backbones.backbone import Backbone
@@ -88,12 +90,9 @@ class PromptEncoder:
 
     def __call__(self, insertions: Sequence[Insertion] = (), *, normalize: bool = True) -> Tensor:
         """Features (C, D) or (G, C, D) of the prompts with `insertions`, unit unless `normalize` is off."""
-        if self._obstacle():
-            features = self._plain(insertions)
-        else:
-            for insertion in insertions:
-                check_insertion(self._backbone, "text", insertion)
-            features = self._shared(insertions)
+        for insertion in insertions:
+            self._check(insertion)
+        features = self._plain(insertions) if self._obstacle() else self._shared(insertions)
         return nn.functional.normalize(features, dim=-1) if normalize else features
 
     def explain(self, insertions: Sequence[Insertion] = ()) -> str:
@@ -103,9 +102,20 @@ class PromptEncoder:
             return f"plain: {obstacle}"
         shared = self._shared_rows(insertions)
         lengths = self._pack(shared).lengths
-        text = f"{shared} shared rows computed once, {len(lengths):,} packed rests of {lengths[0]} to {lengths[-1]} rows"
+        text = (
+            f"{shared} shared rows computed once, {len(lengths):,} packed rests of {lengths[0]} to {lengths[-1]} rows"
+        )
         differing = [i for i in insertions if _per_prompt(i, self.ids.shape[0])]
         return f"{text}; tokens at layer {differing[0].layer} differ from prompt to prompt" if differing else text
+
+    def _check(self, insertion: Insertion) -> None:
+        tokens, classes = insertion.tokens, len(self.ids)
+        flat = tokens.flatten(0, -3) if tokens.ndim > 3 else tokens
+        check_insertion(self._backbone, "text", replace(insertion, tokens=flat))
+        sets = {2: (), 3: (classes,), 4: (1, classes)}.get(tokens.ndim)
+        if sets is None or (sets and tokens.shape[-3] not in sets):
+            shapes = f"(n, W), ({classes}, n, W), (G, 1, n, W) or (G, {classes}, n, W)"
+            raise BackboneError(f"Tokens for {classes} prompts must be {shapes}, but are {tuple(tokens.shape)}.")
 
     # -- which way --------------------------------------------------------------------------------------------------
 
@@ -116,6 +126,8 @@ class PromptEncoder:
             return f"in the text tower of {backbone.family} every row sees the later ones"
         if "text" in backbone.prompted:
             return "tokens are already inserted into the text tower"
+        if "text" in backbone.watched:
+            return "rows of the text tower are read or changed between its blocks"
         for block in backbone.blocks("text"):
             attention: Any = block.get_submodule(backbone.tower("text").attention)
             if attention.config._attn_implementation == ATTENTION:
@@ -170,7 +182,7 @@ class PromptEncoder:
         packed = self._pack(shared)
         in_prefix, in_rest = self._divide(insertions, shared, packed)
         blocks = [_Block(backbone, block) for block in backbone.blocks("text")]
-        positions = submodule(backbone.model, tower.positions).weight  # type: ignore[union-attr]
+        positions: Any = submodule(backbone.model, tower.positions).weight  # (L, W)
 
         prefix = backbone.embed_tokens(self.ids[:1, :shared])  # (1, P, W)
         prefix = _put(prefix, [i for i in in_prefix if i.layer == "input" and i.mode == "replace"])
@@ -197,8 +209,8 @@ class PromptEncoder:
                 pooled.append(checkpoint(run, inputs, *flat, use_reentrant=False, preserve_rng_state=False))
             else:
                 pooled.append(run(inputs, *flat))
-        rows = torch.cat(pooled, 1)[:, packed.order.argsort()]  # (G, C, W)
-        features = backbone.project_texts(rows)  # (G, C, D)
+        ends = torch.cat(pooled, 1)[:, packed.order.argsort()]  # (G, C, W)
+        features = backbone.project_texts(ends)  # (G, C, D)
         return features if groups else features[0]
 
     def _chunk_rows(self, groups: int) -> int:
@@ -323,6 +335,7 @@ class _Chunk:
         return len(self.blocks) * rows * (26 * width + 2 * heads * shared) * hidden.element_size()
 
 
+@cache
 def _later(length: int, device: torch.device) -> Tensor:
     return torch.ones(length, length, dtype=torch.bool, device=device).triu(1)
 

@@ -1,6 +1,7 @@
-"""Changes to a running tower that leave its weights alone: tokens put in at any layer, and other ways to attend.
+"""Changes to a running tower that leave its weights alone: tokens put in at any layer, rows between its blocks read
+or changed, and other ways to attend.
 
-Both go through hooks and settings that transformers' own forward honours, so no model code is repeated here; both
+All go through hooks and settings that transformers' own forward honours, so no model code is repeated here; both
 are context managers, and nothing of them remains afterwards, whether the body ended well or not.
 """
 
@@ -8,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -170,6 +171,36 @@ def inserted_tokens(backbone: Backbone, tower: TowerName, insertions: Sequence[I
         hooks.enter_context(blocks[-1].register_forward_hook(after_blocks))
         backbone.prompted[tower] = state
         hooks.callback(backbone.prompted.pop, tower)
+        yield
+
+
+# -- rows between blocks -----------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def rows_after_blocks(
+    backbone: Backbone, tower: TowerName, functions: Mapping[int, Callable[[torch.Tensor], torch.Tensor | None]]
+) -> Iterator[None]:
+    """See `Backbone.after_blocks`."""
+
+    def through(layer: int, function: Callable[[torch.Tensor], torch.Tensor | None]) -> Any:
+        def after_block(module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
+            rows = function(output)
+            if rows is not None and rows.shape != output.shape:
+                shapes = f"{tuple(output.shape)} became {tuple(rows.shape)}"
+                raise BackboneError(f"Rows behind block {layer} must keep their shape, but {shapes}.")
+            return output if rows is None else rows
+
+        return after_block
+
+    blocks = backbone.blocks(tower)
+    with ExitStack() as hooks:
+        for layer, function in functions.items():
+            (number,) = backbone.layer_numbers(tower, [layer])
+            # first among the hooks: `inserted` takes its rows out behind the last block
+            hooks.enter_context(blocks[number].register_forward_hook(through(layer, function), prepend=True))
+        backbone.watched.append(tower)
+        hooks.callback(backbone.watched.remove, tower)
         yield
 
 

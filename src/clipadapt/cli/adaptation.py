@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -105,8 +106,12 @@ def adapt_to(data: Dataset, test: Dataset | None, plan: Plan) -> dict[str, Any]:
         method, comparison = compare(backbone, support, plan, data.counts)
 
     fitted_at = time.perf_counter()
+    unfinished = plan.target.absolute().with_name(f".{plan.target.name}-training")
+    if unfinished.exists():
+        note("an interrupted training is continued, where it was of these pictures and settings")
     with console.training_progress(f"Fitting {method.card.key}") as report:
-        method.fit(backbone, support, report=report)
+        method.fit(backbone, support, report=report, resume=unfinished)
+    shutil.rmtree(unfinished, ignore_errors=True)
     fit_seconds = time.perf_counter() - fitted_at
     folder = method.save(plan.target)
     return {

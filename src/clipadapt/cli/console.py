@@ -80,20 +80,32 @@ def counted(number: int, noun: str) -> str:
 
 @contextmanager
 def training_progress(title: str) -> Iterator[Callable[[dict[str, Any]], None]]:
-    """A live line on a terminal: loss, step, rate, time left. Gives the `report` function that `Method.fit` takes."""
+    """A live line on a terminal: loss, accuracy on the support set, step, rate, time left.
+
+    Gives the `report` function that `Method.fit` takes. The accuracy is that of the latest batches.
+    """
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
         TextColumn("{task.completed:.0f}/{task.total:.0f}"),
-        TextColumn("loss {task.fields[loss]:.3f}"),
+        TextColumn("loss {task.fields[loss]:.3f}{task.fields[right]}"),
         TextColumn("{task.fields[rate]:.1f} steps/s"),
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=err, disable=not err.is_terminal, transient=True) as bar:
-        task = bar.add_task(title, total=None, visible=False, loss=0.0, rate=0.0)
+        task = bar.add_task(title, total=None, visible=False, loss=0.0, right="", rate=0.0)
 
         def report(step: dict[str, Any]) -> None:
             rate = step["step"] / max(step["seconds"], 1e-9)
-            bar.update(task, completed=step["step"], total=step["steps"], loss=step["loss"], rate=rate, visible=True)
+            right = f"  support {percent(step['accuracy'])}" if "accuracy" in step else ""
+            bar.update(
+                task,
+                completed=step["step"],
+                total=step["steps"],
+                loss=step["loss"],
+                right=right,
+                rate=rate,
+                visible=True,
+            )
 
         yield report

@@ -11,6 +11,7 @@ from clipadapt.data.folders import image_folder, picture_files
 from clipadapt.data.hub import hub_dataset
 from clipadapt.data.items import BytesItem, EncodedItem, FileItem, GeneratedItem, ImageItem, Item
 from clipadapt.data.lists import image_list
+from clipadapt.data.multilabel import MultiLabelDataset
 from clipadapt.data.shards import webdataset
 from clipadapt.data.tables import image_table
 from clipadapt.data.templates import class_texts, template_sets, with_published_names
@@ -26,6 +27,7 @@ __all__ = [
     "GeneratedItem",
     "ImageItem",
     "Item",
+    "MultiLabelDataset",
     "Occurrence",
     "Playground",
     "Split",

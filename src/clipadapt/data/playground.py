@@ -1,8 +1,9 @@
 """Pictures drawn by our own code, with everything about them known: a world for trying every protocol without any data.
 
-A scene shows one object, several of a kind, or two in a spatial relation; kind, colour, size, texture, place, count and
-relation vary, and its style is its domain. Captions, masks and boxes are exact. A scene depends on nothing but the
-playground's settings, its index and what was fixed, so scenes can be drawn in any order and in any process.
+A scene shows one object, several of a kind, two in a spatial relation, or one of each of several kinds; kind, colour,
+size, texture, place, count and relation vary, and its style is its domain. Captions, masks and boxes are exact. A scene
+depends on nothing but the playground's settings, its index and what was fixed, so scenes can be drawn in any order and
+in any process.
 
     playground = Playground(size=64, kinds=TRAIN_KINDS, styles=TRAIN_STYLES, seed=0)
     image, caption = next(playground.pairs(1))
@@ -11,10 +12,10 @@ playground's settings, its index and what was fixed, so scenes can be drawn in a
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageChops
@@ -26,6 +27,7 @@ from clipadapt.errors import DataError, unknown_name
 
 if TYPE_CHECKING:
     from clipadapt.data.dataset import Dataset
+    from clipadapt.data.multilabel import MultiLabelDataset
 
 VERSION = 1  # of the drawing code: raise it when a scene changes, so that no cached feature outlives its picture
 
@@ -59,6 +61,7 @@ _PLACES: dict[str, Point] = {
     "at the top": (0, -1),
     "at the bottom": (0, 1),
 }
+_MOST_KINDS = 9  # that a scene has room for
 _PLURALS = {"butterfly": "butterflies", "fish": "fish", "leaf": "leaves"}
 
 By = Literal["kind", "colour", "texture", "count", "relation"]
@@ -142,11 +145,13 @@ class Playground:
         count: str | None = None,
         relation: str | None = None,
         style: str | None = None,
+        kinds: Iterable[str] | None = None,
     ) -> Scene:
         """Scene number `index` (0, 1, …); what is None is drawn at random.
 
         A fixed `kind`, `colour` or `texture` alone gives a single object; with `count` it holds for all of them and
         with `relation` for the first of the two. `count` is a word of `COUNTS`, `relation` one of `RELATIONS`.
+        `kinds`, 1 to 9 different ones, gives one object of each, apart from one another; only `style` goes with it.
         """
         for word, name, known in (
             ("kind", kind, KINDS),
@@ -160,12 +165,24 @@ class Playground:
                 _check(f"playground {word}", name, known)
         if count and relation:
             raise DataError("A playground scene has a count or a relation, not both.")
+        if kinds is not None:
+            kinds = tuple(kinds)
+            for name in kinds:
+                _check("playground kind", name, KINDS)
+            if kind or colour or texture or count or relation:
+                raise DataError("A playground scene of given kinds leaves all but the style to chance.")
+            if not 1 <= len(set(kinds)) == len(kinds) <= _MOST_KINDS:
+                raise DataError(
+                    f"A playground scene shows 1 to {_MOST_KINDS} different kinds, not {', '.join(kinds) or 'none'}."
+                )
         if index < 0:
             raise DataError(f"Playground scenes are numbered from 0; there is no scene {index}.")
         rng = np.random.default_rng([self.seed, index])
         style = style or _pick(rng, self.styles)
         roll = rng.random()
-        if relation or not (kind or colour or texture or count or roll < 0.75 or len(self.kinds) < 2):
+        if kinds is not None:
+            plans, captions = self._each(rng, kinds)
+        elif relation or not (kind or colour or texture or count or roll < 0.75 or len(self.kinds) < 2):
             plans, captions, relation = self._two(rng, kind, colour, texture, relation)
         elif count or not (kind or colour or texture or roll < 0.55):
             plans, captions = self._several(rng, kind, colour, texture, count)
@@ -205,12 +222,7 @@ class Playground:
         """
         from clipadapt.data.dataset import Dataset
 
-        world = replace(
-            self,
-            kinds=self.kinds if kinds is None else tuple(kinds),
-            styles=self.styles if styles is None else tuple(styles),
-            seed=self.seed if seed is None else seed,
-        )
+        world = self._with(kinds, styles, seed)
         _check("way to label playground pictures", by, ("kind", *_CLASSES))
         names = list(world.kinds if by == "kind" else _CLASSES[by])
         if by == "relation":
@@ -222,16 +234,61 @@ class Playground:
             for i in range(n_per_class):
                 index, style = i * len(names) + label, world.styles[i % len(world.styles)]
                 fixed = {by: name, "style": style}
-                items.append(
-                    GeneratedItem(
-                        name=f"playground-{world.seed}/{style}/{name}/{i}",
-                        key=f"playground {VERSION} {world} {index} {fixed}",
-                        draw=partial(_picture, world, index, fixed),
-                    )
-                )
+                items.append(world._item(name, i, index, fixed))
                 labels.append(label)
                 domains.append(style)
         return Dataset(items, labels, names, domains, name=f"playground by {by}")
+
+    def multilabel(
+        self,
+        n: int,
+        *,
+        kinds: Iterable[str] | None = None,
+        styles: Iterable[str] | None = None,
+        seed: int | None = None,
+        most: int = 3,
+    ) -> MultiLabelDataset:
+        """`n` pictures that each show 1 to `most` different kinds, labelled with them; drawn when they are opened.
+
+        How many kinds a picture shows, and which, is drawn evenly. The pictures are spread evenly over the styles,
+        which are the data set's domains. Asking for more keeps those one had. `kinds`, `styles` and `seed` replace the
+        playground's own.
+
+        Raises:
+            DataError: `most` exceeds the number of kinds, or 9.
+        """
+        from clipadapt.data.multilabel import MultiLabelDataset
+
+        world = self._with(kinds, styles, seed)
+        limit = min(len(world.kinds), _MOST_KINDS)
+        if not 1 <= most <= limit:
+            raise DataError(f"most must lie between 1 and {limit}, the kinds there are or fit in, not {most}.")
+        items: list[Item] = []
+        labels, domains = [], []
+        for i in range(n):
+            rng = np.random.default_rng([world.seed, i, 1])  # not the stream that draws the scene
+            label = rng.permutation(len(world.kinds))[: int(rng.integers(1, most + 1))].tolist()
+            shown, style = tuple(world.kinds[c] for c in label), world.styles[i % len(world.styles)]
+            items.append(world._item("+".join(shown), i, i, {"kinds": shown, "style": style}))
+            labels.append(frozenset(label))
+            domains.append(style)
+        return MultiLabelDataset(items, labels, list(world.kinds), domains, name="playground of several kinds")
+
+    def _with(self, kinds: Iterable[str] | None, styles: Iterable[str] | None, seed: int | None) -> Playground:
+        return replace(
+            self,
+            kinds=self.kinds if kinds is None else tuple(kinds),
+            styles=self.styles if styles is None else tuple(styles),
+            seed=self.seed if seed is None else seed,
+        )
+
+    def _item(self, what: str, number: int, index: int, fixed: dict[str, Any]) -> Item:
+        """Scene `index` with what is `fixed`, to be drawn later; called picture `number` of `what`."""
+        return GeneratedItem(
+            name=f"playground-{self.seed}/{fixed['style']}/{what}/{number}",
+            key=f"playground {VERSION} {self} {index} {fixed}",
+            draw=partial(_picture, self, index, fixed),
+        )
 
     def _single(
         self, rng: np.random.Generator, kind: str | None, colour: str | None, texture: str | None
@@ -308,6 +365,25 @@ class Playground:
                 captions += [f"{a} next to {b}", f"{b} next to {a}"]
         return [first, second], captions, relation
 
+    def _each(self, rng: np.random.Generator, kinds: Sequence[str]) -> tuple[list[_Plan], list[str]]:
+        """One plain object of each kind, in cells of a grid, so that none touches another."""
+        side, extent = (2, (0.34, 0.42)) if len(kinds) <= 4 else (3, (0.22, 0.28))
+        first, step = (0.27, 0.46) if side == 2 else (0.18, 0.32)
+        plans = [
+            _Plan(
+                kind,
+                _pick(rng, COLOURS),
+                "plain",
+                _shaken(rng, first + step * (cell % side), first + step * (cell // side)),
+                rng.uniform(*extent),
+            )
+            for kind, cell in zip(kinds, rng.permutation(side * side).tolist(), strict=False)
+        ]
+        return plans, [
+            _listed([_a(plan.colour, plan.kind) for plan in plans]),
+            _listed([_a(plan.kind) for plan in plans]),
+        ]
+
     def _partners(self, relation: str, kind: str | None = None) -> list[str]:
         """The kinds that the second object of a relation can be of; `kind` is the first one's, None if it is open."""
         fitting = CONTAINERS if relation == "inside" else self.kinds
@@ -341,7 +417,7 @@ class Playground:
         return [np.asarray(layer.reduce(2)) > 128 for layer in visible]
 
 
-def _picture(world: Playground, index: int, fixed: dict[str, str]) -> Image.Image:
+def _picture(world: Playground, index: int, fixed: dict[str, Any]) -> Image.Image:
     return world.scene(index, **fixed).image
 
 
@@ -371,3 +447,8 @@ def _size_word(extent: float) -> str:
 def _a(*words: str) -> str:
     """The words as a noun phrase with its article."""
     return " ".join((("an" if words[0][0] in "aeiou" else "a"), *words))
+
+
+def _listed(phrases: Sequence[str]) -> str:
+    """The phrases as a list in words: "a, b and c"."""
+    return " and ".join([", ".join(phrases[:-1]), phrases[-1]] if len(phrases) > 1 else phrases)

@@ -1,4 +1,4 @@
-"""The one loop of few-shot training: batches, a loss, an optimiser, a schedule, a report of each step, and resumption."""
+"""The one loop of few-shot training: batches, a loss, an optimiser, a schedule, reports, and resumption."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ from torch import Tensor
 
 from clipadapt.training.checkpoint import load_progress, save_progress
 
+SAVE_EVERY = 20.0  # seconds between two savings of a training run
+
 Report = Callable[[dict[str, Any]], None]
 Loss = Tensor | tuple[Tensor, Tensor]  # the loss; or the loss and which of the batch's examples were right (B,)
 
@@ -31,7 +33,7 @@ class Run:
 
     report: Report | None = None
     folder: Path | None = None
-    every: float = 20.0
+    every: float = field(default_factory=lambda: SAVE_EVERY)
     calls: int = field(default=0, init=False)
 
     def next_file(self) -> Path | None:
