@@ -61,7 +61,7 @@ def test_debug_may_stand_anywhere_and_shows_the_traceback(run, place):
 @pytest.mark.parametrize(
     ("raised", "code", "line"),
     [
-        (KeyboardInterrupt(), 130, "interrupted; features encoded so far are kept"),
+        (KeyboardInterrupt(), 130, "interrupted; features and training so far are kept"),
         (OSError(28, "No space left on device"), 1, "error: [Errno 28] No space left on device"),
         (FloatingPointError("The loss became nan."), 1, "error: The loss became nan."),
     ],

@@ -10,7 +10,7 @@ import pytest
 from clipadapt.backbones import Backbone, load_backbone
 from clipadapt.data.splits import stratified_folds
 from clipadapt.evaluation.metrics import wilson
-from clipadapt.evaluation.select import Trial, _OverBudget, contenders, select, settings
+from clipadapt.evaluation.select import Trial, OverBudget, contenders, select, settings
 from clipadapt.features import encode_classes, encode_images
 from clipadapt.methods import method_class
 from tests.pictures import colours
@@ -115,12 +115,12 @@ def test_what_needs_more_than_its_share_gets_what_is_left(backbone, support, mon
     def judge(self, key: str, until: float) -> Trial:
         shares.append((key, until - time.perf_counter()))
         if key == "slow" and shares[-1][1] < 40:
-            raise _OverBudget("it needs 40 s")
+            raise OverBudget("it needs 40 s")
         return Trial(key, {}, 0.5, (0.4, 0.6), 0.0, 0)
 
     keys = ["slow", "a", "b", "c", "d", "e"]
     monkeypatch.setattr("clipadapt.evaluation.select._Judge.__call__", judge)
-    monkeypatch.setattr("clipadapt.evaluation.select._order", lambda keys: keys)
+    monkeypatch.setattr("clipadapt.evaluation.select.order_of", lambda keys: keys)
     selection = select(backbone, support, keys=keys, budget=60)
     assert [key for key, _ in shares] == ["zero-shot", *keys, "slow"]
     assert [round(share) for _, share in shares[1:]] == [30, 36, 45, 60, 60, 60, 60]

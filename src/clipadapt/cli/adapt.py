@@ -12,7 +12,7 @@ import typer
 from clipadapt.cli.adaptation import Plan, adapt_to, check_target
 from clipadapt.cli.console import AsJson, OnError, print_json
 from clipadapt.cli.outcome import show
-from clipadapt.cli.photos import Photos, Root, read_photos
+from clipadapt.cli.photos import MultiLabel, Photos, Root, read_multi_label, read_photos
 from clipadapt.errors import ClipadaptError
 
 
@@ -35,6 +35,7 @@ def adapt(
         str, typer.Option(help="A set of prompt templates, one template with {}, or a .txt or .json file.")
     ] = "photo",
     root: Root = None,
+    multi_label: MultiLabel = False,
     seed: Annotated[int, typer.Option(help="Which pictures are drawn.")] = 1,
     budget: Annotated[float, typer.Option(min=0, help="Seconds that the comparison of methods may take.")] = 60.0,
     on_error: Annotated[OnError, typer.Option(help="What to do with an unreadable picture.")] = OnError.RAISE,
@@ -44,7 +45,8 @@ def adapt(
 
     A few pictures of each class are learned from. With `--method auto`, the methods that fit are compared by
     cross-validation among these, and the best is taken. The other pictures (at most 2,000; of a split file its
-    test part) check the result.
+    test part) check the result. With `--multi-label` a picture can show several classes, and mAP takes the place of
+    accuracy. A training that was interrupted goes on where it was when the same command is given again.
     """
     target = out or Path(f"{photos.resolve().stem}-adapted")
     check_target(target, photos)
@@ -53,7 +55,7 @@ def adapt(
         chosen = create_method(method, settings or [], templates)
     elif settings:
         raise typer.BadParameter("needs --method KEY: auto sets hyper-parameters by itself.", param_hint="--set")
-    train, test = read_photos(photos, root)
+    train, test = (read_multi_label(photos, root), None) if multi_label else read_photos(photos, root)
     document = adapt_to(train, test, Plan(target, shots, chosen, backbone, templates, seed, budget, on_error.value))
     if as_json:
         print_json(document)

@@ -12,7 +12,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from clipadapt.cli import console
 from clipadapt.cli.console import counted, err, note
@@ -21,7 +21,7 @@ from clipadapt.files import is_model
 
 if TYPE_CHECKING:
     from clipadapt.backbones import Backbone
-    from clipadapt.data import Dataset
+    from clipadapt.data import Dataset, MultiLabelDataset
     from clipadapt.methods import Method
 
 MAX_HELD_OUT = 2000  # pictures: the interval of an accuracy is then about two points to either side, or less
@@ -60,12 +60,19 @@ def check_target(target: Path, photos: Path | None = None) -> None:
         raise ArtifactError(f"{target} cannot be written: no permission to write in {ancestor}.")
 
 
-def draw(data: Dataset, test: Dataset | None, shots: int, seed: int) -> tuple[Dataset, Dataset]:
+D = TypeVar("D", "Dataset", "MultiLabelDataset")
+
+
+def draw(data: D, test: D | None, shots: int, seed: int) -> tuple[D, D]:
     """(support set, held-out pictures): shots of `data`, and up to 2,000 of `test` or else of what is left over."""
+    from clipadapt.data import MultiLabelDataset
     from clipadapt.data.splits import sample_shots
 
     rng = random.Random(seed)
-    chosen = sample_shots(data.labels, shots, rng)
+    if isinstance(data, MultiLabelDataset):
+        chosen = data.few_shot_indices(shots, seed)
+    else:
+        chosen = sample_shots(data.labels, shots, rng)
     rest, source = sorted(set(range(len(data))) - set(chosen)), data
     if test is not None:
         rest, source = list(range(len(test))), test
@@ -74,7 +81,7 @@ def draw(data: Dataset, test: Dataset | None, shots: int, seed: int) -> tuple[Da
     return data.select(chosen), source.select(rest)
 
 
-def describe(data: Dataset, support: Dataset, held_out: Dataset, shots: int) -> None:
+def describe(data: D, support: D, held_out: D, shots: int) -> None:
     """Say what there is to learn from, and what is odd about it."""
     note(f"{data.name}: {counted(len(data), 'picture')} of {counted(len(data.class_names), 'class')}")
     note(f"learning from {counted(len(support), 'picture')}, checking on {counted(len(held_out), 'held-out picture')}")
@@ -86,8 +93,11 @@ def describe(data: Dataset, support: Dataset, held_out: Dataset, shots: int) -> 
         raise DataError(f"{data.name} has one class, {support.class_names[0]!r}; at least two are needed.")
 
 
-def adapt_to(data: Dataset, test: Dataset | None, plan: Plan) -> dict[str, Any]:
-    """Learn from few shots of `data`, save the model, check it; the document of `--json`."""
+def adapt_to(data: Any, test: Any, plan: Plan) -> dict[str, Any]:
+    """Learn from few shots of `data`, save the model, check it (on part of `test`, if given); the document of `--json`.
+
+    Both are a `Dataset`, or `data` is a `MultiLabelDataset`.
+    """
     start = time.perf_counter()
     support, held_out = draw(data, test, plan.shots, plan.seed)
     describe(data, support, held_out, plan.shots)
@@ -128,6 +138,7 @@ def adapt_to(data: Dataset, test: Dataset | None, plan: Plan) -> dict[str, Any]:
             "support": len(support),
             "shots": plan.shots,
             "seed": plan.seed,
+            "multi_label": method.multi_label_,
             "unreadable": [{"picture": name, "reason": reason} for name, reason in unreadable],
         },
         **comparison,
@@ -136,9 +147,7 @@ def adapt_to(data: Dataset, test: Dataset | None, plan: Plan) -> dict[str, Any]:
     }
 
 
-def encode(
-    backbone: Backbone, support: Dataset, held_out: Dataset, on_error: str
-) -> tuple[Dataset, Dataset, list[tuple[str, str]]]:
+def encode(backbone: Backbone, support: D, held_out: D, on_error: str) -> tuple[D, D, list[tuple[str, str]]]:
     """Encode all pictures under one progress bar, so that later steps find their features; drop what is unreadable."""
     from clipadapt.features import encode_images
 
@@ -149,7 +158,7 @@ def encode(
     return support.select(kept[0]), held_out.select(kept[1]), encoded.skipped
 
 
-def note_duplicates(support: Dataset, held_out: Dataset) -> None:
+def note_duplicates(support: D, held_out: D) -> None:
     """Say how many held-out pictures are also learned from, which would flatter the result."""
     from clipadapt.data import find_duplicates
 
@@ -162,21 +171,19 @@ def note_duplicates(support: Dataset, held_out: Dataset) -> None:
 
 
 def compare(
-    backbone: Backbone, support: Dataset, plan: Plan, frequencies: Sequence[float]
+    backbone: Backbone, support: Dataset | MultiLabelDataset, plan: Plan, frequencies: Sequence[float]
 ) -> tuple[Method, dict[str, Any]]:
     """The best method inside the support set, unfitted, and the comparison for the document."""
+    from clipadapt.data import MultiLabelDataset
     from clipadapt.evaluation.select import select
+    from clipadapt.evaluation.select_multi_label import select_multi_label
 
+    common: Any = {"budget": plan.budget, "seed": plan.seed, "templates": plan.templates, "progress": note}
     with err.status(f"Comparing methods by cross-validation, at most {plan.budget:.0f} s"):
-        selection = select(
-            backbone,
-            support,
-            budget=plan.budget,
-            seed=plan.seed,
-            templates=plan.templates,
-            frequencies=frequencies,
-            progress=note,
-        )
+        if isinstance(support, MultiLabelDataset):
+            selection = select_multi_label(backbone, support, **common)
+        else:
+            selection = select(backbone, support, frequencies=frequencies, **common)
     trials = [
         {
             "method": trial.key,
@@ -194,26 +201,34 @@ def compare(
 
 
 def check(
-    model: Method, backbone: Backbone, support: Dataset, held_out: Dataset, templates: str
+    model: Method, backbone: Backbone, support: Dataset | MultiLabelDataset, held_out: Any, templates: str
 ) -> dict[str, Any] | None:
-    """Accuracy of zero-shot and of `model` on held-out pictures; None where there are none."""
-    if len(held_out) == 0:
-        return None
+    """How good zero-shot and `model` are on held-out pictures; None where there are none."""
+    from clipadapt.data import MultiLabelDataset
     from clipadapt.methods import create
 
-    zero_shot = create("zero-shot", templates=templates).fit(backbone, class_names=support.class_names)
-    return {
-        "pictures": len(held_out),
-        "zero_shot": _measured(zero_shot.predict(held_out), held_out.labels),
-        "adapted": _measured(model.predict(held_out), held_out.labels),
-    }
+    if len(held_out) == 0 or (isinstance(held_out, MultiLabelDataset) and not held_out.targets.any()):
+        return None
+    zero_shot = create("zero-shot", templates=templates).fit(backbone, support)
+    measured = _measured_sets if isinstance(held_out, MultiLabelDataset) else _measured
+    scores = {"zero_shot": measured(zero_shot, held_out), "adapted": measured(model, held_out)}
+    return {"pictures": len(held_out), **scores}
 
 
-def _measured(predicted: Any, labels: Sequence[int]) -> dict[str, Any]:
+def _measured(model: Method, held_out: Dataset) -> dict[str, Any]:
     from clipadapt.evaluation.metrics import accuracy, wilson
 
-    correct = int((predicted == labels).sum())
-    return {"accuracy": accuracy(labels, predicted), "interval": wilson(correct, len(labels))}
+    predicted = model.predict(held_out)
+    correct = int((predicted == held_out.labels).sum())
+    return {"accuracy": accuracy(held_out.labels, predicted), "interval": wilson(correct, len(held_out))}
+
+
+def _measured_sets(model: Method, held_out: MultiLabelDataset) -> dict[str, Any]:
+    from clipadapt.evaluation.multilabel import f1_scores, mean_average_precision
+
+    scores = model.image_logits(held_out)[0]
+    f1 = f1_scores(held_out.targets, model.probabilities(scores) >= 0.5)
+    return {"mAP": mean_average_precision(held_out.targets, scores), "OF1": f1.overall, "CF1": f1.per_class}
 
 
 def settings(method: Method) -> dict[str, Any]:

@@ -43,7 +43,7 @@ class Commands(TyperGroup):
         except KeyboardInterrupt:
             if ctx.params["debug"]:
                 raise
-            err.print("interrupted; features encoded so far are kept, and the same command goes on from there")
+            err.print("interrupted; features and training so far are kept, and the same command goes on from there")
             raise typer.Exit(130) from None
 
 

@@ -9,11 +9,11 @@ import typer
 
 from clipadapt.cli import console
 from clipadapt.cli.console import AsJson, OnError, counted, err, note, out
-from clipadapt.cli.photos import Photos, Root, read_photos
-from clipadapt.errors import unknown_name
+from clipadapt.cli.photos import Photos, Root, read_multi_label, read_photos
+from clipadapt.errors import DataError, unknown_name
 
 if TYPE_CHECKING:
-    from clipadapt.data import Dataset
+    from clipadapt.data import Dataset, MultiLabelDataset
 
 SHOWN_CLASSES = 20
 
@@ -30,14 +30,19 @@ def evaluate(
 ) -> None:
     """Accuracy of MODEL on PHOTOS (of a split file its test part), class by class, and what it takes for what.
 
+    Of a multi-label model, mAP and F1 on a table of pictures with sets of labels.
+
     Classes are matched by name; PHOTOS may hold fewer than the model knows.
     """
-    pictures, test = read_photos(photos, root)
-    data = pictures if test is None else test
     with err.status("Loading the model"):
         from clipadapt.methods import load
 
         fitted = load(model)
+    if fitted.multi_label_:
+        evaluate_sets(model, fitted, read_multi_label(photos, root), every, on_error.value, as_json)
+        return
+    pictures, test = read_photos(photos, root)
+    data = pictures if test is None else test
     labels = labels_among(fitted.class_names_, data)
     logits, kept = fitted.image_logits(data, on_error=on_error.value, progress=True)
     unreadable = [data.items[index].name for index in sorted(set(range(len(data))) - set(kept))]
@@ -49,6 +54,43 @@ def evaluate(
         console.print_json(document)
     else:
         show(document, every)
+
+
+def evaluate_sets(model: Path, fitted: Any, data: MultiLabelDataset, every: bool, on_error: str, as_json: bool) -> None:
+    """mAP, OF1, CF1, and each class's average precision, the worst first."""
+    from clipadapt.evaluation.multilabel import average_precision, f1_scores, mean_average_precision
+
+    targets, names = data.targets, fitted.class_names_
+    unknown = [name for name in data.class_names if name not in names]
+    if unknown:
+        raise unknown_name("class of this model", unknown[0], names)
+    if not targets.any():
+        raise DataError(f"{data.name}: no picture shows any class, so there is nothing to judge.")
+    logits, kept = fitted.image_logits(data, on_error=on_error, progress=True)
+    scores, targets = logits[:, [names.index(name) for name in data.class_names]], targets[kept]
+    f1, precisions = f1_scores(targets, scores >= fitted.threshold_), average_precision(targets, scores)
+    order = sorted((p, name) for p, name in zip(precisions.tolist(), data.class_names, strict=True) if p == p)
+    counts = dict(zip(data.class_names, targets.sum(0).tolist(), strict=True))
+    document = {
+        "model": str(model),
+        "method": fitted.card.key,
+        "data": data.name,
+        "unreadable": [data.items[index].name for index in sorted(set(range(len(data))) - set(kept))],
+        "pictures": len(kept),
+        "mAP": mean_average_precision(targets, scores),
+        "OF1": f1.overall,
+        "CF1": f1.per_class,
+        "classes": [{"class": name, "pictures": counts[name], "average_precision": p} for p, name in order],
+    }
+    if as_json:
+        console.print_json(document)
+        return
+    figures = ", ".join(f"{name} {console.percent(document[name])}" for name in ("mAP", "OF1", "CF1"))
+    out.print(f"{figures} on {counted(len(kept), 'picture')}")
+    drawn = console.table("class", "pictures", "average precision", right=("pictures", "average precision"))
+    for row in document["classes"] if every else document["classes"][:SHOWN_CLASSES]:
+        drawn.add_row(row["class"], f"{row['pictures']:,}", console.percent(row["average_precision"]))
+    out.print(drawn)
 
 
 def labels_among(class_names: list[str], data: Dataset) -> list[int]:

@@ -9,6 +9,8 @@ from rich.table import Table
 from clipadapt.cli import console
 from clipadapt.cli.console import counted, out
 
+ACCURACY = {"accuracy": "accuracy", "interval": "95 % interval"}
+
 
 def show(document: dict[str, Any], next_command: str) -> None:
     """The document as tables, where the model lies, and what to type next."""
@@ -33,7 +35,8 @@ def show(document: dict[str, Any], next_command: str) -> None:
 
 def comparison_table(document: dict[str, Any]) -> Table:
     """Zero-shot and each method: accuracy across the folds of the support set."""
-    right = ("accuracy", "95 % interval", "seconds", "trained parameters")
+    measure = "mAP" if document["data"]["multi_label"] else "accuracy"
+    right = (measure, "95 % interval", "seconds", "trained parameters")
     title = f"Cross-validation within the {counted(document['data']['support'], 'picture')} learned from"
     drawn = console.table("", "method", *right, right=right, title=title)
     for trial in document["trials"]:
@@ -52,9 +55,13 @@ def comparison_table(document: dict[str, Any]) -> Table:
 def held_out_table(document: dict[str, Any]) -> Table:
     """Zero-shot and the adapted model on pictures that neither has seen."""
     held_out = document["held_out"]
+    columns = {"mAP": "mAP", "OF1": "OF1", "CF1": "CF1"} if document["data"]["multi_label"] else ACCURACY
     title = f"Check on {counted(held_out['pictures'], 'held-out picture')}"
-    drawn = console.table("model", "accuracy", "95 % interval", right=("accuracy", "95 % interval"), title=title)
+    drawn = console.table("model", *columns.values(), right=tuple(columns.values()), title=title)
     for name, key in (("zero-shot", "zero_shot"), (f"adapted ({document['method']})", "adapted")):
-        scores = held_out[key]
-        drawn.add_row(name, console.percent(scores["accuracy"]), console.interval(scores["interval"]))
+        figures = [
+            console.interval(held_out[key][c]) if c == "interval" else console.percent(held_out[key][c])
+            for c in columns
+        ]
+        drawn.add_row(name, *figures)
     return drawn

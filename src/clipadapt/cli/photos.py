@@ -10,7 +10,7 @@ import typer
 from clipadapt.errors import DataError
 
 if TYPE_CHECKING:
-    from clipadapt.data import Dataset
+    from clipadapt.data import Dataset, MultiLabelDataset
 
 Photos = Annotated[
     Path,
@@ -37,3 +37,25 @@ def read_photos(photos: Path, root: Path | None) -> tuple[Dataset, Dataset | Non
     if photos.suffix.lower() in (".csv", ".tsv", ".parquet", ".pq") and not photos.is_dir():
         return image_table(photos), None
     return image_folder(photos), None
+
+
+MultiLabel = Annotated[
+    bool,
+    typer.Option(
+        "--multi-label",
+        help="A picture can show several classes: PHOTOS is a table whose label column holds names separated by ;, or "
+        "has one 0/1 column a class; or a folder of pictures that holds such a table, labels.csv.",
+    ),
+]
+
+
+def read_multi_label(photos: Path, root: Path | None) -> MultiLabelDataset:
+    """Pictures with a set of labels each."""
+    from clipadapt.data import image_table
+
+    if root is not None or photos.suffix.lower() == ".json":
+        raise DataError(
+            "--multi-label reads a table of labels, or a folder that holds one; split files and --root are "
+            "for pictures of one class each."
+        )
+    return image_table(photos, multi_label=True)

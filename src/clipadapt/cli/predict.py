@@ -19,7 +19,7 @@ def predict(
     top: Annotated[int, typer.Option(min=1, help="How many classes to name.")] = 3,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object a line, one line a picture.")] = False,
 ) -> None:
-    """Name the most probable classes of FILES.
+    """Name the most probable classes of FILES; of a multi-label model, those that it sees, at most --top of them.
 
     A picture that cannot be read is reported; the others are predicted all the same, and the exit code is then 1.
     """
@@ -29,11 +29,12 @@ def predict(
 
         fitted = load(model)
     logits, kept = fitted.image_logits(paths, on_error="skip", progress=True)
-    best, classes = logits.softmax(dim=1).topk(min(top, logits.shape[1]))  # (M, top)
+    best, classes = fitted.probabilities(logits).topk(min(top, logits.shape[1]))  # (M, top)
     predictions: dict[int, list[dict[str, Any]]] = {
         index: [
             {"class": fitted.class_names_[label], "probability": probability}
             for label, probability in zip(labels, probabilities, strict=True)
+            if not fitted.multi_label_ or probability >= 0.5
         ]
         for index, labels, probabilities in zip(kept, classes.tolist(), best.tolist(), strict=True)
     }
@@ -81,6 +82,8 @@ def show(rows: list[tuple[str, list[dict[str, Any]]]]) -> None:
     drawn = console.table("picture", "class", "probability", right=("probability",))
     drawn.columns[0].overflow = "fold"
     for path, classes in rows:
+        if not classes:
+            drawn.add_row(path, "none of the classes", "", style="dim")
         for place, guess in enumerate(classes):
             first = place == 0
             name = path if first else ""

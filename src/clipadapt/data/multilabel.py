@@ -81,6 +81,10 @@ class MultiLabelDataset(Pictures[frozenset[int]]):
         `shots`, where those taken for an earlier class count. So frequent classes can have more, and a picture without
         labels is never taken.
         """
+        return self.select(self.few_shot_indices(shots, seed))
+
+    def few_shot_indices(self, shots: int, seed: int = 1) -> list[int]:
+        """Which pictures `few_shot` takes, ascending."""
         if shots < 1:
             raise DataError(f"shots must be at least 1, not {shots}.")
         targets, order = self.targets, _shuffled(len(self), random.Random(seed))
@@ -88,7 +92,7 @@ class MultiLabelDataset(Pictures[frozenset[int]]):
         for c in targets.sum(0).argsort(kind="stable"):
             missing = max(0, shots - int(targets[chosen, c].sum()))
             chosen[order[targets[order, c] & ~chosen[order]][:missing]] = True
-        return self.select(np.flatnonzero(chosen))
+        return np.flatnonzero(chosen).tolist()
 
 
 def _with_all(targets: np.ndarray) -> np.ndarray:

@@ -58,7 +58,7 @@ class Selection:
     skipped: list[tuple[str, str]]
 
 
-class _OverBudget(Exception):
+class OverBudget(Exception):
     """Raised out of a method's training when its own progress shows that it cannot end in time."""
 
 
@@ -109,7 +109,7 @@ def select(
     end = time.perf_counter() + budget
     judge = _Judge(backbone, support, k, seed, templates, overrides, frequencies)
     found = {"zero-shot": judge("zero-shot", until=math.inf)}  # whatever the budget: it is what the others must beat
-    order = [key for key in _order(keys) if key != "zero-shot"]
+    order = [key for key in order_of(keys) if key != "zero-shot"]
     refused: dict[str, str] = {}
     for generosity in (3, 1):
         waiting = [key for key in order if key not in found and key not in refused]
@@ -120,7 +120,7 @@ def select(
             try:
                 found[key] = judge(key, until=now + share)
                 tell(f"{key}: {100 * (found[key].accuracy or 0):.1f} % in {found[key].seconds:.1f} s")
-            except _OverBudget as error:
+            except OverBudget as error:
                 late[key] = str(error)
             except (ClipadaptError, FloatingPointError) as error:  # this data or this backbone does not suit it
                 refused[key] = str(error)
@@ -164,7 +164,7 @@ class _Judge:
     def __call__(self, key: str, until: float) -> Trial:
         """All settings of a method through the folds, side by side; the best one's trial.
 
-        Raises `_OverBudget` when not even one setting can be judged, and the winner refitted, before `until`.
+        Raises `OverBudget` when not even one setting can be judged, and the winner refitted, before `until`.
         """
         cls = method_class(key)
         missing = cls.card.requires - self.backbone.capabilities
@@ -172,7 +172,7 @@ class _Judge:
             raise ClipadaptError(f"needs a backbone with {', '.join(sorted(missing))}")
         begun = time.perf_counter()
         if begun >= until:
-            raise _OverBudget("no time was left")
+            raise OverBudget("no time was left")
         tried = [s | self.overrides.get(key, {}) for s in settings(cls)]
         combos = [s for i, s in enumerate(tried) if s not in tried[:i]]
         hits = {c: np.zeros(0, dtype=bool) for c in range(len(combos))}
@@ -181,7 +181,7 @@ class _Judge:
             fits_after = len(self.folds) - fold  # one setting through the other folds, and the winner on everything
             for c in hits:
                 fit_begun = time.perf_counter()
-                model = self._fit(key, combos[c], held_out, _watch(fits_after, until))
+                model = self._fit(key, combos[c], held_out, stop_when_late(fits_after, until))
                 hits[c] = np.append(hits[c], self._predict(model, held_out) == self.labels[held_out])
                 parameters = model.trained_parameters
                 longest = max(longest, time.perf_counter() - fit_begun)
@@ -220,7 +220,7 @@ class _Judge:
         return model.predict(self.support.select(rows))
 
 
-def _watch(fits_after: int, until: float) -> Report:
+def stop_when_late(fits_after: int, until: float) -> Report:
     """A report that stops a training run when it and `fits_after` more like it would not end before `until`."""
 
     def watch(step: dict[str, Any]) -> None:
@@ -228,13 +228,13 @@ def _watch(fits_after: int, until: float) -> Report:
             one = step["seconds"] * step["steps"] / step["step"]
             if time.perf_counter() - step["seconds"] + one * (1 + fits_after) > until:
                 left = max(until - time.perf_counter(), 0)
-                needed = _duration(one * (1 + fits_after))
-                raise _OverBudget(f"it needs about {needed}, and {_duration(left)} were left for it")
+                needed = duration(one * (1 + fits_after))
+                raise OverBudget(f"it needs about {needed}, and {duration(left)} were left for it")
 
     return watch
 
 
-def _order(keys: list[str] | None) -> list[str]:
+def order_of(keys: list[str] | None) -> list[str]:
     """zero-shot first, then what trains nothing, feature methods, and last what runs the towers."""
 
     def cost(key: str) -> tuple[bool, bool, bool, str]:
@@ -244,5 +244,5 @@ def _order(keys: list[str] | None) -> list[str]:
     return sorted({"zero-shot", *(keys if keys is not None else list_methods())}, key=cost)
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
     return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"

@@ -26,9 +26,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize, one_hot
 
-from clipadapt.data import Dataset
+from clipadapt.data import Dataset, MultiLabelDataset
 from clipadapt.errors import ClipadaptError, unknown_name
 from clipadapt.features import encode_classes, encode_images
+from clipadapt.metrics import best_threshold, mean_average_precision
 from clipadapt.training.loop import Report, Run
 
 if TYPE_CHECKING:
@@ -43,7 +44,8 @@ class Card:
 
     `signal` says what `fit` learns from: "none" (class names only) or "labels" (a labelled support set).
     `requires` names the backbone capabilities without which the method refuses. `new_classes`: a fitted one can be
-    used for classes that it has not learned (`with_classes`), as base-to-new protocols do.
+    used for classes that it has not learned (`with_classes`), as base-to-new protocols do. `multi_label`: it also takes
+    pictures that each show any number of classes (`MultiLabelDataset`), and then says of each class if it is there.
     """
 
     key: str
@@ -55,6 +57,7 @@ class Card:
     signal: str
     requires: frozenset[str] = frozenset()
     new_classes: bool = False
+    multi_label: bool = False
 
 
 def hyper(default: Any, doc: str, *, low: float | None = None, high: float | None = None, choices: Any = None) -> Any:
@@ -70,13 +73,15 @@ class Support:
     """What a feature method learns from: unit features, labels, and the classes' unit text features."""
 
     images: Tensor  # (N, D)
-    labels: Tensor  # (N,) int64 in [0, C)
+    labels: Tensor  # (N,) int64 in [0, C); (N, C) bool where a picture can show several classes
     texts: Tensor  # (C, D)
     logit_scale: float
-    val: tuple[Tensor, Tensor] | None = None  # (V, D), (V,): for choosing hyper-parameters, never for training
+    val: tuple[Tensor, Tensor] | None = None  # (V, D), labels: for choosing hyper-parameters, never for training
 
     @cached_property
     def one_hot(self) -> Tensor:
+        if self.labels.ndim == 2:
+            return self.labels.to(self.images.dtype)  # (N, C)
         return one_hot(self.labels, len(self.texts)).to(self.images.dtype)  # (N, C)
 
     @property
@@ -94,6 +99,8 @@ class Method:
     search_space: ClassVar[dict[str, Sequence[Any]]] = {}
     # Settings that make a run of seconds, for tests and first tries; empty where the defaults already do.
     tiny: ClassVar[dict[str, Any]] = {}
+
+    multi_label_ = False  # of the class: for models saved before there were such methods
 
     templates: Any = hyper("photo", "prompt templates of the class names: a set's name, template(s), file or mapping")
 
@@ -116,9 +123,9 @@ class Method:
     def fit(
         self,
         backbone: Backbone,
-        support: Dataset | None = None,
+        support: Dataset | MultiLabelDataset | None = None,
         *,
-        val: Dataset | None = None,
+        val: Dataset | MultiLabelDataset | None = None,
         class_names: Sequence[str] | None = None,
         report: Report | None = None,
         resume: str | Path | None = None,
@@ -129,10 +136,21 @@ class Method:
         called after every training step with a dict of step, steps, loss, lr, seconds and, for some methods, accuracy.
         In the folder `resume` a training run keeps its state until it ends: the same call goes on where an interrupted
         one was, to the same result.
+
+        A `MultiLabelDataset`, which has no picture where a method learns from names only, makes a multi-label model:
+        `multi_label_` is true, and `threshold_` the score from which on a class counts as shown. It has the highest
+        overall F1 on `val`, or without it on `support`, whose scores are too good where they were learned from; it is
+        None where there is no picture.
         """
-        data = self._open(backbone, support, class_names)
+        data: Any = self._open(backbone, support, class_names)
+        if val is not None and isinstance(val, MultiLabelDataset) != self.multi_label_:
+            raise ClipadaptError(f"{self.card.key}: val must have labels of the same kind as the support set.")
         folder = Path(resume) / self._identity(backbone, data) if resume is not None else None
-        self._fit_towers(backbone, data, val, Run(report, folder))
+        held_out: Any = val
+        self._fit_towers(backbone, data, held_out, Run(report, folder))
+        if self.multi_label_:
+            judged = data if held_out is None else held_out
+            self._choose_threshold(judged.targets, self.image_logits(judged)[0] if len(judged) else None)
         if folder is not None:
             shutil.rmtree(folder, ignore_errors=True)
         return self
@@ -149,7 +167,9 @@ class Method:
         """The method's own `fit`, on a support set that has been checked."""
         raise NotImplementedError
 
-    def _open(self, backbone: Backbone, support: Dataset | None, class_names: Sequence[str] | None) -> Dataset:
+    def _open(
+        self, backbone: Backbone, support: Dataset | MultiLabelDataset | None, class_names: Sequence[str] | None
+    ) -> Dataset | MultiLabelDataset:
         """Refuse what cannot work, remember the backbone and the classes, and give the support set back."""
         missing = self.card.requires - backbone.capabilities
         if missing:
@@ -165,11 +185,23 @@ class Method:
             raise ClipadaptError(f"{self.card.key} learns from labelled pictures, and the support set has none.")
         if len(support.class_names) < 2:
             raise ClipadaptError(f"{self.card.key} needs at least two classes, not {support.class_names}.")
+        self._start(isinstance(support, MultiLabelDataset))
         self.backbone_: Backbone | None = backbone
         self.origin_: dict[str, str] | None = {"source": backbone.source, "fingerprint": backbone.fingerprint}
         self.class_names_ = list(support.class_names)
         self.dim_ = backbone.dim
         return support
+
+    def _start(self, multi_label: bool) -> None:
+        """Remember of which kind the labels are; refuse sets of them where the method has no use for them."""
+        if multi_label and not self.card.multi_label:
+            raise ClipadaptError(f"{self.card.key} learns from pictures of one class each, and these can show several.")
+        self.multi_label_ = multi_label
+        self.threshold_: float | None = None
+
+    def _choose_threshold(self, targets: Any, scores: Tensor | None) -> None:
+        if scores is not None and np.any(targets):
+            self.threshold_ = best_threshold(targets, scores)
 
     def with_classes(self, class_names: Sequence[str]) -> Self:
         """This fitted method for other classes, by their names alone; itself stays as it is. Nothing is refitted.
@@ -180,7 +212,7 @@ class Method:
             raise ClipadaptError(f"{self.card.key} ties what it learns to its classes; fit it again for others.")
         backbone = self._fitted("backbone_")
         if backbone is None:
-            raise ClipadaptError(f"This {self.card.key} was fitted on features: it has no text tower for other classes.")
+            raise ClipadaptError(f"This {self.card.key} was fitted on features, with no text tower for new classes.")
         if len(class_names) < 2:
             raise ClipadaptError(f"{self.card.key} needs at least two classes, not {list(class_names)}.")
         other = copy.copy(self)
@@ -216,22 +248,51 @@ class Method:
             return self._logits(encoded.features), encoded.kept
 
     def predict_proba(self, images: Any) -> np.ndarray:
-        """Class probabilities (N, C) of pictures; columns in the order of `class_names_`."""
-        return self.image_logits(images)[0].softmax(dim=1).numpy()
+        """Class probabilities (N, C) of pictures; columns in the order of `class_names_`.
+
+        Those of a multi-label model do not depend on one another: sigmoid(logit - `threshold_`), not calibrated.
+        """
+        return self.probabilities(self.image_logits(images)[0]).numpy()
+
+    def probabilities(self, logits: Tensor) -> Tensor:
+        """Logits (N, C) as `image_logits` gives them -> the probabilities of `predict_proba` (N, C)."""
+        return (logits - self._threshold()).sigmoid() if self.multi_label_ else logits.softmax(dim=1)
 
     def predict(self, images: Any) -> np.ndarray:
-        """Labels (N,) of pictures: ints into `class_names_`."""
-        return self.image_logits(images)[0].argmax(dim=1).numpy()
+        """Labels (N,) of pictures: ints into `class_names_`; a multi-label model gives (N, C) bool."""
+        logits = self.image_logits(images)[0]
+        return (logits >= self._threshold()).numpy() if self.multi_label_ else logits.argmax(dim=1).numpy()
 
-    def score(self, data: Dataset) -> float:
-        """Top-1 accuracy in [0, 1] on labelled pictures; classes are matched by name."""
+    def _threshold(self) -> float:
+        if self.threshold_ is None:
+            raise ClipadaptError(
+                f"This {self.card.key} had no picture to choose a threshold on: fit it with a support or val set, or "
+                "set threshold_ to the score from which on a class counts as shown."
+            )
+        return self.threshold_
+
+    def score(self, data: Dataset | MultiLabelDataset) -> float:
+        """Top-1 accuracy in [0, 1] on labelled pictures; classes are matched by name.
+
+        Of a multi-label model it is the mean average precision (mAP) over the classes that are shown at all.
+        """
         if len(data) == 0:
             raise ClipadaptError("score needs at least one labelled picture.")
         names = self._fitted("class_names_")
         unknown = [name for name in data.class_names if name not in names]
         if unknown:
             raise unknown_name("class of this model", unknown[0], names)
-        labels = np.array([names.index(data.class_names[label]) for label in data.labels])
+        place = [names.index(name) for name in data.class_names]
+        if self.multi_label_:
+            targets = np.zeros((len(data), len(names)), dtype=bool)
+            for row, label in zip(targets, data.labels, strict=True):
+                row[[place[c] for c in data.classes_of(label)]] = True  # type: ignore[arg-type]
+            if not targets.any():
+                raise ClipadaptError("score needs at least one picture that shows a class.")
+            return mean_average_precision(targets, self.image_logits(data)[0])
+        if isinstance(data, MultiLabelDataset):
+            raise ClipadaptError(f"This {self.card.key} gives each picture one class, and these can show several.")
+        labels = np.array([place[label] for label in data.labels])
         return float((self.predict(data) == labels).mean())
 
     def _fitted(self, name: str) -> Any:
@@ -264,10 +325,10 @@ class FeatureMethod(Method):
     def _fit_towers(self, backbone: Backbone, support: Dataset, val: Dataset | None, run: Run) -> None:
         self._learn(
             encode_images(backbone, support).features,
-            support.labels,
+            label_array(support),
             encode_classes(backbone, support.class_names, self.templates),
             backbone.logit_scale,
-            (encode_images(backbone, val).features, val.labels) if val is not None else None,
+            (encode_images(backbone, val).features, label_array(val)) if val is not None else None,
             run,
         )
 
@@ -283,11 +344,16 @@ class FeatureMethod(Method):
     ) -> Self:
         """Learn from (N, D) image features, (N,) int labels and (C, D) text features; no backbone is needed.
 
-        Features are torch or numpy, unit or not. `val` is (features, labels) for choosing hyper-parameters.
+        Features are torch or numpy, unit or not. `val` is (features, labels) for choosing hyper-parameters. Labels
+        (N, C) bool make a multi-label model (see `fit`).
         """
         self.backbone_, self.origin_ = None, None
         self.class_names_ = [str(c) for c in range(len(text_features))]
+        self._start(np.ndim(labels) == 2)
         self._learn(image_features, labels, text_features, float(logit_scale), val, Run(report))
+        if self.multi_label_:
+            images, targets = (image_features, labels) if val is None else val
+            self._choose_threshold(np.asarray(targets), torch.as_tensor(self.logits(images)) if len(images) else None)
         return self
 
     def _learn(
@@ -305,9 +371,10 @@ class FeatureMethod(Method):
             raise ClipadaptError(f"{self.card.key} learns from labelled pictures, and the support set has none.")
         if val is not None:
             x, y = unit(val[0], "val features", dim=texts.shape[1]), val[1]
-            val = x, as_labels(y, len(x), len(texts))
+            val = x, as_labels(y, len(x), len(texts), self.multi_label_)
         self.dim_ = texts.shape[1]
-        self._fit(Support(images, as_labels(labels, len(images), len(texts)), texts, logit_scale, val), run)
+        labels = as_labels(labels, len(images), len(texts), self.multi_label_)
+        self._fit(Support(images, labels, texts, logit_scale, val), run)
 
     def _fit(self, support: Support, run: Run) -> None:
         raise NotImplementedError
@@ -368,9 +435,18 @@ def unit(features: Array, what: str, dim: int | None = None) -> Tensor:
     return normalize(x, dim=1)
 
 
-def as_labels(labels: Any, n: int, classes: int) -> Tensor:
-    """Labels as int64 (n,), each in [0, classes)."""
+def label_array(data: Dataset | MultiLabelDataset) -> np.ndarray:
+    """The labels of N pictures: (N,) int64, or (N, C) bool where a picture can show several classes."""
+    return data.targets if isinstance(data, MultiLabelDataset) else np.array(data.labels, dtype=np.int64)
+
+
+def as_labels(labels: Any, n: int, classes: int, multi_label: bool = False) -> Tensor:
+    """Labels as int64 (n,), each in [0, classes); with `multi_label` bool (n, classes)."""
     y = torch.as_tensor(np.asarray(labels))
+    if multi_label:
+        if y.shape != (n, classes) or ((y != 0) & (y != 1)).any():
+            raise ClipadaptError(f"labels must be true or false with shape ({n}, {classes}), not {tuple(y.shape)}.")
+        return y.bool()
     if y.shape != (n,):
         raise ClipadaptError(f"labels must have shape ({n},), one for each picture, not {tuple(y.shape)}.")
     if n and (y.is_floating_point() or int(y.min()) < 0 or int(y.max()) >= classes):
