@@ -187,3 +187,29 @@ def test_the_model_finds_its_backbone_from_any_folder(run, photos, backbone, tmp
     run("adapt", photos, "--backbone", "tiny", "--method", "tip-adapter", "--shots", 2)
     monkeypatch.chdir(tmp_path)
     assert clipadapt.load(tmp_path / "here" / "colours-adapted").class_names_ == ["blue", "green", "red", "yellow"]
+
+
+def test_an_interrupted_training_goes_on_with_the_same_command(run, adapt, photos, backbone, tmp_path, monkeypatch):
+    from clipadapt.training import loop
+
+    monkeypatch.setattr(loop, "SAVE_EVERY", 0.0)
+    settings = ("--set", "epochs=6", "--set", "n_ctx=2", "--set", "batch_size=8", "--shots", 4)
+    whole = json.loads(adapt(*settings, "--json", method="coop", out=tmp_path / "whole").stdout)
+
+    saving, steps = loop.save_progress, []
+
+    def save(*args):
+        saving(*args)
+        steps.append(len(args[3]))
+        if steps[-1] == 5:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(loop, "save_progress", save)
+    result = adapt(*settings, method="coop", out=tmp_path / "model", code=130)
+    assert "features and training so far are kept" in result.stderr
+    assert not (tmp_path / "model").exists()
+    resumed = adapt(*settings, "--json", method="coop", out=tmp_path / "model")
+    assert "an interrupted training is continued" in resumed.stderr
+    assert steps == [*range(1, 6), *range(6, 13)]  # 2 batches in each of 6 epochs, none of them twice
+    assert json.loads(resumed.stdout)["held_out"] == whole["held_out"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "whole"]
