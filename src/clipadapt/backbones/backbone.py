@@ -128,6 +128,7 @@ class Backbone:
         gradients    encodings are differentiable, from pixels on
         weights      weights can be adapted (`target_modules`) and exported
         causal-text  a text's rows do not depend on later ones, so prefixes can be shared and ends cut
+        class-token  row 0 of the image tower stands for the picture; elsewhere a head pools the patches
         """
         has = {
             "texts": self.tokenizer is not None,
@@ -137,6 +138,7 @@ class Backbone:
             "gradients": True,
             "weights": True,
             "causal-text": self._family.padding == "causal",
+            "class-token": self._family.class_token,
         }
         return frozenset(name for name, present in has.items() if present)
 

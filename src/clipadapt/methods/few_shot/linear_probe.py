@@ -6,6 +6,9 @@ Radford et al. (arXiv 2103.00020), appendix A.3: L-BFGS, at most 1,000 iteration
 validation set over a logarithmic range. Departure: features have unit length here (the paper's have not), so the
 strength that suits is larger; the default was chosen by cross-validation inside support sets, never on test data.
 Classes without a picture in the support set can never be predicted: their logit is minus infinity.
+
+Where pictures show several classes, each class has a logistic regression of its own against all other pictures, and
+its logit is the log-odds. A class that none or all of the pictures show has its smoothed log-odds as a constant.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ from torch import Tensor
 from clipadapt.errors import ClipadaptError
 from clipadapt.methods.base import Card, FeatureMethod, Run, Support, hyper
 from clipadapt.methods.registry import register
+from clipadapt.metrics import mean_average_precision
 
 SWEEP = (0.1, 1.0, 10.0, 100.0, 1000.0)
 
@@ -33,6 +37,16 @@ def logistic_regression(x: Tensor, y: Tensor, classes: int, strength: float, ste
     weight, bias = torch.zeros(classes, x.shape[1]), torch.full((classes,), -torch.inf)
     seen = torch.from_numpy(solver.classes_)
     weight[seen], bias[seen] = w, b
+    return weight, bias
+
+
+def one_vs_rest(x: Tensor, y: Tensor, strength: float, steps: int) -> tuple[Tensor, Tensor]:
+    """Weights (C, D) and biases (C,) of one two-class regression for each class; y (N, C) bool."""
+    shown = y.sum(0).double()
+    weight, bias = torch.zeros(y.shape[1], x.shape[1]), ((shown + 0.5) / (len(y) - shown + 0.5)).log().float()
+    for c in ((shown > 0) & (shown < len(y))).nonzero()[:, 0]:
+        (no, yes), (b_no, b_yes) = logistic_regression(x, y[:, c].long(), 2, strength, steps)
+        weight[c], bias[c] = yes - no, b_yes - b_no
     return weight, bias
 
 
@@ -52,19 +66,25 @@ class LinearProbe(FeatureMethod):
         task="few-shot classification",
         trains="linear head",
         signal="labels",
+        multi_label=True,
     )
     search_space = {"strength": SWEEP}
 
     def _fit(self, support: Support, run: Run) -> None:
-        if len(support.labels.unique()) < 2:
+        labels, best = support.labels, -1.0
+        if labels.ndim == 1 and len(labels.unique()) < 2:
             raise ClipadaptError("linear-probe needs pictures of at least two classes.")
-        best = -1.0
         for strength in (self.strength,) if support.val is None else SWEEP:
-            weight, bias = logistic_regression(support.images, support.labels, len(support.texts), strength, self.steps)
+            if labels.ndim == 2:
+                weight, bias = one_vs_rest(support.images, labels, strength, self.steps)
+            else:
+                weight, bias = logistic_regression(support.images, labels, len(support.texts), strength, self.steps)
             score = 0.0
             if support.val is not None:
                 x, y = support.val
-                score = ((x @ weight.T + bias).argmax(1) == y).float().mean().item()
+                logits = x @ weight.T + bias
+                hits = logits.argmax(1) == y if y.ndim == 1 else None
+                score = hits.float().mean().item() if hits is not None else mean_average_precision(y, logits)
             if score > best:
                 best, self.weight_, self.bias_, self.strength_ = score, weight, bias, strength
 

@@ -39,6 +39,7 @@ class ZeroShot(FeatureMethod):
         trains="nothing",
         signal="none",
         new_classes=True,
+        multi_label=True,
     )
 
     def _fit(self, support: Support, run: Run) -> None:

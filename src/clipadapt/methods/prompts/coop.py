@@ -6,6 +6,9 @@ Zhou et al., "Learning to Prompt for Vision-Language Models" (arXiv 2109.01134),
 and optimiser from the official repository KaiyangZhou/CoOp (M = 16 from N(0, 0.02), SGD 2e-3 with momentum 0.9 and
 weight decay 5e-4, cosine by epoch after one epoch at 1e-5, batch 32; 50 epochs for 1 shot, 100 for 2 and 4, 200 for
 more). Departure: image features are encoded once, without random crops (`views` gives a fixed number of them).
+
+Where pictures show several classes, the pairwise ranking loss of TaI-DPT (arXiv 2211.12739) takes the place of
+cross-entropy; this is ours, as the paper has one class a picture.
 """
 
 from __future__ import annotations
@@ -17,10 +20,12 @@ from torch import Tensor, nn
 
 from clipadapt.backbones import Backbone
 from clipadapt.errors import ClipadaptError
+from clipadapt.losses.ranking import FACTOR, pairwise_ranking
 from clipadapt.methods.base import Card, hyper
-from clipadapt.methods.prompt_method import PromptLearner, PromptMethod
+from clipadapt.methods.prompt_method import Batch, PromptLearner, PromptMethod
 from clipadapt.methods.registry import register
 from clipadapt.nn.prompts import ClassPrompts, random_vectors, word_vectors
+from clipadapt.training.loop import Loss
 
 
 class ContextLearner(PromptLearner):
@@ -33,6 +38,11 @@ class ContextLearner(PromptLearner):
 
     def texts(self) -> Tensor:
         return self.prompts.encode(self.context)  # (C, D)
+
+    def loss(self, batch: Batch) -> Loss:
+        if batch.labels.ndim == 1:
+            return super().loss(batch)
+        return pairwise_ranking(FACTOR * self.seen(batch) @ self.texts().T, batch.labels)
 
 
 @register
@@ -55,6 +65,7 @@ class CoOp(PromptMethod):
         signal="labels",
         requires=frozenset({"texts", "prompts"}),
         new_classes=True,
+        multi_label=True,
     )
     tiny = {"init": "a photo of a", "class_specific": True, "epochs": 20, "lr": 0.3}
 
