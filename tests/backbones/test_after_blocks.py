@@ -77,7 +77,9 @@ def test_a_prompt_encoder_takes_the_plain_way(clip, texts):
 
 def test_errors(clip, pixels):
     with (
-        pytest.raises(BackboneError, match=r"behind block 1 must keep their shape, but \(3, 17, 32\) became \(3, 2, 32\)"),
+        pytest.raises(
+            BackboneError, match=r"behind block 1 must keep their shape, but \(3, 17, 32\) became \(3, 2, 32\)"
+        ),
         clip.after_blocks("vision", {1: lambda rows: rows[:, :2]}),
     ):
         clip.encode_images(pixels)

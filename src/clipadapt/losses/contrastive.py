@@ -51,3 +51,14 @@ class _Gather(torch.autograd.Function):
         dist.all_reduce(gradient, group=ctx.group)
         first = dist.get_rank(ctx.group) * ctx.rows
         return gradient[first : first + ctx.rows], None
+
+
+def nt_xent(first: Tensor, second: Tensor, temperature: float = 0.1) -> Tensor:
+    """SimCLR's loss (arXiv 2002.05709): each of 2 B views picks the other view of its picture among the 2 B - 1 others.
+
+    first, second: (B, D), unit or not; row i of both shows the same picture. Returns a scalar in nats, 0 for B = 1.
+    """
+    views = F.normalize(torch.cat([first, second]).float(), dim=1)  # (2 B, D)
+    scores = views @ views.T / temperature
+    scores = scores.masked_fill(torch.eye(len(views), dtype=torch.bool, device=views.device), -torch.inf)
+    return F.cross_entropy(scores, torch.arange(len(views), device=views.device).roll(len(first)))

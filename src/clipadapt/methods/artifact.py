@@ -17,6 +17,7 @@ from torch import Tensor
 
 import clipadapt
 from clipadapt.backbones import Backbone, load_backbone
+from clipadapt.data.dataset import Pictures
 from clipadapt.errors import ArtifactError
 from clipadapt.files import is_model, written_aside
 from clipadapt.methods.base import Method
@@ -26,12 +27,15 @@ FORMAT = 1  # raised when an older version of the library could not read the fol
 
 
 def recipe(method: Method) -> dict[str, Any]:
-    """A method's key and hyper-parameters as JSON values; a wrapped method nests."""
-    values = {f.name: getattr(method, f.name) for f in dataclasses.fields(method)}
-    values = {
-        k: recipe(v) if isinstance(v, Method) else str(v) if isinstance(v, Path) else v for k, v in values.items()
-    }
+    """A method's key and hyper-parameters as JSON values; a wrapped method nests, of a data set the name is kept."""
+    values = {f.name: _json(getattr(method, f.name)) for f in dataclasses.fields(method)}
     return {"method": method.card.key, "hyperparameters": values}
+
+
+def _json(value: Any) -> Any:
+    if isinstance(value, Method):
+        return recipe(value)
+    return value.name if isinstance(value, Pictures) else str(value) if isinstance(value, Path) else value
 
 
 def from_recipe(config: dict[str, Any]) -> Method:

@@ -13,17 +13,33 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from clipadapt.backbones import Backbone, Insertion
-from clipadapt.data import Dataset
-from clipadapt.errors import ClipadaptError
+from clipadapt.data import Dataset, Item
+from clipadapt.data.items import hash_bytes
+from clipadapt.errors import ClipadaptError, DataError
 from clipadapt.features import encode_images
-from clipadapt.methods.base import Method, Run, hyper
+from clipadapt.methods.base import Method, Run, hyper, label_array
 from clipadapt.training.loop import Loss, batches, seeded, train
 from clipadapt.training.pixels import Pixels
 from clipadapt.training.schedules import cosine_by_epoch
+
+
+@dataclass(frozen=True)
+class FeatureItem(Item):
+    """An example of which only the unit feature (D,) is known; a support set of these is not encoded."""
+
+    name: str
+    feature: Tensor
+
+    def open(self) -> Image.Image:
+        raise DataError(f"{self.name} is a feature and has no pixels.")
+
+    def digest(self) -> str:
+        return hash_bytes(self.feature.numpy().tobytes())
 
 
 @dataclass(frozen=True)
@@ -31,7 +47,7 @@ class Batch:
     """Some pictures of the support set, as one training step sees them.
 
     rows      (B,) which ones they are
-    labels    (B,) int64
+    labels    (B,) int64; (B, C) bool where a picture can show several classes
     features  (B, D) unit features of the frozen image tower; None where the learner reads pixels
     pixels    (B, 3, H, W), None where it reads features
     """
@@ -102,6 +118,7 @@ class PromptMethod(Method):
     seed: int = hyper(1, "initial values and order of the pictures")
 
     reads_pixels: ClassVar[bool] = False  # whether training needs the image tower, because tokens are put into it
+    clip_norm: ClassVar[float | None] = None  # greatest norm of the whole gradient
 
     def _learner(self, backbone: Backbone, class_names: Sequence[str]) -> PromptLearner:
         """The learner at its initial values, which may draw from torch's global stream."""
@@ -114,8 +131,18 @@ class PromptMethod(Method):
         self.learned_: dict[str, Tensor] = {name: p.detach().cpu() for name, p in learner.named_parameters()}
         self._restore(backbone)
 
-    def _train(self, learner: PromptLearner, support: Dataset, run: Run) -> None:
-        """The training of CoOp and its descendants: SGD, cosine by epoch, cross-entropy or the learner's own loss."""
+    def _train(
+        self,
+        learner: PromptLearner,
+        support: Dataset,
+        run: Run,
+        after_step: Callable[[int], None] | None = None,
+        state: Sequence[Tensor] = (),
+    ) -> None:
+        """The training of CoOp and its descendants: SGD, cosine by epoch, cross-entropy or the learner's own loss.
+
+        `after_step` and `state` are those of `train`.
+        """
         epochs = self._epochs(support)
         steps = batches(len(support), self.batch_size, epochs=epochs, seed=self.seed)
         per_epoch = len(steps) // epochs
@@ -125,7 +152,10 @@ class PromptMethod(Method):
             torch.optim.SGD(learner.parameters(), lr=self.lr, momentum=0.9, weight_decay=5e-4),
             list(enumerate(steps)),
             schedule=lambda step: cosine_by_epoch(step, per_epoch, epochs, 1e-5 / self.lr if self.lr else 0.0),
+            clip_norm=self.clip_norm,
             run=run,
+            after_step=after_step,
+            state=state,
         )
 
     def _epochs(self, support: Dataset) -> int:
@@ -134,13 +164,17 @@ class PromptMethod(Method):
 
     def _batches(self, backbone: Backbone, support: Dataset) -> Callable[[Tensor, int], Batch]:
         """A function from (rows, epoch) to the batch: features encoded once, or pixels decoded when asked for."""
-        labels = torch.tensor(support.labels, device=backbone.device)
+        labels = torch.as_tensor(label_array(support), device=backbone.device)
         if self.reads_pixels:
             min_scale = getattr(self, "min_scale", 1.0)
             pixels = Pixels(backbone, support, min_scale=min_scale, seed=self.seed)
             return lambda rows, epoch: Batch(rows, labels[rows], None, pixels.batch(rows, epoch))
-        encoded = encode_images(backbone, support, views=self.views, seed=self.seed, min_scale=0.08).features
-        views = (encoded if self.views else encoded[:, None]).to(backbone.device)  # (N, V, D)
+        ready = [item.feature for item in support.items if isinstance(item, FeatureItem)]
+        if len(ready) == len(support):
+            encoded = torch.stack(ready)
+        else:
+            encoded = encode_images(backbone, support, views=self.views, seed=self.seed, min_scale=0.08).features
+        views = (encoded if encoded.ndim == 3 else encoded[:, None]).to(backbone.device)  # (N, V, D)
         return lambda rows, epoch: Batch(rows, labels[rows], views[rows, epoch % views.shape[1]], None)
 
     def _bind(self, backbone: Backbone, class_names: Sequence[str]) -> PromptLearner:

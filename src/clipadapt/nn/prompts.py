@@ -9,20 +9,21 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from clipadapt.backbones import Backbone, Insertion
+from clipadapt.backbones.families import TowerName
 from clipadapt.errors import ClipadaptError
 
 
 def prompt_layout(
-    names: Sequence[Sequence[int]], n_ctx: int, position: str, *, before: list[int], after: list[int]
+    names: Sequence[Sequence[int]], n_ctx: int, position: str | int, *, before: list[int], after: list[int]
 ) -> tuple[Tensor, Tensor]:
     """Token ids (C, L) of every class's prompt and the rows (C, n_ctx) that its context vectors take.
 
     `names` are the classes' token ids, `before` the ids in front of the context (the start token), `after` those at
     the end (the period, the end token). The name stands behind the context ("end"), before it ("front"), or between
-    its halves ("middle", the smaller half first). What the context rows hold is overwritten; ids after the end token
-    are zero.
+    its halves ("middle", the smaller half first), or behind as many vectors as the number `position` says. What the
+    context rows hold is overwritten; ids after the end token are zero.
     """
-    ahead = {"front": 0, "middle": n_ctx // 2, "end": n_ctx}[position]
+    ahead = position if isinstance(position, int) else {"front": 0, "middle": n_ctx // 2, "end": n_ctx}[position]
     first, placeholder = len(before), names[0][0]
     ids, rows = [], []
     for name in names:
@@ -55,6 +56,37 @@ def random_vectors(*shape: int, std: float = 0.02) -> Tensor:
     return std * torch.randn(shape)
 
 
+def first_context(backbone: Backbone, n_ctx: int, words: str | None) -> Tensor:
+    """Start values of a context: the embeddings of `words` (n, W), or `n_ctx` random vectors where there are none."""
+    return word_vectors(backbone, words) if words else random_vectors(n_ctx, backbone.width("text"))
+
+
+def split_words(backbone: Backbone, words: str | None, n_ctx: int) -> tuple[Tensor, str]:
+    """Start values (n_ctx, W) from the first tokens of `words`, and the words left over, which stay as they are.
+
+    "a photo of a" with n_ctx = 2: the vectors of "a photo", and "of a". Where there are fewer tokens than n_ctx, the
+    vectors are random and no word is left. A word that is cut in two does not stay.
+    """
+    if not words or len(word_ids(backbone, words)) < n_ctx:
+        return random_vectors(n_ctx, backbone.width("text")), ""
+    parts = words.split()
+    taken = next(k for k in range(1, len(parts) + 1) if len(word_ids(backbone, " ".join(parts[:k]))) >= n_ctx)
+    return word_vectors(backbone, words)[:n_ctx], " ".join(parts[taken:])
+
+
+def deep_vectors(
+    backbone: Backbone, tower: TowerName, n_ctx: int, depth: int, first: Tensor | None = None
+) -> list[Tensor]:
+    """Start values (n_ctx, W) of prompts for each of the first min(depth, blocks) blocks of a tower.
+
+    All are random (`random_vectors`), but those at the input are `first` where it is given.
+    """
+    shape = n_ctx, backbone.width(tower)
+    count = min(depth, len(backbone.blocks(tower)))
+    first = random_vectors(*shape) if first is None else first
+    return [first, *(random_vectors(*shape) for _ in range(count - 1))]
+
+
 class ClassPrompts:
     """One prompt for each class with `n_ctx` rows for learned vectors, encoded without waste (`PromptEncoder`).
 
@@ -65,6 +97,7 @@ class ClassPrompts:
 
     `words` are fixed ones between the vectors and the name (MaPLe keeps "of a" of "a photo of a" with two vectors),
     `ending` what follows the name, such as "." or ", a type of pet.".
+    `memory` is what a call may keep for its backward pass, in bytes (`Backbone.prompt_encoder`).
     """
 
     def __init__(
@@ -73,9 +106,10 @@ class ClassPrompts:
         class_names: Sequence[str],
         n_ctx: int,
         *,
-        position: str = "end",
+        position: str | int = "end",
         words: str = "",
         ending: str = ".",
+        memory: int = 2 << 30,
     ) -> None:
         start, end = frame(backbone)
         fixed = word_ids(backbone, words) if words else []
@@ -90,7 +124,7 @@ class ClassPrompts:
             )
         ids, rows = prompt_layout(names, n_ctx, position, before=start, after=after)
         self.ids, self.rows = ids.to(backbone.device), rows.to(backbone.device)
-        self.encoder = backbone.prompt_encoder(self.ids)
+        self.encoder = backbone.prompt_encoder(self.ids, memory=memory)
 
     def encode(self, context: Tensor, deeper: Sequence[Tensor] = (), *, normalize: bool = True) -> Tensor:
         """Text features (C, D), or (G, C, D), with these vectors in the context rows.
