@@ -7,8 +7,8 @@ The backbone has ViT-B/16's text shape (width 512, 12 blocks, 8 heads, 77 rows) 
 lengths of ImageNet's (2.17 tokens on average, 12 at most). A case encodes all prompts and takes the gradient to the
 learned vectors. "Plain" is transformers' own forward on all 77 rows of every prompt, in batches of 100 prompts whose
 gradients add up, since one batch of 1,000 would keep about 37 GB; this favours it. Its CoCoOp is the published loop
-over pictures. Each case runs in a fresh process, so that its peak memory is its own; memory is compared at `memory_classes`
-prompts in one batch on both sides, as training would hold them, above what the process held before.
+over pictures. Each case runs in a fresh process, so that its peak memory is its own; memory is compared at
+`memory_classes` prompts in one batch on both sides, as training would hold them, above what the process held before.
 
 One JSON line a case: case, ratio_time, ratio_memory, max_rel_diff (of features and of gradients, each relative to its
 largest value), and the seconds and MiB behind them. `--dtype bfloat16` measures both sides in bf16, and `--device cuda`

@@ -1,4 +1,4 @@
-"""The golden figures of prompt methods (golden/README-prompts.md), and their tiny CLIP with a tokenizer of its words."""
+"""The golden figures of prompt methods (golden/README-prompts.md), and their tiny CLIP with a tokenizer for them."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ import pytest
 from clipadapt.backbones import Backbone, load_backbone
 from clipadapt.data.splits import stratified_folds
 from clipadapt.evaluation.metrics import wilson
-from clipadapt.evaluation.select import Trial, OverBudget, contenders, select, settings
+from clipadapt.evaluation.select import OverBudget, Trial, contenders, select, settings
 from clipadapt.features import encode_classes, encode_images
 from clipadapt.methods import method_class
 from tests.pictures import colours

@@ -8,7 +8,6 @@ module trains it, keeps its parameters (and nothing else), and binds them to new
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar
 

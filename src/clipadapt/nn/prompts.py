@@ -12,6 +12,8 @@ from clipadapt.backbones import Backbone, Insertion
 from clipadapt.backbones.families import TowerName
 from clipadapt.errors import ClipadaptError
 
+MEMORY = 2 << 30  # bytes that the prompts of one method may keep for a backward pass
+
 
 def prompt_layout(
     names: Sequence[Sequence[int]], n_ctx: int, position: str | int, *, before: list[int], after: list[int]
@@ -97,7 +99,8 @@ class ClassPrompts:
 
     `words` are fixed ones between the vectors and the name (MaPLe keeps "of a" of "a photo of a" with two vectors),
     `ending` what follows the name, such as "." or ", a type of pet.".
-    `memory` is what a call may keep for its backward pass, in bytes (`Backbone.prompt_encoder`).
+    `memory` is what a call may keep for its backward pass, in bytes (`Backbone.prompt_encoder`); several sets of
+    prompts that are encoded in one step share `MEMORY` between them.
     """
 
     def __init__(
@@ -109,7 +112,7 @@ class ClassPrompts:
         position: str | int = "end",
         words: str = "",
         ending: str = ".",
-        memory: int = 2 << 30,
+        memory: int = MEMORY,
     ) -> None:
         start, end = frame(backbone)
         fixed = word_ids(backbone, words) if words else []

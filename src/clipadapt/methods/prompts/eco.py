@@ -28,7 +28,7 @@ from clipadapt.errors import ClipadaptError
 from clipadapt.methods.base import Card, hyper
 from clipadapt.methods.prompt_method import PromptLearner, PromptMethod
 from clipadapt.methods.registry import register
-from clipadapt.nn.prompts import ClassPrompts, random_vectors, word_vectors
+from clipadapt.nn.prompts import MEMORY, ClassPrompts, random_vectors, word_vectors
 
 
 class EnsembleLearner(PromptLearner):
@@ -39,7 +39,8 @@ class EnsembleLearner(PromptLearner):
         lengths = sorted({len(context) for context in contexts})
         stacks = [torch.stack([context for context in contexts if len(context) == length]) for length in lengths]
         self.contexts = nn.ParameterList(nn.Parameter(stack) for stack in stacks)  # each (K', M, W)
-        self.prompts = [ClassPrompts(backbone, class_names, length) for length in lengths]
+        share = MEMORY // len(lengths)
+        self.prompts = [ClassPrompts(backbone, class_names, length, memory=share) for length in lengths]
 
     def members(self) -> Tensor:
         """Unit features of every class in every context (K, C, D)."""

@@ -37,7 +37,7 @@ from clipadapt.data import Dataset, class_texts
 from clipadapt.methods.base import Card, Run, hyper
 from clipadapt.methods.prompt_method import Batch, PromptLearner, PromptMethod
 from clipadapt.methods.registry import register
-from clipadapt.nn.prompts import ClassPrompts, frame, random_vectors, visual_prompts, word_ids, word_vectors
+from clipadapt.nn.prompts import MEMORY, ClassPrompts, frame, random_vectors, visual_prompts, word_ids, word_vectors
 from clipadapt.nn.transport import transport_similarity
 from clipadapt.training.loop import Loss
 
@@ -103,7 +103,8 @@ class AttributeLearner(PromptLearner):
         super().__init__(backbone, class_names)
         self.context, self.visual, self.enhancement = nn.Parameter(context), nn.Parameter(visual), enhancement
         self.layer, self.weight, self.epsilon = layer, weight, epsilon
-        self.prompts = [ClassPrompts(backbone, names, context.shape[1], ending="") for names in sentences]
+        share = MEMORY // len(sentences)
+        self.prompts = [ClassPrompts(backbone, n, context.shape[1], ending="", memory=share) for n in sentences]
         self.known: Tensor | None = None  # what `texts` gives, once nothing is learned any more
 
     def texts(self) -> Tensor:

@@ -41,7 +41,7 @@ from clipadapt.features import encode_classes
 from clipadapt.methods.base import Card, hyper
 from clipadapt.methods.prompt_method import Batch, PromptLearner, PromptMethod
 from clipadapt.methods.registry import register
-from clipadapt.nn.prompts import ClassPrompts, word_ids
+from clipadapt.nn.prompts import MEMORY, ClassPrompts, word_ids
 from clipadapt.training.loop import Loss
 
 # The 80 templates that come with CLIP, by what they call the picture: each belongs to the first group one of whose
@@ -114,7 +114,10 @@ class MixtureLearner(PromptLearner):
             self.contexts.append(nn.Parameter(vectors.detach().clone()))  # (n, W)
             members.setdefault((len(before), len(after)), []).append(number)
         self.members = list(members.values())  # prompts of one shape are encoded together
-        self.prompts = [ClassPrompts(backbone, class_names, b + a, position=b, ending="") for b, a in members]
+        self.prompts = [
+            ClassPrompts(backbone, class_names, b + a, position=b, ending="", memory=MEMORY // len(members))
+            for b, a in members
+        ]
         self.router = nn.Linear(backbone.dim, len(groups))
         self.correction = nn.Parameter(torch.zeros(backbone.dim)) if correction else None
 
