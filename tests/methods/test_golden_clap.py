@@ -8,6 +8,7 @@ from torch.nn.functional import normalize
 
 from clipadapt.methods import create
 from clipadapt.methods.few_shot.clap import multipliers, rate, train_prototypes
+from clipadapt.training.loop import Run
 from tests.methods.test_golden_features import ENCODERS, Case, case, close
 
 __all__ = ["case"]
@@ -26,7 +27,7 @@ def first_steps(c, n: int, penalty: torch.Tensor | None) -> tuple[torch.Tensor, 
         lr=0.1,
         schedule=lambda step: rate(step, 300, 0.1),
         penalty=penalty,
-        report=lambda line: losses.append(line["loss"]),
+        run=Run(lambda line: losses.append(line["loss"])),
     )
     return prototypes, losses
 

@@ -12,6 +12,7 @@ import torch
 
 from clipadapt.methods import create
 from clipadapt.methods.few_shot.cross_modal_probe import mixed_batches, rate, train_head, zero_shot_head
+from clipadapt.training import loop
 from tests.methods.test_golden_features import ENCODERS, Case, case, close
 
 __all__ = ["case"]
@@ -44,7 +45,7 @@ class Run:
             lr=1e-3,
             weight_decay=0.01,
             val=(c.x[c.val], c.y[c.val]) if val else None,
-            report=lambda line: self.losses.append(line["loss"]),
+            run=loop.Run(lambda line: self.losses.append(line["loss"])),
         )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from clipadapt.methods import create, method_class
+from clipadapt.methods import create
 from clipadapt.methods.prompt_method import Batch
 from clipadapt.methods.prompts.ivlp import IndependentPrompts
 from clipadapt.methods.prompts.maple import CoupledPrompts
@@ -94,7 +94,7 @@ def test_ivlp_with_the_projected_tokens_is_the_same_model(shared, variant):
 def test_new_classes_are_those_of_the_learned_prompts(shared):
     """The tensors that are kept suffice: classes that were not learned get the features of the official prompts."""
     golden, backbone = Golden(shared, "maple", "depth3_ctx2_words"), golden_backbone(shared)
-    model = create("maple", **method_class("maple").tiny)
+    model = create("maple", n_ctx=2)
     model.learned_ = {k: v.detach() for k, v in golden_learner(golden, backbone).named_parameters()}
     model.class_names_, model.origin_, model.dim_ = NAMES[:2], None, backbone.dim
     model._restore(backbone)

@@ -80,7 +80,7 @@ class PRE(PromptMethod):
         requires=frozenset({"texts", "prompts"}),
         new_classes=True,
     )
-    tiny = {"epochs": 60, "lr": 0.1}
+    tiny = {"epochs": 150, "lr": 0.1}
 
     def _learner(self, backbone: Backbone, class_names: Sequence[str]) -> PromptLearner:
         context = first_context(backbone, self.n_ctx, self.init)

@@ -12,8 +12,8 @@ wrapped method is fitted on the real and the synthesised features of all classes
 Wang et al., "Improving Zero-Shot Generalization for CLIP with Synthesized Prompts" (arXiv 2307.07397). Of the paper
 only the abstract was read; layers, losses and optimiser are those of the official repository mrflogs/SHIP, which
 releases CoOp + SHIP (encoder 2048, generator 4096, 4 context vectors, all from N(0, 0.02); AdamW 1e-3, 50 epochs, batch
-256; KL summed over the latent's entries, weight 1). The official code sets latent and shift to 512 numbers; here they
-have the widths of the feature and of the text tower, as there.
+256; KL summed over the latent's entries, weight 1). Latent and shift have the widths of the feature and of the text
+tower, which are the 512 and 512 of the official code for ViT-B/16.
 
 Departures: the wrapped method gets a fixed set of synthesised features, as many for each class as the largest real
 class has, where the official code draws new ones at every step, as many as real ones; the same latents serve every
@@ -22,7 +22,8 @@ random crops. The official code keeps the epoch that is best on the test set; he
 
 The divergence is a sum over hundreds of entries against a distance below 2, so at the published weight the latent tells
 almost nothing: on the embedded model, features made of one class lie within 0.002 (1 - cosine) of their mean, where
-pictures lie within 0.27. What is made is then a learned prompt's text feature; a smaller `kl` spreads it.
+pictures lie within 0.27. What is made is then a prompt's text feature, and on drawn sketches (3 seeds) an untrained
+synthesis helped new classes about as much; a smaller `kl` spreads the features.
 """
 
 from __future__ import annotations

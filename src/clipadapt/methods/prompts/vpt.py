@@ -68,7 +68,7 @@ class VPT(PromptMethod):
         new_classes=True,
     )
     reads_pixels = True
-    tiny = {"epochs": 20, "batch_size": 8, "min_scale": 1.0}
+    tiny = {"lr": 0.01, "epochs": 40, "batch_size": 16, "min_scale": 1.0}
 
     def _learner(self, backbone: Backbone, class_names: Sequence[str]) -> PromptLearner:
         classes = encode_classes(backbone, class_names, self.templates)  # (C, D)
