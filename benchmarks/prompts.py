@@ -45,7 +45,8 @@ in every task, which sets the epochs), and its learning rate, 1, 10 or 100 times
 and judged on the base classes' other training pictures; the mean over the tasks decides, the smaller rate of equal
 ones. No picture of a test part, and no new class, is looked at. The rates are thus chosen with more labels than a
 support set has: two-fold cross-validation inside it was tried first, and could not tell CoOp's three rates apart.
-All else is the paper's, in its setting for base to new where it has one; `BENCH` lists what is not.
+All else is the paper's, in its setting for base to new where it has one; `BENCH` lists what is not. Without
+prompts_settings.json, rates are the papers' too; the lines in prompts.jsonl so far (task "kinds") were made so.
 
 Seconds are those of `fit` on one thread, where features of the frozen towers are in the cache (a user's first run
 encodes them too, once); cpu_seconds and the peak of the memory are those of the whole process, the import of the
