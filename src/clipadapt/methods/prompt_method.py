@@ -119,14 +119,6 @@ class PromptMethod(Method):
     reads_pixels: ClassVar[bool] = False  # whether training needs the image tower, because tokens are put into it
     clip_norm: ClassVar[float | None] = None  # greatest norm of the whole gradient
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.views and self.reads_pixels:
-            raise ClipadaptError(
-                f"{self.card.key}: views are kept features of the frozen tower, and this method trains through it; "
-                "min_scale gives random crops."
-            )
-
     def _learner(self, backbone: Backbone, class_names: Sequence[str]) -> PromptLearner:
         """The learner at its initial values, which may draw from torch's global stream."""
         raise NotImplementedError
