@@ -217,7 +217,7 @@ def epoch(options: argparse.Namespace) -> dict[str, Any]:
         return cross_entropy(100 * images[rows] @ encoder([Insertion(context, at=1)]).T, labels[rows])
 
     losses = train(loss_of, torch.optim.SGD([context], lr=2e-3, momentum=0.9, weight_decay=5e-4), steps)
-    seconds = time.perf_counter() - begun
+    seconds, peak = time.perf_counter() - begun, memory(options.device)
     begun = time.perf_counter()
     plain(tower, ids[:100], [Insertion(context, at=1)], torch.ones(100, WIDTH, device=options.device), 100)
     plain_step = (time.perf_counter() - begun) * classes / 100
@@ -231,7 +231,7 @@ def epoch(options: argparse.Namespace) -> dict[str, Any]:
         "seconds_a_step": seconds / len(losses),
         "seconds_plain_a_step": plain_step,
         "ratio_time": plain_step * len(losses) / seconds,
-        "peak_mib": memory(options.device),
+        "peak_mib": peak,
         "device": options.device,
         "threads": torch.get_num_threads(),
     }
