@@ -121,6 +121,7 @@ def test_what_needs_more_than_its_share_gets_what_is_left(backbone, support, mon
     keys = ["slow", "a", "b", "c", "d", "e"]
     monkeypatch.setattr("clipadapt.evaluation.select._Judge.__call__", judge)
     monkeypatch.setattr("clipadapt.evaluation.select.order_of", lambda keys: keys)
+    monkeypatch.setattr("clipadapt.evaluation.select.sees_features", lambda key: True)
     selection = select(backbone, support, keys=keys, budget=60)
     assert [key for key, _ in shares] == ["zero-shot", *keys, "slow"]
     assert [round(share) for _, share in shares[1:]] == [30, 36, 45, 60, 60, 60, 60]

@@ -111,10 +111,12 @@ def select(
     found = {"zero-shot": judge("zero-shot", until=math.inf)}  # whatever the budget: it is what the others must beat
     order = [key for key in order_of(keys) if key != "zero-shot"]
     refused: dict[str, str] = {}
-    for generosity in (3, 1):
-        waiting = [key for key in order if key not in found and key not in refused]
-        late: dict[str, str] = {}
+    late: dict[str, str] = {}
+    groups = [[key for key in order if sees_features(key) == features] for features in (True, False)]
+    for group, generosity in product(groups, (3, 1)):  # what runs the towers gets what the others leave
+        waiting = [key for key in group if key not in found and key not in refused]
         for number, key in enumerate(waiting):
+            late.pop(key, None)
             now = time.perf_counter()
             share = (end - now) * min(1.0, generosity / (len(waiting) - number))
             try:
@@ -242,6 +244,11 @@ def order_of(keys: list[str] | None) -> list[str]:
         return key != "zero-shot", not issubclass(cls, FeatureMethod), cls.card.trains != "nothing", key
 
     return sorted({"zero-shot", *(keys if keys is not None else list_methods())}, key=cost)
+
+
+def sees_features(key: str) -> bool:
+    """Whether a method needs only features, which are there already."""
+    return issubclass(method_class(key), FeatureMethod)
 
 
 def duration(seconds: float) -> str:
