@@ -133,6 +133,21 @@ def test_rows_inserted_behind_the_start(causal, layer):
     compare(causal, prompts, insertions, None)
 
 
+def test_rows_inserted_elsewhere_compute_plainly(causal):
+    """Rows put in between that differ from prompt to prompt, or stand behind the shared ones, are no shared rows."""
+    prompts = ClassPrompts(causal, NAMES, 2)
+    context = Insertion(vectors(causal, 2), at=prompts.rows)
+    for insertion, why in (
+        (
+            Insertion(vectors(causal, len(NAMES), 2, seed=2), at=1, layer=1, mode="insert"),
+            "differ from prompt to prompt",
+        ),
+        (Insertion(vectors(causal, 2, seed=2), at=4, layer=1, mode="insert"), "behind the shared ones"),
+    ):
+        assert prompts.encoder.explain([context, insertion]).endswith(why)
+        compare(causal, prompts, [context, insertion], None)
+
+
 def test_one_prompt_and_none_inserted(causal):
     prompts = ClassPrompts(causal, ["cat"], 2)
     compare(causal, prompts, [Insertion(vectors(causal, 2), at=prompts.rows)], None)

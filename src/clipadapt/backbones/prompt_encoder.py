@@ -92,12 +92,12 @@ class PromptEncoder:
         """Features (C, D) or (G, C, D) of the prompts with `insertions`, unit unless `normalize` is off."""
         for insertion in insertions:
             self._check(insertion)
-        features = self._plain(insertions) if self._obstacle() else self._shared(insertions)
+        features = self._plain(insertions) if self._obstacle(insertions) else self._shared(insertions)
         return nn.functional.normalize(features, dim=-1) if normalize else features
 
     def explain(self, insertions: Sequence[Insertion] = ()) -> str:
         """In one sentence: how these prompts are computed, and what prevents more."""
-        obstacle = self._obstacle()
+        obstacle = self._obstacle(insertions)
         if obstacle:
             return f"plain: {obstacle}"
         shared = self._shared_rows(insertions)
@@ -119,7 +119,7 @@ class PromptEncoder:
 
     # -- which way --------------------------------------------------------------------------------------------------
 
-    def _obstacle(self) -> str | None:
+    def _obstacle(self, insertions: Sequence[Insertion]) -> str | None:
         """Why rows cannot be shared, or None."""
         backbone = self._backbone
         if "causal-text" not in backbone.capabilities:
@@ -136,6 +136,11 @@ class PromptEncoder:
                 return "dropout draws other masks for each prompt"
             if any(isinstance(m, nn.Dropout) and m.training and m.p for m in block.modules()):
                 return "dropout draws other masks for each prompt"
+        for insertion in insertions:
+            if insertion.mode == "insert" and _per_prompt(insertion, len(self.ids)):
+                return "the rows put in between differ from prompt to prompt"
+            if insertion.mode == "insert" and insertion.at > self._shared_rows(insertions):
+                return "rows are put in behind the shared ones"
         return None
 
     def _shared_rows(self, insertions: Sequence[Insertion]) -> int:
@@ -242,7 +247,7 @@ class PromptEncoder:
                 rows = rows[:, ~inside]
                 alive = rows <= self._ends[:, None]  # tokens behind the end change nothing
                 where = (place[:, None] + rows - shared)[alive]  # (m,)
-                spread = tokens.to(device)[..., ~inside, :]
+                spread = tokens[..., ~inside, :]
                 spread = spread.expand(classes, -1, -1) if spread.ndim == 2 else spread
                 spread = spread.expand(*spread.shape[:-3], classes, -1, -1)
                 spread = spread if spread.ndim == 4 else spread[None]
