@@ -10,7 +10,6 @@ from torch.nn.functional import cross_entropy, normalize
 from clipadapt.backbones import Backbone, Insertion, load_backbone
 from clipadapt.errors import ClipadaptError
 from clipadapt.methods import create
-from clipadapt.methods.prompt_method import Batch
 from clipadapt.methods.prompts.coop import ContextLearner
 from clipadapt.methods.prompts.eco import EnsembleLearner
 from clipadapt.training.loop import seeded
@@ -24,13 +23,6 @@ NAMES = ["red star", "cat", "blue house"]
 @pytest.fixture(scope="module")
 def backbone() -> Backbone:
     return load_backbone(tiny_clip())
-
-
-@pytest.fixture
-def batch(backbone) -> Batch:
-    generator = torch.Generator().manual_seed(3)
-    images = normalize(torch.randn(5, backbone.dim, generator=generator), dim=1)
-    return Batch(torch.arange(5), torch.tensor([0, 1, 2, 1, 0]), images, None)
 
 
 def contexts_of(backbone: Backbone, *lengths: int) -> list[Tensor]:

@@ -7,7 +7,6 @@ import math
 import pytest
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize
 
 from clipadapt.backbones import Backbone, Insertion, load_backbone
 from clipadapt.data.templates import class_texts
@@ -34,13 +33,6 @@ GROUPS = [
 @pytest.fixture(scope="module")
 def backbone() -> Backbone:
     return load_backbone(tiny_clip())
-
-
-@pytest.fixture
-def batch(backbone) -> Batch:
-    generator = torch.Generator().manual_seed(3)
-    images = normalize(torch.randn(5, backbone.dim, generator=generator), dim=1)
-    return Batch(torch.arange(5), torch.tensor([0, 1, 2, 1, 0]), images, None)
 
 
 def learner_of(backbone: Backbone, groups: list[list[str]] = GROUPS, **settings) -> MixtureLearner:

@@ -5,12 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy, normalize
+from torch.nn.functional import cross_entropy
 
 from clipadapt.backbones import Backbone, Insertion, load_backbone
 from clipadapt.errors import ClipadaptError
 from clipadapt.methods import create
-from clipadapt.methods.prompt_method import Batch
 from clipadapt.methods.prompts.coop import ContextLearner
 from clipadapt.methods.prompts.pre import EncodedContextLearner
 from tests.golden import assert_close
@@ -24,13 +23,6 @@ M = 3
 @pytest.fixture(scope="module")
 def backbone() -> Backbone:
     return load_backbone(tiny_clip())
-
-
-@pytest.fixture
-def batch(backbone) -> Batch:
-    generator = torch.Generator().manual_seed(3)
-    images = normalize(torch.randn(5, backbone.dim, generator=generator), dim=1)
-    return Batch(torch.arange(5), torch.tensor([0, 1, 2, 1, 0]), images, None)
 
 
 def learner_of(
