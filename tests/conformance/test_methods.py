@@ -47,11 +47,18 @@ def quick(key: str) -> Method:
     return create(key, **method_class(key).tiny)
 
 
+def fit(key: str, backbone: Backbone, support: Dataset | None = None, **kwargs) -> Method:
+    """A quick fit; what learns from unlabelled pictures gets some."""
+    if method_class(key).card.signal == "unlabelled":
+        kwargs["unlabelled"] = colours(3, seed=3)
+    return quick(key).fit(backbone, support, **kwargs)
+
+
 @pytest.fixture(scope="module")
 def fitted(backbone, support):
     """Each method fitted once for all tests that only look at it."""
     cache: dict[str, Method] = {}
-    return lambda key: cache.setdefault(key, quick(key).fit(backbone, support))
+    return lambda key: cache.setdefault(key, fit(key, backbone, support))
 
 
 @pytest.mark.parametrize("key", KEYS)
@@ -67,7 +74,8 @@ def test_card_and_hyperparameters(key):
     assert card.task
     assert card.trains
     assert card.arxiv is None or len(card.arxiv.split(".")) == 2
-    assert card.signal in ("none", "labels")
+    assert card.signal in ("none", "labels", "unlabelled")
+    assert card.unlabelled or card.signal != "unlabelled"
     assert cls.__doc__
     module_doc = __import__(cls.__module__, fromlist=["_"]).__doc__ or ""
     assert card.arxiv is None or card.arxiv in module_doc, "the docstring cites the paper"
@@ -120,7 +128,7 @@ def test_unfitted_says_so(key, queries):
 @pytest.mark.parametrize("key", KEYS)
 def test_deterministic_by_seed(key, backbone, support, queries, fitted):
     torch.manual_seed(123)  # global state must not matter
-    again = quick(key).fit(backbone, support)
+    again = fit(key, backbone, support)
     np.testing.assert_array_equal(again.predict_proba(queries), fitted(key).predict_proba(queries))
 
 
@@ -145,7 +153,7 @@ def test_order_of_classes_does_not_matter(key, backbone, support, queries, fitte
     order = [2, 0, 3, 1]
     names = [support.class_names[c] for c in order]
     permuted = dataclasses.replace(support, labels=[order.index(label) for label in support.labels], class_names=names)
-    model = quick(key).fit(backbone, permuted)
+    model = fit(key, backbone, permuted)
     np.testing.assert_allclose(model.predict_proba(queries), fitted(key).predict_proba(queries)[:, order], atol=2e-3)
 
 
@@ -153,7 +161,7 @@ def test_order_of_classes_does_not_matter(key, backbone, support, queries, fitte
 @pytest.mark.parametrize("shape", ["one-shot", "missing-class", "uneven"])
 def test_odd_support_sets(key, shape, backbone, support, queries):
     rows = {"one-shot": range(0, 16, 4), "missing-class": range(12), "uneven": [0, 1, 2, 3, 4, 8, 12]}[shape]
-    model = quick(key).fit(backbone, support.select(rows))
+    model = fit(key, backbone, support.select(rows))
     probabilities = model.predict_proba(queries)
     assert probabilities.shape == (8, 4)
     assert np.isfinite(probabilities).all()
@@ -162,16 +170,35 @@ def test_odd_support_sets(key, shape, backbone, support, queries):
 
 @pytest.mark.parametrize("key", KEYS)
 def test_an_empty_support_set_is_refused(key, backbone, support):
-    if method_class(key).card.signal == "none":
-        model = quick(key).fit(backbone, class_names=support.class_names)
+    if method_class(key).card.signal != "labels":
+        model = fit(key, backbone, class_names=support.class_names)
         assert model.class_names_ == support.class_names
     else:
         with pytest.raises(ClipadaptError, match="labelled pictures"):
-            quick(key).fit(backbone, support.select([]))
+            fit(key, backbone, support.select([]))
         with pytest.raises(ClipadaptError, match="labelled pictures"):
-            quick(key).fit(backbone, class_names=support.class_names)
+            fit(key, backbone, class_names=support.class_names)
     with pytest.raises(ClipadaptError, match="support set or class_names"):
-        quick(key).fit(backbone)
+        fit(key, backbone)
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_unlabelled_pictures(key, backbone, support, queries):
+    """They do instead of labelled ones where a card says that they are of use; elsewhere they are refused."""
+    card, names = method_class(key).card, support.class_names
+    if not card.unlabelled:
+        with pytest.raises(ClipadaptError, match="no use for unlabelled"):
+            quick(key).fit(backbone, support, unlabelled=queries)
+        return
+    probabilities = [
+        quick(key).fit(backbone, unlabelled=pictures, class_names=names).predict_proba(queries)
+        for pictures in (support, support.items)
+    ]
+    assert probabilities[0].shape == (8, 4)
+    np.testing.assert_array_equal(probabilities[0], probabilities[1], "labels are not looked at")
+    if card.signal == "unlabelled":
+        with pytest.raises(ClipadaptError, match="learns from unlabelled pictures"):
+            quick(key).fit(backbone, support)
 
 
 @pytest.mark.parametrize("key", KEYS)
@@ -181,9 +208,9 @@ def test_refuses_a_backbone_that_lacks_what_it_requires(key, backbone, support, 
     monkeypatch.setattr(Backbone, "capabilities", property(lambda self: frozenset()))
     if requires:
         with pytest.raises(ClipadaptError, match=min(requires)):
-            quick(key).fit(backbone, support)
+            fit(key, backbone, support)
     else:
-        quick(key).fit(backbone, support)
+        fit(key, backbone, support)
 
 
 @pytest.mark.parametrize("key", KEYS)
@@ -191,7 +218,7 @@ def test_the_backbone_stays_as_it_was(key, support, queries):
     backbone = load_backbone(tiny_clip())
     before = backbone.fingerprint
     hooks = [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in backbone.model.modules()]
-    model = quick(key).fit(backbone, support)
+    model = fit(key, backbone, support)
     model.predict(queries)
     assert backbone.fingerprint == before
     assert not any(p.requires_grad for p in backbone.model.parameters())
@@ -208,7 +235,7 @@ def test_trained_parameters_are_counted_right(key, backbone, support):
     handle = register_optimizer_step_pre_hook(
         lambda optimizer, *_: counts.append(sum(p.numel() for g in optimizer.param_groups for p in g["params"]))
     )
-    model = quick(key).fit(backbone, support)
+    model = fit(key, backbone, support)
     handle.remove()
     if counts:
         assert model.trained_parameters == counts[-1]
@@ -221,7 +248,7 @@ def test_trained_parameters_are_counted_right(key, backbone, support):
 @pytest.mark.parametrize("key", KEYS)
 def test_training_reports_every_step(key, backbone, support):
     reports: list[dict] = []
-    quick(key).fit(backbone, support, report=reports.append)
+    fit(key, backbone, support, report=reports.append)
     for i, line in enumerate(reports):
         assert line["step"] == i + 1
         assert line["steps"] == len(reports)
@@ -236,13 +263,14 @@ def test_features_alone_suffice(key, tmp_path):
     labels = np.repeat(np.arange(3), 5)
     x = centres[labels] + 0.3 * rng.standard_normal((15, 16))
     t = centres + 0.5 * rng.standard_normal((3, 16))
-    head = quick(key).fit_features(x, labels, t, logit_scale=20.0)
+    more = {"unlabelled": x} if method_class(key).card.signal == "unlabelled" else {}
+    head = quick(key).fit_features(x, labels, t, logit_scale=20.0, **more)
     logits = head.logits(x)
     assert isinstance(logits, np.ndarray)
     assert logits.shape == (15, 3)
     assert (logits.argmax(1) == labels).mean() == 1
     other = quick(key).fit_features(
-        torch.from_numpy(5 * x), torch.from_numpy(labels), torch.from_numpy(t), logit_scale=20.0
+        torch.from_numpy(5 * x), torch.from_numpy(labels), torch.from_numpy(t), logit_scale=20.0, **more
     )
     torch.testing.assert_close(other.logits(torch.from_numpy(x)), torch.from_numpy(logits), atol=1e-4, rtol=1e-4)
     loaded = clipadapt.load(head.save(tmp_path / "head"))
@@ -254,9 +282,9 @@ def test_features_alone_suffice(key, tmp_path):
         head.predict([Image.new("RGB", (8, 8))])
     for wrong in (labels[:-1], labels - 1, labels + 1, labels + 0.5):
         with pytest.raises(ClipadaptError, match="labels must"):
-            quick(key).fit_features(x, wrong, t)
+            quick(key).fit_features(x, wrong, t, **more)
     with pytest.raises(ClipadaptError, match="not finite"):
-        quick(key).fit_features(np.where(x > 1, np.nan, x), labels, t)
+        quick(key).fit_features(np.where(x > 1, np.nan, x), labels, t, **more)
 
 
 @pytest.mark.parametrize("key", [k for k in KEYS if issubclass(method_class(k), WeightMethod)])
@@ -279,7 +307,7 @@ def test_an_interrupted_fit_goes_on(key, backbone, support, queries, fitted, tmp
     """The same call ends with the same model, whatever of the training was kept."""
     monkeypatch.setattr("clipadapt.training.loop.SAVE_EVERY", 0.0)
     seen: list[dict] = []
-    quick(key).fit(backbone, support, report=seen.append)
+    fit(key, backbone, support, report=seen.append)
 
     def interrupt(line: dict) -> None:
         if line["step"] == seen[-1]["steps"] // 2 + 1:
@@ -287,8 +315,8 @@ def test_an_interrupted_fit_goes_on(key, backbone, support, queries, fitted, tmp
 
     if seen:
         with pytest.raises(Interrupted):
-            quick(key).fit(backbone, support, report=interrupt, resume=tmp_path / "run")
-    model = quick(key).fit(backbone, support, resume=tmp_path / "run")
+            fit(key, backbone, support, report=interrupt, resume=tmp_path / "run")
+    model = fit(key, backbone, support, resume=tmp_path / "run")
     np.testing.assert_array_equal(model.predict_proba(queries), fitted(key).predict_proba(queries))
     assert not [path for path in tmp_path.rglob("*") if path.is_file()], "nothing is left of a fit that ended"
 
@@ -328,7 +356,7 @@ def digits() -> tuple[Backbone, Dataset, Dataset]:
     return load_backbone(), train.few_shot(8, seed=1), test
 
 
-@pytest.mark.parametrize("key", [k for k in KEYS if method_class(k).card.signal != "none"])
+@pytest.mark.parametrize("key", [k for k in KEYS if method_class(k).card.signal == "labels"])
 def test_beats_zero_shot_on_a_small_real_task(key, digits):
     """With the setting that cross-validation inside the support set chooses, where the paper searches for one."""
     backbone, support, test = digits

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize, one_hot
 
-from clipadapt.data import Dataset, MultiLabelDataset
+from clipadapt.data import Dataset, MultiLabelDataset, as_items
 from clipadapt.errors import ClipadaptError, unknown_name
 from clipadapt.features import encode_classes, encode_images
 from clipadapt.metrics import best_threshold, mean_average_precision
@@ -42,10 +42,12 @@ Array = Tensor | np.ndarray
 class Card:
     """The facts of a method, shown by `clipadapt methods` and checked by the conformance suite.
 
-    `signal` says what `fit` learns from: "none" (class names only) or "labels" (a labelled support set).
-    `requires` names the backbone capabilities without which the method refuses. `new_classes`: a fitted one can be
-    used for classes that it has not learned (`with_classes`), as base-to-new protocols do. `multi_label`: it also takes
-    pictures that each show any number of classes (`MultiLabelDataset`), and then says of each class if it is there.
+    `signal` says what `fit` learns from: "none" (class names only), "labels" (a labelled support set) or "unlabelled"
+    (pictures without labels; labelled ones are welcome). `unlabelled`: `fit(..., unlabelled=)` is of use to it; where
+    the signal is "labels", unlabelled pictures alone then do as well. `requires` names the backbone capabilities
+    without which the method refuses. `new_classes`: a fitted one can be used for classes that it has not learned
+    (`with_classes`), as base-to-new protocols do. `multi_label`: it also takes pictures that each show any number of
+    classes (`MultiLabelDataset`), and then says of each class if it is there.
     """
 
     key: str
@@ -58,6 +60,7 @@ class Card:
     requires: frozenset[str] = frozenset()
     new_classes: bool = False
     multi_label: bool = False
+    unlabelled: bool = False
 
 
 def hyper(default: Any, doc: str, *, low: float | None = None, high: float | None = None, choices: Any = None) -> Any:
@@ -77,6 +80,7 @@ class Support:
     texts: Tensor  # (C, D)
     logit_scale: float
     val: tuple[Tensor, Tensor] | None = None  # (V, D), labels: for choosing hyper-parameters, never for training
+    unlabelled: Tensor | None = None  # (U, D), for methods whose card has `unlabelled`
 
     @cached_property
     def one_hot(self) -> Tensor:
@@ -125,12 +129,16 @@ class Method:
         backbone: Backbone,
         support: Dataset | MultiLabelDataset | None = None,
         *,
+        unlabelled: Any = None,
         val: Dataset | MultiLabelDataset | None = None,
         class_names: Sequence[str] | None = None,
         report: Report | None = None,
         resume: str | Path | None = None,
     ) -> Self:
         """Learn from a labelled `support` set (or only from `class_names`, where the card's signal is "none").
+
+        `unlabelled` are pictures (paths, PIL, a data set, whose labels are not looked at) for methods whose card says
+        that they learn from such; with these, `class_names` may stand for the support set.
 
         `val` chooses hyper-parameters where the method's paper does so; nothing is ever trained on it. `report` is
         called after every training step with a dict of step, steps, loss, lr, seconds and, for some methods, accuracy.
@@ -142,12 +150,13 @@ class Method:
         overall F1 on `val`, or without it on `support`, whose scores are too good where they were learned from; it is
         None where there is no picture.
         """
-        data: Any = self._open(backbone, support, class_names)
+        data: Any = self._open(backbone, support, class_names, 0 if unlabelled is None else len(unlabelled))
         if val is not None and isinstance(val, MultiLabelDataset) != self.multi_label_:
             raise ClipadaptError(f"{self.card.key}: val must have labels of the same kind as the support set.")
-        folder = Path(resume) / self._identity(backbone, data) if resume is not None else None
+        folder = Path(resume) / self._identity(backbone, data, unlabelled) if resume is not None else None
         held_out: Any = val
-        self._fit_towers(backbone, data, held_out, Run(report, folder))
+        more = {} if unlabelled is None else {"unlabelled": unlabelled}
+        self._fit_towers(backbone, data, held_out, Run(report, folder), **more)
         if self.multi_label_:
             judged = data if held_out is None else held_out
             self._choose_threshold(judged.targets, self.image_logits(judged)[0] if len(judged) else None)
@@ -155,20 +164,27 @@ class Method:
             shutil.rmtree(folder, ignore_errors=True)
         return self
 
-    def _identity(self, backbone: Backbone, support: Dataset) -> str:
+    def _identity(self, backbone: Backbone, support: Dataset, unlabelled: Any = None) -> str:
         """What a training run depends on, as 32 hex digits."""
         from clipadapt.methods.artifact import recipe
 
-        pictures = [item.digest() for item in support.items]
+        pictures = [item.digest() for item in [*support.items, *as_items([] if unlabelled is None else unlabelled)]]
         facts = [recipe(self), backbone.fingerprint, pictures, support.labels, support.class_names]
         return blake2b(json.dumps(facts, default=sorted).encode(), digest_size=16).hexdigest()
 
     def _fit_towers(self, backbone: Backbone, support: Dataset, val: Dataset | None, run: Run) -> None:
-        """The method's own `fit`, on a support set that has been checked."""
+        """The method's own `fit`, on a support set that has been checked.
+
+        Where the card has `unlabelled`, it takes `unlabelled: Any = None` after `run`.
+        """
         raise NotImplementedError
 
     def _open(
-        self, backbone: Backbone, support: Dataset | MultiLabelDataset | None, class_names: Sequence[str] | None
+        self,
+        backbone: Backbone,
+        support: Dataset | MultiLabelDataset | None,
+        class_names: Sequence[str] | None,
+        n_unlabelled: int = 0,
     ) -> Dataset | MultiLabelDataset:
         """Refuse what cannot work, remember the backbone and the classes, and give the support set back."""
         missing = self.card.requires - backbone.capabilities
@@ -181,8 +197,7 @@ class Method:
             if class_names is None:
                 raise ClipadaptError(f"{self.card.key}.fit needs a support set or class_names.")
             support = Dataset(items=[], labels=[], class_names=list(class_names))
-        if self.card.signal != "none" and len(support) == 0:
-            raise ClipadaptError(f"{self.card.key} learns from labelled pictures, and the support set has none.")
+        self._check_signal(len(support), n_unlabelled)
         if len(support.class_names) < 2:
             raise ClipadaptError(f"{self.card.key} needs at least two classes, not {support.class_names}.")
         self._start(isinstance(support, MultiLabelDataset))
@@ -191,6 +206,15 @@ class Method:
         self.class_names_ = list(support.class_names)
         self.dim_ = backbone.dim
         return support
+
+    def _check_signal(self, n_labelled: int, n_unlabelled: int) -> None:
+        card = self.card
+        if n_unlabelled and not card.unlabelled:
+            raise ClipadaptError(f"{card.key} has no use for unlabelled pictures.")
+        if card.signal == "unlabelled" and not n_unlabelled:
+            raise ClipadaptError(f"{card.key} learns from unlabelled pictures: give fit(..., unlabelled=).")
+        if card.signal == "labels" and not (n_labelled or n_unlabelled):
+            raise ClipadaptError(f"{card.key} learns from labelled pictures, and the support set has none.")
 
     def _start(self, multi_label: bool) -> None:
         """Remember of which kind the labels are; refuse sets of them where the method has no use for them."""
@@ -322,13 +346,16 @@ class Method:
 class FeatureMethod(Method):
     """A method that sees only tensors: write `_fit(support)` and `_logits(images)`."""
 
-    def _fit_towers(self, backbone: Backbone, support: Dataset, val: Dataset | None, run: Run) -> None:
+    def _fit_towers(
+        self, backbone: Backbone, support: Dataset, val: Dataset | None, run: Run, unlabelled: Any = None
+    ) -> None:
         self._learn(
             encode_images(backbone, support).features,
             label_array(support),
             encode_classes(backbone, support.class_names, self.templates),
             backbone.logit_scale,
             (encode_images(backbone, val).features, label_array(val)) if val is not None else None,
+            encode_images(backbone, unlabelled).features if unlabelled is not None else None,
             run,
         )
 
@@ -339,18 +366,20 @@ class FeatureMethod(Method):
         text_features: Array,
         logit_scale: float = 100.0,
         *,
+        unlabelled: Array | None = None,
         val: tuple[Array, Any] | None = None,
         report: Report | None = None,
     ) -> Self:
         """Learn from (N, D) image features, (N,) int labels and (C, D) text features; no backbone is needed.
 
-        Features are torch or numpy, unit or not. `val` is (features, labels) for choosing hyper-parameters. Labels
-        (N, C) bool make a multi-label model (see `fit`).
+        Features are torch or numpy, unit or not. `unlabelled` (U, D) are features of pictures without labels, for
+        methods whose card has it (with no labelled picture, N is 0). `val` is (features, labels) for choosing
+        hyper-parameters. Labels (N, C) bool make a multi-label model (see `fit`).
         """
         self.backbone_, self.origin_ = None, None
         self.class_names_ = [str(c) for c in range(len(text_features))]
         self._start(np.ndim(labels) == 2)
-        self._learn(image_features, labels, text_features, float(logit_scale), val, Run(report))
+        self._learn(image_features, labels, text_features, float(logit_scale), val, unlabelled, Run(report))
         if self.multi_label_:
             images, targets = (image_features, labels) if val is None else val
             self._choose_threshold(np.asarray(targets), torch.as_tensor(self.logits(images)) if len(images) else None)
@@ -363,18 +392,20 @@ class FeatureMethod(Method):
         text_features: Array,
         logit_scale: float,
         val: tuple[Array, Any] | None,
+        unlabelled: Array | None,
         run: Run,
     ) -> None:
         texts = unit(text_features, "text_features")
         images = unit(image_features, "image_features", dim=texts.shape[1])
-        if self.card.signal != "none" and len(images) == 0:
-            raise ClipadaptError(f"{self.card.key} learns from labelled pictures, and the support set has none.")
+        if unlabelled is not None:
+            unlabelled = unit(unlabelled, "unlabelled features", dim=texts.shape[1])
+        self._check_signal(len(images), 0 if unlabelled is None else len(unlabelled))
         if val is not None:
             x, y = unit(val[0], "val features", dim=texts.shape[1]), val[1]
             val = x, as_labels(y, len(x), len(texts), self.multi_label_)
         self.dim_ = texts.shape[1]
         labels = as_labels(labels, len(images), len(texts), self.multi_label_)
-        self._fit(Support(images, labels, texts, logit_scale, val), run)
+        self._fit(Support(images, labels, texts, logit_scale, val, unlabelled), run)
 
     def _fit(self, support: Support, run: Run) -> None:
         raise NotImplementedError

@@ -184,7 +184,7 @@ class Ship(Method):
         inner._open(backbone, data, None)
         texts = encode_classes(backbone, names, inner.templates)
         valued = (encode_images(backbone, val).features, val.labels) if val is not None else None
-        inner._learn(images, labels, texts, backbone.logit_scale, valued, run)
+        inner._learn(images, labels, texts, backbone.logit_scale, valued, None, run)
 
     def _unfitted(self) -> Any:
         keyed = isinstance(self.method, str)

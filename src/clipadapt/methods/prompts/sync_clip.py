@@ -183,10 +183,10 @@ class SyncClip(IVLP):
         size, seed = max(32, *backbone.image_size), OTHER_WORLD + self.seed
         return Playground(size=size, kinds=tuple(sorted(class_names)), seed=seed).dataset(self.per_class)
 
-    def _identity(self, backbone: Backbone, support: Dataset) -> str:
+    def _identity(self, backbone: Backbone, support: Dataset, unlabelled: Any = None) -> str:
         made = self._source(backbone, [*support.class_names, *self.new_classes])
         pictures = [item.digest() for item in made.items] if made is not None else []
-        facts = " ".join([super()._identity(backbone, support), *pictures])
+        facts = " ".join([super()._identity(backbone, support, unlabelled), *pictures])
         return blake2b(facts.encode(), digest_size=16).hexdigest()
 
     def _fit_towers(self, backbone: Backbone, support: Dataset, val: Dataset | None, run: Run) -> None:
