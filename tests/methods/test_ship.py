@@ -16,7 +16,7 @@ from clipadapt.data.playground import HELDOUT_STYLE, Playground
 from clipadapt.errors import ClipadaptError, DataError
 from clipadapt.features import encode_classes, encode_images
 from clipadapt.methods import create
-from clipadapt.methods.prompt_method import FeatureItem
+from clipadapt.data.items import FeatureItem
 from clipadapt.methods.prompts.coop import CoOp
 from clipadapt.methods.prompts.ship import Ship, Synthesis, synthesis_loss
 from clipadapt.training.loop import Run
@@ -132,9 +132,9 @@ class Recorder:
     """Stands in for a wrapped method's learning, and keeps what it was given."""
 
     def __init__(self, monkeypatch) -> None:
-        def learn(method, images, labels, texts, logit_scale, val, run):
+        def learn(method, images, labels, texts, logit_scale, val, unlabelled, run):
             self.images, self.labels, self.texts, self.val = images, list(labels), texts, val
-            original(method, images, labels, texts, logit_scale, val, run)
+            original(method, images, labels, texts, logit_scale, val, unlabelled, run)
 
         original = create("tip-adapter")._learn.__func__
         monkeypatch.setattr("clipadapt.methods.base.FeatureMethod._learn", learn)

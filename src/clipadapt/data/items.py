@@ -11,6 +11,7 @@ from hashlib import blake2b
 from io import BytesIO
 
 import numpy as np
+import torch
 from PIL import ExifTags, Image, UnidentifiedImageError
 
 from clipadapt.errors import DataError
@@ -130,6 +131,20 @@ class GeneratedItem(Item):
 
     def digest(self) -> str:
         return hash_bytes(b"generated " + self.key.encode())
+
+
+@dataclass(frozen=True)
+class FeatureItem(Item):
+    """An example of which only the unit feature (D,) is known; `features.encode_images` takes it as it is."""
+
+    name: str
+    feature: torch.Tensor = field(repr=False)
+
+    def open(self) -> Image.Image:
+        raise DataError(f"{self.name} is a feature and has no pixels.")
+
+    def digest(self) -> str:
+        return hash_bytes(b"feature " + self.feature.numpy().tobytes())
 
 
 def hash_bytes(data: bytes) -> str:

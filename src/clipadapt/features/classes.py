@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from clipadapt.backbones.published import PublishedFeatures
 from clipadapt.data import class_texts
 
 if TYPE_CHECKING:
@@ -27,12 +28,14 @@ def encode_classes(
     ensembling of arXiv 2103.00020, section 3.1.4). Sentences that classes share are encoded once. No gradient flows.
 
     Args:
-        backbone: gives `encode_texts` and `dim`.
+        backbone: gives `encode_texts` and `dim`; of `PublishedFeatures` the classes' features are given back.
         class_names: C names.
         templates: what `clipadapt.data.class_texts` takes: a shipped set's name, a template with "{}", a list of
             them, a file, or a mapping from class to sentences.
         batch_size: sentences per call of the model.
     """
+    if isinstance(backbone, PublishedFeatures):
+        return backbone.encode_classes(class_names)
     texts = class_texts(class_names, templates)
     # Towers that read text at its true length pay for the longest of a batch: sentences of like length go together.
     unique = sorted({text for sentences in texts for text in sentences}, key=lambda text: (len(text), text))

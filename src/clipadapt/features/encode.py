@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from clipadapt.data import Item, as_items
+from clipadapt.data.items import FeatureItem
 from clipadapt.errors import ClipadaptError, DataError, unknown_name
 from clipadapt.features.progress import progress_bar
 from clipadapt.features.store import KEY_BYTES, FeatureStore, cache_root
@@ -69,7 +70,8 @@ def encode_images(
 
     Args:
         backbone: gives `encode_images`, `preprocess`, `dim`, `device`, `image_size` and `fingerprint`.
-        images: whatever `clipadapt.data.as_items` takes; or pixels (N, 3, H, W), which are encoded but not kept.
+        images: whatever `clipadapt.data.as_items` takes; or pixels (N, 3, H, W), which are encoded but not kept. Of
+            `FeatureItem`s the features are given back.
         cache: keep features under $CLIPADAPT_CACHE (~/.cache/clipadapt), in the given folder, or nowhere.
         batch_size: rows per call of the model.
         workers: threads that read, decode and preprocess; as many as there are cores by default.
@@ -96,12 +98,19 @@ def encode_images(
         features = np.concatenate([np.empty((0, backbone.dim), np.float32), *batches])
         return Encoded(torch.from_numpy(features), list(range(len(images))), [])
 
+    items = as_items(images)
+    ready = [item.feature for item in items if isinstance(item, FeatureItem)]
+    if ready and len(ready) == len(items):
+        if views:
+            raise ClipadaptError("Views are crops of pictures, and these are features without pixels.")
+        return Encoded(torch.stack(ready), list(range(len(items))), [])
+
     store = None
     if cache:
         root = cache_root() if cache is True else Path(cache)
         store = FeatureStore(root / "features" / f"{backbone.fingerprint}-{precision}", precision)
     plan: list[RandomView | None] = [RandomView(number, seed, min_scale) for number in range(views)]
-    encoding = _Encoding(backbone, as_items(images), plan or [None], store, precision, skip=on_error == "skip")
+    encoding = _Encoding(backbone, items, plan or [None], store, precision, skip=on_error == "skip")
     encoding.run(batch_size, workers or os.cpu_count() or 1, progress)
     features, kept, skipped = encoding.results()
     return Encoded(torch.from_numpy(features if views else features[:, 0]), kept, skipped)

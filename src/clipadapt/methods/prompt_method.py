@@ -12,33 +12,17 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from PIL import Image
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from clipadapt.backbones import Backbone, Insertion
-from clipadapt.data import Dataset, Item
-from clipadapt.data.items import hash_bytes
-from clipadapt.errors import ClipadaptError, DataError
+from clipadapt.data import Dataset
+from clipadapt.errors import ClipadaptError
 from clipadapt.features import encode_images
 from clipadapt.methods.base import Method, Run, hyper, label_array
 from clipadapt.training.loop import Loss, batches, seeded, train
 from clipadapt.training.pixels import Pixels
 from clipadapt.training.schedules import cosine_by_epoch
-
-
-@dataclass(frozen=True)
-class FeatureItem(Item):
-    """An example of which only the unit feature (D,) is known; a support set of these is not encoded."""
-
-    name: str
-    feature: Tensor
-
-    def open(self) -> Image.Image:
-        raise DataError(f"{self.name} is a feature and has no pixels.")
-
-    def digest(self) -> str:
-        return hash_bytes(self.feature.numpy().tobytes())
 
 
 @dataclass(frozen=True)
@@ -168,11 +152,7 @@ class PromptMethod(Method):
             min_scale = getattr(self, "min_scale", 1.0)
             pixels = Pixels(backbone, support, min_scale=min_scale, seed=self.seed)
             return lambda rows, epoch: Batch(rows, labels[rows], None, pixels.batch(rows, epoch))
-        ready = [item.feature for item in support.items if isinstance(item, FeatureItem)]
-        if len(ready) == len(support):
-            encoded = torch.stack(ready)
-        else:
-            encoded = encode_images(backbone, support, views=self.views, seed=self.seed, min_scale=0.08).features
+        encoded = encode_images(backbone, support, views=self.views, seed=self.seed, min_scale=0.08).features
         views = (encoded if encoded.ndim == 3 else encoded[:, None]).to(backbone.device)  # (N, V, D)
         return lambda rows, epoch: Batch(rows, labels[rows], views[rows, epoch % views.shape[1]], None)
 

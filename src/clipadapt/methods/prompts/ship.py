@@ -38,10 +38,11 @@ from torch import Tensor, nn
 
 from clipadapt.backbones import Backbone, Insertion
 from clipadapt.data import Dataset
+from clipadapt.data.items import FeatureItem
 from clipadapt.errors import ClipadaptError
 from clipadapt.features import encode_classes, encode_images
 from clipadapt.methods.base import Card, FeatureMethod, Method, Run, hyper
-from clipadapt.methods.prompt_method import FeatureItem, PromptMethod
+from clipadapt.methods.prompt_method import PromptMethod
 from clipadapt.methods.prompts.coop import CoOp
 from clipadapt.methods.registry import create, register
 from clipadapt.nn.prompts import ClassPrompts, random_vectors
@@ -178,13 +179,7 @@ class Ship(Method):
     ) -> None:
         items = [FeatureItem(f"feature {i}", x) for i, x in enumerate(images)]
         data = Dataset([*items], labels, names, name="real and synthesised features")
-        if isinstance(inner, PromptMethod):
-            inner.fit(backbone, data, val=val, report=run.report, resume=run.folder)
-            return
-        inner._open(backbone, data, None)
-        texts = encode_classes(backbone, names, inner.templates)
-        valued = (encode_images(backbone, val).features, val.labels) if val is not None else None
-        inner._learn(images, labels, texts, backbone.logit_scale, valued, None, run)
+        inner.fit(backbone, data, val=val, report=run.report, resume=run.folder)
 
     def _unfitted(self) -> Any:
         keyed = isinstance(self.method, str)
