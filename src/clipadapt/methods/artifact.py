@@ -19,6 +19,7 @@ import clipadapt
 from clipadapt.backbones import Backbone, load_backbone
 from clipadapt.data.dataset import Pictures
 from clipadapt.errors import ArtifactError
+from clipadapt.features.sources import ImageSource
 from clipadapt.files import is_model, written_aside
 from clipadapt.methods.base import Method
 from clipadapt.methods.registry import create
@@ -27,7 +28,7 @@ FORMAT = 1  # raised when an older version of the library could not read the fol
 
 
 def recipe(method: Method) -> dict[str, Any]:
-    """A method's key and hyper-parameters as JSON values; a wrapped method nests, of a data set the name is kept."""
+    """A method's key and hyper-parameters as JSON values; a wrapped method nests, data sets and sources are named."""
     values = {f.name: _json(getattr(method, f.name)) for f in dataclasses.fields(method)}
     return {"method": method.card.key, "hyperparameters": values}
 
@@ -35,7 +36,9 @@ def recipe(method: Method) -> dict[str, Any]:
 def _json(value: Any) -> Any:
     if isinstance(value, Method):
         return recipe(value)
-    return value.name if isinstance(value, Pictures) else str(value) if isinstance(value, Path) else value
+    if isinstance(value, Pictures | ImageSource) or callable(value):
+        return getattr(value, "name", None) or getattr(value, "__name__", type(value).__name__)
+    return str(value) if isinstance(value, Path) else value
 
 
 def from_recipe(config: dict[str, Any]) -> Method:

@@ -37,9 +37,9 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, normalize, relu
 
 from clipadapt.backbones import Backbone, Insertion
-from clipadapt.data import Dataset, image_folder
-from clipadapt.data.playground import KINDS, Playground
+from clipadapt.data import Dataset
 from clipadapt.errors import ClipadaptError
+from clipadapt.features.sources import image_source
 from clipadapt.methods.base import Card, Run, hyper
 from clipadapt.methods.prompt_method import Batch, PromptLearner
 from clipadapt.methods.prompts.ivlp import IVLP, IndependentPrompts
@@ -47,8 +47,6 @@ from clipadapt.methods.registry import register
 from clipadapt.nn.prompts import deep_vectors, visual_prompts
 from clipadapt.training.loop import Loss
 from clipadapt.training.pixels import Pixels
-
-OTHER_WORLD = 1_000_000  # added to the seed, so that the playground never draws pictures of a data set made of it
 
 
 def alignment(made: Tensor, real: Tensor, pairs: Tensor, labels: Tensor) -> Tensor:
@@ -125,15 +123,15 @@ class SyncClip(IVLP):
     """Learned vectors in both towers, for real pictures and for generated ones of old and new classes.
 
     `synthetic` says where generated pictures come from: a `Dataset` whose class names are those meant, a folder with
-    one sub-folder per class, or "playground", pictures drawn by clipadapt itself (`clipadapt.data.playground`), which
-    knows few kinds of things and refuses others. Its classes, `new_classes` and those of the support set are the
-    classes of the fitted model. With None there are real pictures only. A saved model keeps a data set's name, not
-    its pictures.
+    one sub-folder per class, "playground", pictures drawn by clipadapt itself (`clipadapt.data.playground`), which
+    knows few kinds of things and refuses others, or another source of `clipadapt.features.sources`. Its classes,
+    `new_classes` and those of the support set are the classes of the fitted model. With None there are real pictures
+    only. A saved model keeps the name of a data set or source, not the pictures.
     """
 
-    synthetic: Any = hyper(None, 'generated pictures: a data set, a folder of classes, "playground", or None')
+    synthetic: Any = hyper(None, 'generated pictures: a data set, a folder of classes, "playground", a source, or None')
     new_classes: list[str] = hyper([], "names of further classes, which have no real pictures")
-    per_class: int = hyper(16, "pictures of each class that the playground draws (official: 16 generated)", low=1)
+    per_class: int = hyper(16, "pictures of each class that a source makes (official: 16 generated)", low=1)
     n_ctx: int = hyper(4, "vectors in a text (official)", low=1)
     n_visual: int = hyper(4, "tokens in a picture (official)", low=1)
     n_domain: int = hyper(
@@ -169,19 +167,10 @@ class SyncClip(IVLP):
         return learner
 
     def _source(self, backbone: Backbone, class_names: Sequence[str]) -> Dataset | None:
-        """The generated pictures, of which the playground draws those of `class_names`."""
-        if self.synthetic is None or isinstance(self.synthetic, Dataset):
-            return self.synthetic
-        if self.synthetic != "playground":
-            return image_folder(self.synthetic)
-        unknown = [name for name in class_names if name not in KINDS]
-        if unknown:
-            raise ClipadaptError(
-                f"sync-clip: the playground cannot draw {', '.join(map(repr, unknown))}; it draws {', '.join(KINDS)}. "
-                "Give a data set or a folder of generated pictures."
-            )
-        size, seed = max(32, *backbone.image_size), OTHER_WORLD + self.seed
-        return Playground(size=size, kinds=tuple(sorted(class_names)), seed=seed).dataset(self.per_class)
+        """The generated pictures; a source that makes them makes those of `class_names`."""
+        if self.synthetic is None:
+            return None
+        return image_source(self.synthetic).pictures(backbone, class_names, self.per_class, self.seed)
 
     def _identity(self, backbone: Backbone, support: Dataset, unlabelled: Any = None) -> str:
         made = self._source(backbone, [*support.class_names, *self.new_classes])
