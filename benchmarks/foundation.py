@@ -33,7 +33,7 @@ from typing import Any
 import numpy as np
 
 import clipadapt
-from clipadapt.cli.demo import handwritten_digits
+from clipadapt.data.digits import handwritten_digits
 from clipadapt.data.splits import sample_shots
 from clipadapt.evaluation.metrics import accuracy, macro_accuracy
 from clipadapt.evaluation.select import select

@@ -3,7 +3,7 @@
 import json
 
 import clipadapt
-from clipadapt.cli.demo import DIGITS, handwritten_digits
+from clipadapt.data.digits import DIGITS, handwritten_digits
 
 
 def test_digits_are_dark_ink_on_white_paper():

@@ -15,8 +15,8 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import clipadapt
 from clipadapt.backbones import Backbone, load_backbone
-from clipadapt.cli.demo import handwritten_digits
 from clipadapt.data import Dataset
+from clipadapt.data.digits import handwritten_digits
 from clipadapt.errors import ClipadaptError
 from clipadapt.evaluation.select import select
 from clipadapt.methods import FeatureMethod, Method, create, list_methods, method_class

@@ -32,7 +32,11 @@ def adapt(
         str | None, typer.Option(metavar="SOURCE", help="Hub id, folder or file of weights.", show_default="embedded")
     ] = None,
     templates: Annotated[
-        str, typer.Option(help="A set of prompt templates, one template with {}, or a .txt or .json file.")
+        str,
+        typer.Option(
+            help="A set of prompt templates, one template with {}, or a .txt, .json or .yaml file of templates or of "
+            "each class's own sentences."
+        ),
     ] = "photo",
     root: Root = None,
     multi_label: MultiLabel = False,

@@ -10,7 +10,7 @@ import typer
 from typer.core import TyperGroup
 
 from clipadapt import __version__
-from clipadapt.cli import adapt, convert, demo, evaluate, methods, predict, pretrain
+from clipadapt.cli import adapt, bench, convert, data, demo, evaluate, methods, predict, pretrain
 from clipadapt.cli.console import err, out
 from clipadapt.errors import ClipadaptError
 
@@ -87,4 +87,6 @@ app.command()(evaluate.evaluate)
 app.command()(methods.methods)
 app.command()(demo.demo)
 app.command()(convert.convert)
+app.command()(bench.bench)
+app.add_typer(data.app, name="data")
 app.add_typer(pretrain.app, name="pretrain")

@@ -122,6 +122,11 @@ class Method:
                 bounds = f"at least {low}" if high is None else f"in [{low}, {high}]"
                 raise ClipadaptError(f"{where} is out of range; it must be {bounds}.")
 
+    @classmethod
+    def hyperparameters(cls) -> list[str]:
+        """The names of its hyper-parameters."""
+        return [f.name for f in dataclasses.fields(cls)]
+
     # -- learning ---------------------------------------------------------------------------------------------------
 
     def fit(
@@ -197,10 +202,10 @@ class Method:
             if class_names is None:
                 raise ClipadaptError(f"{self.card.key}.fit needs a support set or class_names.")
             support = Dataset(items=[], labels=[], class_names=list(class_names))
+        self._start(isinstance(support, MultiLabelDataset))
         self._check_signal(len(support), n_unlabelled)
         if len(support.class_names) < 2:
             raise ClipadaptError(f"{self.card.key} needs at least two classes, not {support.class_names}.")
-        self._start(isinstance(support, MultiLabelDataset))
         self.backbone_: Backbone | None = backbone
         self.origin_: dict[str, str] | None = {"source": backbone.source, "fingerprint": backbone.fingerprint}
         self.class_names_ = list(support.class_names)
@@ -259,6 +264,10 @@ class Method:
     def _logits(self, images: Tensor) -> Tensor:
         """The method's classifier: (N, D) unit features -> (N, C)."""
         raise NotImplementedError
+
+    def encode_pixels(self, pixels: Tensor) -> Tensor:
+        """Preprocessed pixels (B, 3, H, W) -> what `_logits` takes of them (B, K), with gradients to the pixels."""
+        return self._fitted("backbone_").encode_images(pixels)
 
     def image_logits(self, images: Any, *, on_error: str = "raise", progress: bool = False) -> tuple[Tensor, list[int]]:
         """Logits (M, C) of pictures (paths, PIL, a data set, or (N, 3, H, W) pixels) and which of them they are."""

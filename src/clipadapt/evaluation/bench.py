@@ -1,0 +1,342 @@
+"""Runs a suite: cells in worker processes, one JSON line each, what is done already is not done again.
+
+`results.jsonl` in the output folder has a line for each cell: what was run (data, backbone, protocol, options, method,
+hyper-parameters, seed), with which versions and revision, and either the figures, or `error` (it failed; it is tried
+again next time), or `skipped` (it cannot be: the method needs what the backbone lacks). Features are encoded once and
+shared through the cache. A cell that fails, hangs or runs out of memory spoils only itself: its worker is replaced.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import platform
+import resource
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import closing
+from dataclasses import asdict
+from functools import lru_cache
+from hashlib import blake2b
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from clipadapt.backbones import load_backbone
+from clipadapt.backbones.published import PublishedFeatures
+from clipadapt.data import Split
+from clipadapt.data.definitions import DATA, Loaded, definition, load
+from clipadapt.errors import ClipadaptError
+from clipadapt.evaluation.protocols import NotApplicable, protocol
+from clipadapt.evaluation.suite import Cell, Suite, cells
+from clipadapt.features import encode_images
+from clipadapt.methods.artifact import from_recipe
+
+Row = dict[str, Any]
+Tell = Callable[[str], None]
+
+
+def run_suite(
+    suite: Suite,
+    out: Path,
+    *,
+    root: Path | None = None,
+    jobs: int = 1,
+    threads: int | None = None,
+    ray: str | None = None,
+    only: str | None = None,
+    tell: Tell = lambda line: None,
+) -> list[Row]:
+    """Run the cells that `out`/results.jsonl lacks; all rows of the suite, in its order.
+
+    Args:
+        root: the folder that the data sets lie in.
+        jobs: cells at a time.
+        threads: threads of each, by default the cores shared out among the jobs.
+        ray: run the cells on a Ray cluster: its address, "auto" or "local". Needs the extra `[ray]`.
+        only: the identity of a cell (or how it begins): it alone is run, even if it was run before.
+        tell: gets a line for each cell that ends.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    file = out / "results.jsonl"
+    done = {row["cell"]: row for row in read_rows(file) if "error" not in row}
+    threads = threads or max(1, (os.cpu_count() or 1) // jobs)
+    facts = versions() | {"suite": suite.name, "threads": threads}
+    plan: list[tuple[str, Cell, Row | None]] = []  # a cell's identity, itself, and its row where it is known already
+    fingerprints: dict[tuple[str, str], tuple[str, str] | ClipadaptError | OSError] = {}
+    for cell in cells(suite):
+        place = (cell.data, cell.backbone)
+        if place not in fingerprints:
+            fingerprints[place] = _fingerprints(cell, root)
+        found = fingerprints[place]
+        if isinstance(found, Exception):
+            row = (
+                facts
+                | asdict(cell)
+                | {"cell": cell.identity(cell.data, ""), "error": f"{type(found).__name__}: {found}"}
+            )
+            plan.append((row["cell"], cell, row))
+            tell(one_line(row))
+        else:
+            identity = cell.identity(*found)
+            plan.append((identity, cell, done.get(identity)))
+    if only is not None:
+        plan = [(identity, cell, None) for identity, cell, _ in plan if identity.startswith(only)]
+        if not plan:
+            raise ClipadaptError(f"{suite.name} has no cell {only!r}; results.jsonl and the report name them.")
+    waiting = {identity: cell for identity, cell, row in plan if row is None}
+    for data, backbone in dict.fromkeys((cell.data, cell.backbone) for cell in waiting.values()):
+        tell(f"encoding {data} with {backbone}")
+        _encode(next(c for c in waiting.values() if (c.data, c.backbone) == (data, backbone)), root)
+    workers = _Workers()
+    run = _on_ray(ray, threads) if ray else workers
+    rows = {identity: row for identity, _, row in plan if row is not None}
+    _drop_half_line(file)
+    with open(file, "a", encoding="utf-8") as lines, closing(workers):
+        for number, (identity, row) in enumerate(_side_by_side(run, waiting, root, suite.timeout, threads, jobs), 1):
+            found = fingerprints[waiting[identity].data, waiting[identity].backbone]
+            assert isinstance(found, tuple)
+            places = {"data_fingerprint": found[0], "backbone_fingerprint": found[1]}
+            row = facts | asdict(waiting[identity]) | places | {"cell": identity} | row
+            rows[identity] = row
+            lines.write(json.dumps(row, ensure_ascii=False) + "\n")
+            lines.flush()
+            tell(f"[{number}/{len(waiting)}] {one_line(row)}")
+    return [rows[identity] | asdict(cell) for identity, cell, _ in plan]  # the same run may have two labels
+
+
+def read_rows(file: Path) -> list[Row]:
+    """The rows of a results file; a last line that was cut off is left out."""
+    if not file.exists():
+        return []
+    rows = []
+    lines = file.read_text(encoding="utf-8").splitlines()
+    for number, line in enumerate(lines, 1):
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            if number < len(lines):
+                raise ClipadaptError(f"{file}, line {number} is damaged: it is not JSON.") from None
+    return rows
+
+
+def one_line(row: Row) -> str:
+    """A cell and its result, for people."""
+    options = " ".join(f"{k}={v}" for k, v in row["options"].items())
+    where = f"{row['data']} {row['backbone']} {row['protocol']} {options} {row['label']} seed {row['seed']}"
+    if "figures" in row:
+        result = ", ".join(f"{name} {value:.3f}" for name, value in row["figures"].items())
+    else:
+        result = f"failed: {row['error']}" if "error" in row else f"skipped: {row['skipped']}"
+    return f"{where}: {result}"
+
+
+def versions() -> Row:
+    """What the figures depend on besides the cell."""
+    import torch
+    import transformers
+
+    import clipadapt
+
+    return {
+        "clipadapt": clipadapt.__version__,
+        "git": _revision(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+        "machine": f"{platform.system()} {platform.machine()}",
+    }
+
+
+def run_cell(cell: Cell, root: Path | None, threads: int) -> Row:
+    """One cell in this process: its figures, or why it was skipped or failed."""
+    import torch
+
+    torch.set_num_threads(threads)
+    if root is not None:
+        os.environ[DATA] = str(root)  # for protocols that read other data sets
+    _peak_mib(reset=True)
+    try:
+        loaded, backbone = _loaded(cell, root)
+        method = from_recipe({"method": cell.method, "hyperparameters": cell.hyperparameters})
+        begun = time.perf_counter()
+        outcome = protocol(cell.protocol)(method, backbone, loaded.split, cell.seed, **cell.options)
+    except NotApplicable as error:
+        return {"skipped": str(error)}
+    except Exception as error:
+        return {"error": f"{type(error).__name__}: {error}"}
+    return {
+        "figures": outcome.figures,
+        "per_class": outcome.per_class,
+        "details": outcome.details,
+        "seconds": outcome.seconds,
+        "judging_seconds": time.perf_counter() - begun - outcome.seconds,
+        "peak_mib": _peak_mib(),
+        "trained_parameters": outcome.model.trained_parameters,
+    }
+
+
+def _peak_mib(reset: bool = False) -> float:
+    """Largest resident memory of this process since the last reset; since its start where the system has no reset."""
+    try:
+        if reset:
+            Path("/proc/self/clear_refs").write_text("5")
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return int(next(line.split()[1] for line in lines if line.startswith("VmHWM"))) / 2**10
+    except OSError:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+# -- data and backbones ----------------------------------------------------------------------------------------------
+
+
+def _loaded(cell: Cell, root: Path | None) -> tuple[Loaded, Any]:
+    return _load(cell.data, cell.backbone, cell.published, root)
+
+
+@lru_cache(maxsize=2)  # cells of the same data come one after another
+def _load(data: str, source: str, published: bool, root: Path | None) -> tuple[Loaded, Any]:
+    loaded = load(data, root, source if published else None)
+    if loaded.class_features is not None:
+        return loaded, PublishedFeatures(source, loaded.class_features, loaded.logit_scale)
+    return loaded, load_backbone(None if source == "embedded" else source)
+
+
+def _fingerprints(cell: Cell, root: Path | None) -> tuple[str, str] | ClipadaptError | OSError:
+    """(of the data, of the backbone), or what is wrong with them."""
+    try:
+        loaded, backbone = _loaded(cell, root)
+        return _content(cell, loaded.split, root), backbone.fingerprint
+    except (ClipadaptError, OSError) as error:
+        return error
+
+
+def _content(cell: Cell, split: Split, root: Path | None) -> str:
+    """What a split consists of: which pictures, by name, with which labels; the files are not read."""
+    digest = blake2b(definition(cell.data).name.encode(), digest_size=16)
+    base = str(root.resolve()) if root is not None else ""
+    for data in (split.train, split.val, split.test):
+        names = [str(Path(name).resolve()).removeprefix(base) if base in name else name for name in data.paths]
+        digest.update(json.dumps([names, data.labels, data.class_names, data.domains]).encode())
+    return digest.hexdigest()
+
+
+def _encode(cell: Cell, root: Path | None) -> None:
+    """Features into the cache, so that no cell waits for them; what cannot be read fails in its own cells."""
+    try:
+        loaded, backbone = _loaded(cell, root)
+        for data in (loaded.split.train, loaded.split.val, loaded.split.test):
+            encode_images(backbone, data, progress=True, on_error="skip")
+    except (ClipadaptError, OSError):
+        pass
+
+
+# -- where cells run -------------------------------------------------------------------------------------------------
+
+Run = Callable[[Cell, Path | None, float, int], Row]
+
+
+def _side_by_side(
+    run: Run, waiting: dict[str, Cell], root: Path | None, timeout: float, threads: int, jobs: int
+) -> Iterator[tuple[str, Row]]:
+    """Rows as their cells end; no more than `jobs` are at work, so that stopping loses little."""
+    rest = iter(waiting.items())
+    with ThreadPoolExecutor(jobs) as pool:
+        running = {pool.submit(run, c, root, timeout, threads): i for i, c in islice(rest, jobs)}
+        while running:
+            future = next(as_completed(running))
+            yield running.pop(future), future.result()
+            running |= {pool.submit(run, c, root, timeout, threads): i for i, c in islice(rest, 1)}
+
+
+class _Workers:
+    """Local processes that run one cell after another, one for each thread that calls; one that hangs is replaced."""
+
+    def __init__(self) -> None:
+        self._context: Any = multiprocessing.get_context("spawn" if sys.platform == "win32" else "forkserver")
+        if sys.platform != "win32":  # workers are forked from a process that has the imports already
+            self._context.set_forkserver_preload(["clipadapt.evaluation.bench", "transformers.models.clip"])
+        self._own = threading.local()
+        self._started: list[Any] = []
+
+    def __call__(self, cell: Cell, root: Path | None, timeout: float, threads: int) -> Row:
+        if getattr(self._own, "process", None) is None:
+            self._own.pipe, there = self._context.Pipe()
+            self._own.process = self._context.Process(target=_serve, args=(there,), daemon=True)
+            self._own.process.start()
+            self._started.append(self._own.process)
+            there.close()
+        process, pipe = self._own.process, self._own.pipe
+        try:
+            pipe.send((cell, root, threads))
+            if pipe.poll(timeout):
+                return pipe.recv()
+            reason = f"TimeoutError: it took longer than {timeout:g} seconds"
+            process.kill()
+            process.join()
+        except (EOFError, OSError):
+            process.join()
+            reason = f"the process ended by itself (exit code {process.exitcode}), perhaps for lack of memory"
+        self._own.process = None
+        return {"error": reason}
+
+    def close(self) -> None:
+        for process in self._started:
+            process.kill()
+
+
+def _serve(pipe: Any) -> None:
+    while True:
+        try:
+            pipe.send(run_cell(*pipe.recv()))
+        except (EOFError, KeyboardInterrupt):
+            return
+
+
+def _on_ray(address: str, threads: int) -> Run:
+    try:
+        import ray
+    except ImportError:
+        raise ClipadaptError("Running on Ray needs the extra: pip install 'clipadapt[ray]'.") from None
+    if not ray.is_initialized():
+        ray.init(address=None if address == "local" else address, log_to_driver=False)
+    remote = ray.remote(num_cpus=threads)(run_cell)
+
+    def run(cell: Cell, root: Path | None, timeout: float, threads: int) -> Row:
+        reference = remote.remote(cell, root, threads)
+        try:
+            return ray.get(reference, timeout=timeout)
+        except ray.exceptions.GetTimeoutError:
+            ray.cancel(reference, force=True)
+            return {"error": f"TimeoutError: it took longer than {timeout:g} seconds"}
+        except ray.exceptions.RayError as error:
+            return {"error": f"{type(error).__name__}: {str(error).splitlines()[0]}"}
+
+    return run
+
+
+def _drop_half_line(file: Path) -> None:
+    """Cut off what a killed run left of its last line."""
+    if file.exists():
+        content = file.read_bytes()
+        if content and not content.endswith(b"\n"):
+            file.write_bytes(content[: content.rfind(b"\n") + 1])
+
+
+def _revision() -> str | None:
+    """The commit of the library where it runs from its repository, with a + where it was changed since."""
+    here = str(Path(__file__).parent)
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", here, *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        return git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain", "../..") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None

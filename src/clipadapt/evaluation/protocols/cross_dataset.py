@@ -1,0 +1,50 @@
+"""Cross data set: learn one data set, be judged on others by their class names alone (arXiv 2203.05557, section 4.2).
+
+`targets` are definitions' names; their files lie where those of the suite do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from statistics import fmean
+
+from clipadapt.backbones import Backbone
+from clipadapt.data import Split
+from clipadapt.data.definitions import load
+from clipadapt.errors import DataError
+from clipadapt.evaluation.protocols import NotApplicable, Outcome, fit, judged
+from clipadapt.methods import Method
+
+
+def run(
+    method: Method,
+    backbone: Backbone,
+    split: Split,
+    seed: int,
+    *,
+    shots: int = 16,
+    targets: Sequence[str] = (),
+) -> Outcome:
+    if not targets:
+        raise DataError("cross-dataset needs targets: the names of the data sets to be judged on.")
+    card = method.card
+    if not card.new_classes and card.signal != "none":
+        raise NotApplicable(f"{card.key} ties what it learns to its classes.")
+    if card.signal == "none":
+        model, seconds = fit(method, backbone, None, class_names=split.train.class_names)
+    else:
+        model, seconds = fit(method, backbone, split.train.few_shot(shots, seed=seed))
+    figures, classes, details = judged(model, split.test)
+    there: dict[str, float] = {}
+    for name in targets:
+        test = load(name).split.test
+        other = model.with_classes(test.class_names) if card.new_classes else None
+        if other is None:  # a method that learns nothing is made anew
+            other, _ = fit(type(method)(**_settings(method)), backbone, None, class_names=test.class_names)
+        there[name] = judged(other, test)[0]["accuracy"]
+    figures |= {"others": fmean(there.values())} | {f"on {name}": value for name, value in there.items()}
+    return Outcome(figures, model, seconds, classes, details)
+
+
+def _settings(method: Method) -> dict[str, object]:
+    return {name: getattr(method, name) for name in method.hyperparameters()}

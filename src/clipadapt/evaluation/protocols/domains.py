@@ -1,0 +1,50 @@
+"""Domain generalisation: learn from some domains, be judged on each domain of the test part.
+
+`learned` names the domains to learn from; without it, they are those of the training part. "seen" is the mean
+accuracy over the learned domains, "unseen" that over all others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from statistics import fmean
+
+import numpy as np
+
+from clipadapt.backbones import Backbone
+from clipadapt.data import Split
+from clipadapt.errors import DataError
+from clipadapt.evaluation.protocols import Outcome, fit
+from clipadapt.methods import Method
+
+
+def run(
+    method: Method,
+    backbone: Backbone,
+    split: Split,
+    seed: int,
+    *,
+    shots: int = 16,
+    learned: Sequence[str] | None = None,
+) -> Outcome:
+    train, test = split.train, split.test
+    if train.domains is None or test.domains is None:
+        raise DataError(f"{train.name} has no domains.")
+    seen = set(learned or train.domains)
+    absent = seen - set(train.domains)
+    if absent:
+        raise DataError(f"{train.name} has no domain {min(absent)!r}; it has {', '.join(sorted(set(train.domains)))}.")
+    pool = train.select(i for i, domain in enumerate(train.domains) if domain in seen)
+    support = pool.few_shot(shots, seed=seed)
+    if method.card.signal == "none":
+        model, seconds = fit(method, backbone, None, class_names=support.class_names)
+    else:
+        model, seconds = fit(method, backbone, support)
+    hits = model.image_logits(test)[0].argmax(1).numpy() == np.array(test.labels)
+    domains = np.array(test.domains)
+    by_domain = {str(d): float(hits[domains == d].mean()) for d in dict.fromkeys(test.domains)}
+    figures = {"seen": fmean(a for d, a in by_domain.items() if d in seen)}
+    others = [a for d, a in by_domain.items() if d not in seen]
+    if others:
+        figures["unseen"] = fmean(others)
+    return Outcome(figures, model, seconds, details={"by_domain": by_domain, "learned": sorted(seen)})

@@ -1,0 +1,26 @@
+"""Transduction: the pictures to be judged on are given, without labels, while the method learns.
+
+`shots` labelled pictures of each class may be given beside them, 0 for none. Methods that cannot learn from unlabelled
+pictures are judged as they are with the same labelled ones, so that the table shows what transduction adds.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from clipadapt.backbones import Backbone
+from clipadapt.data import Split
+from clipadapt.evaluation.protocols import NotApplicable, Outcome, fit, judged
+from clipadapt.methods import Method
+
+
+def run(method: Method, backbone: Backbone, split: Split, seed: int, *, shots: int = 0) -> Outcome:
+    support = split.train.few_shot(shots, seed=seed) if shots and method.card.signal != "none" else None
+    if support is None and method.card.signal == "labels" and not method.card.unlabelled:
+        raise NotApplicable(f"{method.card.key} learns from labelled pictures, and here are none.")
+    more: dict[str, Any] = {"class_names": split.test.class_names} if support is None else {}
+    if method.card.unlabelled:
+        more["unlabelled"] = split.test
+    model, seconds = fit(method, backbone, support, **more)
+    figures, classes, details = judged(model, split.test)
+    return Outcome(figures, model, seconds, classes, details)

@@ -1,0 +1,215 @@
+"""A benchmark suite: which methods, on which data and backbones, by which protocols; a YAML file, and its cells.
+
+    title: Few shots on small data
+    data: [digits, caltech101, my-data.yaml]     # names or paths of definitions (`clipadapt.data.definitions`)
+    backbones: [embedded]                        # what `load_backbone` takes; published features bring their own
+    protocols:
+      few-shot: {shots: [1, 2, 4, 8, 16]}        # a list is one cell for each value
+    methods:                                     # keys or patterns; a later entry replaces an earlier one's methods
+      - "*"
+      - {method: "clip-lora", set: {steps_per_shot: 50}}
+      - {method: "wise-ft", preset: tiny, label: wise-ft-quick}
+    exclude: [cocoop]
+    seeds: [1, 2, 3]
+    timeout: 600                                 # seconds a cell may take
+    tiny: {data: [digits], seeds: [1]}           # what replaces the above under --tiny
+
+A cell is one method on one data set and backbone by one protocol with one set of options and one seed.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from hashlib import blake2b
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from clipadapt.data.definitions import Definition, definition
+from clipadapt.errors import ClipadaptError, DataError, unknown_name
+from clipadapt.evaluation.protocols import options, protocols
+from clipadapt.methods import create, list_methods, method_class
+from clipadapt.methods.artifact import recipe
+
+HERE = Path(__file__).parent / "suites"
+_FIELDS = ("title", "data", "backbones", "protocols", "methods", "exclude", "seeds", "timeout", "tiny")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A method as a suite runs it: `label` is what it is called in results."""
+
+    label: str
+    key: str
+    hyperparameters: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Suite:
+    """What is run; see the module's docstring for the fields."""
+
+    name: str
+    title: str
+    data: list[str]
+    protocols: dict[str, dict[str, list[Any]]]
+    methods: list[Entry]
+    backbones: list[str] = field(default_factory=lambda: ["embedded"])
+    seeds: list[int] = field(default_factory=lambda: [1, 2, 3])
+    timeout: float = 3600.0
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run, in JSON values; `data` is the name or path of a definition, `backbone` a source or an encoder."""
+
+    data: str
+    backbone: str
+    published: bool  # whether the backbone is published features of the data set
+    protocol: str
+    options: dict[str, Any]
+    label: str
+    method: str
+    hyperparameters: dict[str, Any]
+    seed: int
+
+    def identity(self, data_fingerprint: str, backbone_fingerprint: str) -> str:
+        """16 hex digits that change with whatever may change the result, but for the code."""
+        facts = [data_fingerprint, backbone_fingerprint, self.protocol, self.options, self.method]
+        text = json.dumps([*facts, self.hyperparameters, self.seed], sort_keys=True)
+        return blake2b(text.encode(), digest_size=8).hexdigest()
+
+
+def suites() -> list[str]:
+    """The names of the shipped suites, sorted."""
+    return sorted(file.stem for file in HERE.glob("*.yaml"))
+
+
+def load_suite(name: str | Path, *, tiny: bool = False) -> Suite:
+    """A shipped suite by its name, or the one in a YAML file; checked as a whole, so that no cell fails for a typo."""
+    file = Path(name)
+    if file.suffix not in (".yaml", ".yml"):
+        if str(name) not in suites():
+            raise unknown_name("suite", str(name), suites())
+        file = HERE / f"{name}.yaml"
+    try:
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise DataError(f"{file} cannot be read: {error.strerror}.") from None
+    except yaml.YAMLError as error:
+        raise DataError(f"{file} is not valid YAML: {' '.join(str(error).split())}.") from None
+    if not isinstance(content, dict):
+        raise DataError(f"{file} must hold the fields of a suite: data, protocols, methods, ...")
+    content = dict[str, Any]({"backbones": ["embedded"], "seeds": [1, 2, 3]}, **content)
+    small = content.pop("tiny", {}) or {}
+    for key in (*content, *small):
+        if key not in _FIELDS:
+            raise unknown_name(f"field in {file}", str(key), _FIELDS)
+    if tiny:
+        content |= small
+    for key in ("data", "protocols", "methods"):
+        if not content.get(key):
+            raise DataError(f"{file} lacks its {key}.")
+    return Suite(
+        name=file.stem,
+        title=str(content.get("title", file.stem)),
+        data=[_data(file, name) for name in _listed(file, content, "data")],
+        protocols=_protocols(file, content["protocols"]),
+        methods=_methods(file, _listed(file, content, "methods"), content.get("exclude") or []),
+        backbones=[str(source) for source in _listed(file, content, "backbones")],
+        seeds=[int(seed) for seed in _listed(file, content, "seeds")],
+        timeout=float(content.get("timeout", 3600)),
+    )
+
+
+def cells(suite: Suite) -> list[Cell]:
+    """All cells, in the order of the file; what can go first is cheap: data, backbone, protocol, options, seed."""
+    found = []
+    for name in suite.data:
+        what = definition(name)
+        places = [(encoder, True) for encoder in what.encoders] or [(source, False) for source in suite.backbones]
+        for (backbone, published), (key, grid) in product(places, suite.protocols.items()):
+            for values in product(*grid.values()):
+                chosen = dict(zip(grid, values, strict=True))
+                for entry, seed in product(suite.methods, suite.seeds):
+                    hyperparameters = _settings(entry, what, seed, published)
+                    found.append(
+                        Cell(name, backbone, published, key, chosen, entry.label, entry.key, hyperparameters, seed)
+                    )
+    return found
+
+
+def _settings(entry: Entry, what: Definition, seed: int, published: bool) -> dict[str, Any]:
+    """A method's hyper-parameters in a cell: the data set's templates and the cell's seed, unless the suite says."""
+    names = method_class(entry.key).hyperparameters()
+    values = dict(entry.hyperparameters)
+    if "seed" in names:
+        values.setdefault("seed", seed)
+    if not published:
+        values.setdefault("templates", what.templates)
+    stored = recipe(create(entry.key, **values))["hyperparameters"]
+    return json.loads(json.dumps(stored))
+
+
+def _data(file: Path, name: Any) -> str:
+    """A definition's name, or its path relative to the suite's file."""
+    path = Path(str(name))
+    if path.suffix in (".yaml", ".yml") and not path.is_absolute():
+        path = file.parent / path
+        name = path
+    definition(str(name))
+    return str(name)
+
+
+def _listed(file: Path, content: Mapping[str, Any], key: str) -> list[Any]:
+    value = content[key]
+    value = [value] if isinstance(value, str | int | dict) else value
+    if not isinstance(value, list) or not value:
+        raise DataError(f"{file}: {key} must be a list.")
+    return value
+
+
+def _protocols(file: Path, content: Any) -> dict[str, dict[str, list[Any]]]:
+    if isinstance(content, str | list):
+        content = {key: {} for key in ([content] if isinstance(content, str) else content)}
+    if not isinstance(content, dict):
+        raise DataError(f"{file}: protocols must map a protocol's name to its options.")
+    found: dict[str, dict[str, list[Any]]] = {}
+    for key, given in content.items():
+        if key not in protocols():
+            raise unknown_name(f"protocol in {file}", str(key), protocols())
+        known = options(key)
+        for name in given or {}:
+            if name not in known:
+                raise unknown_name(f"option of {key} in {file}", str(name), known)
+        found[key] = {n: v if isinstance(v, list) else [v] for n, v in (known | (given or {})).items()}
+    return found
+
+
+def _methods(file: Path, content: list[Any], exclude: list[str]) -> list[Entry]:
+    found: dict[str, Entry] = {}
+    for given in content:
+        given = {"method": given} if isinstance(given, str) else given
+        if not isinstance(given, dict) or "method" not in given:
+            raise DataError(f"{file}: a method is a key, a pattern, or {{method: ..., set: {{...}}}}, not {given!r}.")
+        for name in given:
+            if name not in ("method", "set", "preset", "label"):
+                raise unknown_name(f"field of a method in {file}", str(name), ("method", "set", "preset", "label"))
+        keys = list_methods(given["method"])
+        if not keys:
+            raise unknown_name(f"method in {file}", given["method"], list_methods())
+        if given.get("preset", "tiny") != "tiny":
+            raise DataError(f"{file}: the preset of {given['method']} is {given['preset']!r}; the only one is tiny.")
+        for key in keys:
+            values = (method_class(key).tiny if "preset" in given else {}) | (given.get("set") or {})
+            try:
+                create(key, **values)
+            except ClipadaptError as error:
+                raise DataError(f"{file}: {error}") from None
+            label = given.get("label", key)
+            found[label] = Entry(label, key, values)
+    dropped = {key for pattern in exclude for key in list_methods(pattern)}
+    return [entry for entry in found.values() if entry.key not in dropped]

@@ -1,0 +1,210 @@
+"""Suites are checked as a whole, expand into the cells that they say, and run to the same rows however they are run."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from clipadapt.cli.app import app
+from clipadapt.errors import ClipadaptError, DataError
+from clipadapt.evaluation.bench import read_rows, run_cell, run_suite
+from clipadapt.evaluation.suite import cells, load_suite, suites
+
+SMALL = """
+title: Small
+data: [points.yaml]
+protocols:
+  few-shot: {shots: [1, 4]}
+methods: [zero-shot, tip-adapter, {method: proker, label: proker-wide, set: {beta: 0.5}}]
+seeds: [1, 2]
+"""
+POINTS = """
+name: points
+title: Points around three centres
+layout: features
+places: {one: [one.npz], two: [two.npz]}
+classes: 3
+settings: {cut: {val: 0.2, test: 0.4}}
+"""
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """A suite on published features of two encoders."""
+    rng = np.random.default_rng(0)
+    for name, dim in (("one", 8), ("two", 12)):
+        centres, labels = rng.standard_normal((3, dim)), np.repeat(np.arange(3), 20)
+        np.savez(
+            tmp_path / f"{name}.npz",
+            image_features=centres[labels] + rng.standard_normal((60, dim)),
+            labels=labels,
+            class_names=np.array(["ant", "bee", "cat"]),
+            mean_prompt_features=centres + rng.standard_normal((3, dim)),
+        )
+    (tmp_path / "points.yaml").write_text(POINTS)
+    (tmp_path / "small.yaml").write_text(SMALL)
+    return tmp_path
+
+
+def figures(rows):
+    return {(r["backbone"], r["label"], r["options"]["shots"], r["seed"]): r["figures"] for r in rows}
+
+
+def test_cells_are_the_product(folder):
+    found = cells(load_suite(folder / "small.yaml"))
+    assert len(found) == 2 * 2 * 3 * 2
+    assert {c.backbone for c in found} == {"one", "two"}
+    assert all(c.published for c in found)
+    wide = next(c for c in found if c.label == "proker-wide")
+    assert (wide.method, wide.hyperparameters["beta"]) == ("proker", 0.5)
+    assert wide.options == {"shots": 1, "val": False, "search": False}
+
+
+@pytest.mark.parametrize("name", suites())
+def test_shipped_suites_are_valid(name):
+    assert cells(load_suite(name, tiny=True))
+    assert len(cells(load_suite(name))) >= len(cells(load_suite(name, tiny=True)))
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "says"),
+    [
+        ("methods:", "methodes:", "Unknown field"),
+        ("few-shot:", "few-shots:", "Unknown protocol"),
+        ("shots:", "shoots:", "Unknown option of few-shot"),
+        ("tip-adapter,", "tip-adaptr,", "tip-adapter"),
+        ("beta: 0.5", "beta: -1", "out of range"),
+        ("points.yaml", "pointz", "Unknown data set"),
+        ("title: Small", "title: [", "not valid YAML"),
+        ("seeds: [1, 2]", "seeds: []", "seeds must be a list"),
+    ],
+)
+def test_a_mistake_is_named_before_anything_runs(folder, old, new, says):
+    (folder / "small.yaml").write_text(SMALL.replace(old, new))
+    with pytest.raises(ClipadaptError, match=says):
+        load_suite(folder / "small.yaml")
+
+
+def test_runs_resumes_and_gives_the_same_again(folder):
+    suite = load_suite(folder / "small.yaml")
+    told: list[str] = []
+    rows = run_suite(suite, folder / "out", root=folder, jobs=2, threads=1, tell=told.append)
+    assert len(rows) == 24
+    assert all("figures" in row for row in rows)
+    assert {"clipadapt", "torch", "git", "data_fingerprint", "backbone_fingerprint", "peak_mib"} <= rows[0].keys()
+    plain = [run_cell(cell, folder, 1) for cell in cells(suite)[:3]]
+    assert [row["figures"] for row in rows[:3]] == [row["figures"] for row in plain], "in a worker as here"
+
+    lines = (folder / "out" / "results.jsonl").read_text().splitlines()
+    (folder / "out" / "results.jsonl").write_text("\n".join(lines[:10]) + '\n{"cell": "cut o')
+    told.clear()
+    again = run_suite(suite, folder / "out", root=folder, tell=told.append)
+    assert sum(line.startswith("[") for line in told) == 14, "ten were there, half a line is none"
+    assert figures(again) == figures(rows)
+    assert len(read_rows(folder / "out" / "results.jsonl")) == 24
+
+
+def test_a_killed_run_goes_on(folder):
+    code = (
+        "from pathlib import Path\nfrom clipadapt.evaluation.suite import load_suite\n"
+        "from clipadapt.evaluation.bench import run_suite\n"
+        f"if __name__ == '__main__':\n    f = Path({str(folder)!r})\n"
+        "    run_suite(load_suite(f / 'small.yaml'), f / 'out', root=f, threads=1)\n"
+    )
+    (folder / "go.py").write_text(code)
+    file = folder / "out" / "results.jsonl"
+    running = subprocess.Popen([sys.executable, str(folder / "go.py")], start_new_session=True)
+    while running.poll() is None and not (file.exists() and file.read_text().count("\n") >= 3):
+        time.sleep(0.05)
+    if running.poll() is None:
+        os.killpg(running.pid, signal.SIGKILL)
+    running.wait()
+    before = len(read_rows(file))
+    assert before >= 3
+    rows = run_suite(load_suite(folder / "small.yaml"), folder / "out", root=folder, threads=1)
+    assert len(rows) == len(read_rows(file)) == 24
+
+
+def test_what_is_broken_spoils_only_its_own_cells(folder):
+    (folder / "absent.yaml").write_text(POINTS.replace("points", "absent").replace("one.npz", "no.npz"))
+    (folder / "small.yaml").write_text(
+        SMALL.replace("[points.yaml]", "[absent.yaml, points.yaml]")
+        .replace("seeds:", "timeout: 60\nexclude: [proker]\nseeds:")
+        .replace("tip-adapter,", "tip-adapter, coop,")
+    )
+    rows = run_suite(load_suite(folder / "small.yaml"), folder / "out", root=folder, threads=1)
+    kinds = {(Path(r["data"]).stem, r["backbone"], r["label"]): r for r in rows}
+    assert "no.npz" in kinds["absent", "one", "zero-shot"]["error"]
+    assert "figures" in kinds["absent", "two", "zero-shot"]
+    assert "needs a backbone with" in kinds["points", "one", "coop"]["skipped"]
+    assert "figures" in kinds["points", "one", "tip-adapter"]
+
+
+def test_a_cell_that_takes_too_long_is_given_up(folder):
+    (folder / "small.yaml").write_text(SMALL + "timeout: 0.001\n")
+    rows = run_suite(load_suite(folder / "small.yaml"), folder / "out", root=folder, threads=1)
+    assert all("longer than 0.001 seconds" in row["error"] for row in rows)
+    (folder / "small.yaml").write_text(SMALL)
+    rows = run_suite(load_suite(folder / "small.yaml"), folder / "out", root=folder, threads=1)
+    assert all("figures" in row for row in rows), "failed cells are tried again"
+
+
+def test_only_one_cell(folder):
+    suite = load_suite(folder / "small.yaml")
+    rows = run_suite(suite, folder / "out", root=folder, threads=1)
+    again = run_suite(suite, folder / "out", root=folder, threads=1, only=rows[5]["cell"])
+    assert [row["cell"] for row in again] == [rows[5]["cell"]]
+    assert again[0]["figures"] == rows[5]["figures"]
+    with pytest.raises(ClipadaptError, match="has no cell"):
+        run_suite(suite, folder / "out", root=folder, only="zzz")
+
+
+def run(*arguments, code=0):
+    result = CliRunner().invoke(app, [str(a) for a in arguments], prog_name="clipadapt")
+    assert result.exit_code == code, (result.exit_code, result.stdout, result.stderr, result.exception)
+    return result
+
+
+def test_command_and_report(folder):
+    out = folder / "out"
+    command = ["bench", folder / "small.yaml", "--out", out, "--data", folder]
+    assert json.loads(run(*command, "--json").stdout)["cells"] == 24
+    page = (out / "report.html").read_text()
+    assert "<svg" in page
+    for load in ("<script src", "<link", "<img", "@import", "url(http"):
+        assert load not in page, "nothing is loaded from elsewhere"
+    ids = re.findall(r'\bid="([^"]+)"', page)
+    assert len(ids) == len(set(ids))
+    names = {file.stem for file in (out / "tables").glob("*.csv")}
+    assert names == {file.stem for file in (out / "tables").glob("*.tex")}
+    assert "ranks-few-shot" in names
+    for file in (out / "figures").glob("*.svg"):
+        assert file.with_suffix(".png").exists()
+    first = (out / "tables" / "ranks-few-shot.md").read_text()
+    run(*command)
+    assert (out / "tables" / "ranks-few-shot.md").read_text() == first
+
+
+def test_command_says_what_is_missing(folder):
+    assert "Which suite" in run("bench", code=1).stderr
+    assert "--out DIR" in run("bench", folder / "small.yaml", code=1).stderr
+    assert "few-shot" in run("bench", "few-shots", "--out", folder / "o", code=1).stderr
+    assert "few-shot" in run("bench", "--list").stdout
+
+
+def test_damaged_results_are_not_read_as_whole(folder):
+    (folder / "results.jsonl").write_text('{"a": 1}\nnonsense\n{"b": 2}\n')
+    with pytest.raises(ClipadaptError, match="line 2 is damaged"):
+        read_rows(folder / "results.jsonl")
+    with pytest.raises(DataError, match="cannot be read"):
+        load_suite(folder / "absent-suite.yaml")
