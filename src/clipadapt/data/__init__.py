@@ -12,6 +12,7 @@ from clipadapt.data.hub import hub_dataset
 from clipadapt.data.items import BytesItem, EncodedItem, FileItem, GeneratedItem, ImageItem, Item
 from clipadapt.data.lists import image_list
 from clipadapt.data.multilabel import MultiLabelDataset
+from clipadapt.data.pairs import Pairs, image_pairs
 from clipadapt.data.shards import webdataset
 from clipadapt.data.tables import image_table
 from clipadapt.data.templates import class_texts, template_sets, with_published_names
@@ -29,6 +30,7 @@ __all__ = [
     "Item",
     "MultiLabelDataset",
     "Occurrence",
+    "Pairs",
     "Playground",
     "Split",
     "as_items",
@@ -38,6 +40,7 @@ __all__ = [
     "hub_dataset",
     "image_folder",
     "image_list",
+    "image_pairs",
     "image_table",
     "picture_files",
     "template_sets",

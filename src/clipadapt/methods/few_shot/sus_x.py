@@ -6,7 +6,7 @@ it compares how query and cached pictures relate to the texts of all classes (TI
 
 K are the support pictures' features, Y their labels, one-hot; c brings the divergences to the range of the cosines.
 Udandarao et al., "SuS-X: Training-Free Name-Only Transfer of Vision-Language Models" (arXiv 2211.16198). Of the paper
-the abstract and the introduction were read; formulas, temperature, grid (alpha outermost, then beta, gamma; the first
+the abstract was read; formulas, temperature, grid (alpha outermost, then beta, gamma; the first
 of equals wins) and how support sets come about (`clipadapt.features.sources`) are those of the official repository
 vishaal27/SuS-X. With labelled pictures, this is TIP-X few-shot; alpha and beta of a fit without `val` are
 Tip-Adapter's, gamma is ours.

@@ -1,0 +1,62 @@
+"""An external memory of captions, alone or with their pictures, as features."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from clipadapt.data import Dataset
+from clipadapt.data.captions import read_captions
+from clipadapt.data.pairs import Pairs
+from clipadapt.errors import ClipadaptError
+from clipadapt.features.classes import encode_classes
+from clipadapt.features.encode import encode_images
+
+if TYPE_CHECKING:
+    from clipadapt.backbones import Backbone
+
+
+def encode_memory(
+    backbone: Backbone, memory: Any, templates: Any = "photo", *, prefix: str = "", pictures: bool = True
+) -> dict[str, Tensor]:
+    """The features of a memory, on the CPU; a text that occurs several times is kept once, in the order of first use.
+
+    Args:
+        memory: sentences (a list, or a .txt or .jsonl file, one a line); `Pairs`; or another data set, whose texts
+            are the sentences of its classes.
+        templates: makes those sentences.
+        prefix: put before each caption, but not before sentences of classes.
+        pictures: whether pictures are encoded too.
+
+    Returns:
+        texts: (T, D) unit rows.
+        images: (M, D) unit rows; M is 0 for sentences alone, and with `pictures` off.
+        text_of: (M,) int64, the text of each picture.
+
+    Raises:
+        ClipadaptError: the memory is none of these.
+    """
+    if isinstance(memory, Dataset):
+        row_of = {label: row for row, label in enumerate(dict.fromkeys(memory.labels))}
+        names = [memory.class_names[label] for label in row_of] if len(memory) else memory.class_names
+        text_of = [row_of[label] for label in memory.labels] if pictures else []
+    elif isinstance(memory, str) and not memory.lower().endswith((".txt", ".jsonl")):
+        raise ClipadaptError(f"memory = {memory!r} is a single string; give a list of sentences or a .txt file.")
+    else:
+        try:
+            names, text_of = list(dict.fromkeys(read_captions(memory))), []
+        except TypeError:
+            names = [memory]
+        if not all(isinstance(name, str) for name in names):
+            raise ClipadaptError(
+                "A memory is a list of sentences, a .txt or .jsonl file of them, a data set, or "
+                f"clipadapt.data.image_pairs([(picture, caption), ...]), not {type(memory).__name__} of other things."
+            )
+    if isinstance(memory, Dataset) and not isinstance(memory, Pairs):
+        texts = encode_classes(backbone, names, templates)
+    else:
+        texts = encode_classes(backbone, [prefix + name for name in names], "{}")
+    images = encode_images(backbone, memory).features if text_of else torch.empty(0, backbone.dim)
+    return {"texts": texts, "images": images, "text_of": torch.tensor(text_of, dtype=torch.int64)}
