@@ -1,11 +1,25 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
+import torch
 
-from clipadapt.data import class_texts, coop_split, image_folder, image_list, template_sets, with_published_names
+from clipadapt.backbones import load_backbone
+from clipadapt.cli.adapt import create_method
+from clipadapt.data import (
+    class_texts,
+    coop_split,
+    image_folder,
+    image_list,
+    template_sets,
+    templates,
+    with_published_names,
+)
+from clipadapt.data.playground import HELDOUT_KINDS, KINDS
 from clipadapt.errors import ClipadaptError, DataError
+from tests.tiny import tiny_clip
 
 DATA_SETS = ["imagenet", "caltech101", "pets", "cars", "flowers102", "food101", "aircraft", "sun397", "dtd", "eurosat"]
 DATA_SETS += ["ucf101"]
@@ -72,6 +86,44 @@ def test_own_files(tmp_path):
     assert class_texts(["cat"], tmp_path / "list.json") == [["cat!"]]
     (tmp_path / "own.json").write_text(json.dumps({"cat": ["It purrs."]}))
     assert class_texts(["cat"], tmp_path / "own.json") == [["It purrs."]]
+    (tmp_path / "list.yaml").write_text("- '{}!'\n- my {}\n")
+    assert class_texts(["cat"], tmp_path / "list.yaml") == [["cat!", "my cat"]]
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("own.json", '{"sea horse": ["It swims.", "Look: a crown."], "7": "A digit."}'),
+        ("own.yaml", "sea horse:\n  - It swims.\n  - 'Look: a crown.'\n7: A digit.\n"),
+        ("OWN.YML", "sea horse: [It swims., 'Look: a crown.']\n7: A digit.\n"),
+        ("own.txt", "sea horse: It swims.\n7: A digit.\n\nsea horse:  Look: a crown.\n"),
+    ],
+)
+def test_files_of_own_sentences_per_class(tmp_path, name, content):
+    """The same mapping in every form, by path or by the path's name, as `--templates FILE` gives it."""
+    (tmp_path / name).write_text(content)
+    for file in (tmp_path / name, str(tmp_path / name)):
+        assert class_texts(["7", "sea_horse"], file) == [["A digit."], ["It swims.", "Look: a crown."]]
+
+
+def test_own_sentences_from_the_command_line(tmp_path):
+    """`--templates FILE` makes a classifier of the mean unit features of each class's own sentences."""
+    (tmp_path / "own.txt").write_text("red: a small red house\nred: the red star\nblue: a blue cat\n")
+    backbone = load_backbone(tiny_clip())
+    model = create_method("zero-shot", [], str(tmp_path / "own.txt")).fit(backbone, class_names=["blue", "red"])
+    with torch.no_grad():
+        one, two, three = backbone.encode_texts(["a blue cat", "a small red house", "the red star"])
+    expected = torch.stack([one, torch.nn.functional.normalize(two + three, dim=0)])
+    torch.testing.assert_close(model.logits(torch.eye(backbone.dim)), backbone.logit_scale * expected.T)
+
+
+def test_the_shipped_descriptions_name_their_kind():
+    file = Path(templates.__file__).parent / "playground-descriptions.json"
+    kinds = list(json.loads(file.read_text()))
+    assert set(HELDOUT_KINDS) < set(kinds) < set(KINDS)
+    for kind, sentences in zip(kinds, class_texts(kinds, file), strict=True):
+        assert 3 <= len(set(sentences)) == len(sentences)
+        assert all(kind in sentence for sentence in sentences)
 
 
 def test_each_wrong_template_has_its_sentence(tmp_path):
@@ -88,6 +140,14 @@ def test_each_wrong_template_has_its_sentence(tmp_path):
     (tmp_path / "bad.json").write_text("[")
     with pytest.raises(DataError, match=r"bad\.json is damaged"):
         class_texts(["cat"], tmp_path / "bad.json")
+    (tmp_path / "bad.yaml").write_text("cat: [")
+    with pytest.raises(DataError, match=r"bad\.yaml is damaged"):
+        class_texts(["cat"], tmp_path / "bad.yaml")
+    with pytest.raises(DataError, match="The class 'cat' has no list of sentences"):
+        class_texts(["cat"], {"cat": 3})  # type: ignore[dict-item]
+    (tmp_path / "mixed.txt").write_text("cat: It purrs.\nIt has whiskers.\n")
+    with pytest.raises(DataError, match=r"The template 'cat: It purrs.' lacks the \{\}"):
+        class_texts(["cat"], tmp_path / "mixed.txt")
     (tmp_path / "number.json").write_text("7")
     with pytest.raises(DataError, match=r"number\.json must hold a list of templates or"):
         class_texts(["cat"], tmp_path / "number.json")

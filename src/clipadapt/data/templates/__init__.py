@@ -6,6 +6,10 @@ that field renames the folders of three of them. Sources: the notebook "Prompt E
 OpenAI's CLIP (the 80 and the 7; the 8 are the 7 and "a photo of a {}."), and the code of CoOp (arXiv 2109.01134;
 the same in Tip-Adapter, APE, GDA-CLIP and LP++), KgCoOp (2303.13283), ProGrad (2205.14865), CLIP-LoRA (2405.18541)
 and TransCLIP (2406.01837).
+
+`playground-descriptions.json` is no set but an example of the mappings that description methods read: sentences of ours
+about the looks of some playground kinds, each naming its kind, as in VDT-Adapter's files (2307.11661). They do not help
+the small embedded model.
 """
 
 from __future__ import annotations
@@ -15,6 +19,9 @@ import re
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
+from typing import Any
+
+import yaml
 
 from clipadapt.data.dataset import Dataset
 from clipadapt.errors import DataError, unknown_name
@@ -34,7 +41,8 @@ def class_texts(class_names: Sequence[str], templates: Templates = "photo") -> l
               (CoOp's template for that data set) or "prograd/pets" (another code base's);
             - a template with "{}" where the class name goes, or a list of them;
             - a mapping from class name to its own sentences, such as descriptions by a language model;
-            - the path of a file that holds templates (.txt, one a line; .json, a list) or such a mapping (.json).
+            - the path of a file that holds templates (.txt, one a line; .json or .yaml, a list) or such a mapping
+              (.json or .yaml; .txt with a line "class name: sentence" for each sentence).
 
     Raises:
         DataError: a template lacks its "{}", a class has no sentences, or a file cannot be read.
@@ -83,7 +91,7 @@ def _resolve(templates: Templates) -> Sequence[str] | Mapping[str, str | Sequenc
         return [templates]
     if templates in _shipped():
         return _shipped()[templates]
-    if templates.lower().endswith((".txt", ".json")):
+    if templates.lower().endswith((".txt", ".json", ".yaml", ".yml")):
         return _read(Path(templates))
     if " " in templates:
         raise DataError(f"The template {templates!r} lacks the {{}} where the class name goes.")
@@ -102,17 +110,23 @@ def _shipped() -> dict[str, list[str]]:
 
 
 def _read(file: Path) -> Sequence[str] | Mapping[str, str | Sequence[str]]:
+    kind = file.suffix.lower()
     try:
         text = file.read_text(encoding="utf-8-sig")
-        content = json.loads(text) if file.suffix.lower() == ".json" else _lines(text)
+        content: Any = json.loads(text) if kind == ".json" else yaml.safe_load(text) if kind != ".txt" else _lines(text)
     except OSError as error:
         raise DataError(f"The template file {file} cannot be read: {error.strerror}.") from None
-    except ValueError as error:
+    except (ValueError, yaml.YAMLError) as error:
         raise DataError(f"The template file {file} is damaged: {error}.") from None
+    if kind == ".txt" and content and all(": " in line and "{}" not in line for line in content):
+        named: dict[str, list[str]] = {}
+        for name, sentence in (line.split(": ", 1) for line in content):
+            named.setdefault(name.strip(), []).append(sentence.strip())
+        return named
     if isinstance(content, list) and all(isinstance(template, str) for template in content):
         return content
     if isinstance(content, dict):
-        return content
+        return {str(name): sentences for name, sentences in content.items()}  # YAML reads the class 7 as a number
     raise DataError(f"The template file {file} must hold a list of templates or {{class name: [sentences]}}.")
 
 
@@ -123,6 +137,6 @@ def _lines(text: str) -> list[str]:
 def _own_sentences(name: str, sentences: Mapping[str, str | Sequence[str]]) -> list[str]:
     own = sentences.get(name, sentences.get(name.replace("_", " ")))
     own = [own] if isinstance(own, str) else own
-    if not own or not all(isinstance(sentence, str) for sentence in own):
+    if not isinstance(own, Sequence) or not own or not all(isinstance(sentence, str) for sentence in own):
         raise DataError(f"The class {name!r} has no list of sentences; each class needs at least one.")
     return list(own)
