@@ -6,10 +6,6 @@ that field renames the folders of three of them. Sources: the notebook "Prompt E
 OpenAI's CLIP (the 80 and the 7; the 8 are the 7 and "a photo of a {}."), and the code of CoOp (arXiv 2109.01134;
 the same in Tip-Adapter, APE, GDA-CLIP and LP++), KgCoOp (2303.13283), ProGrad (2205.14865), CLIP-LoRA (2405.18541)
 and TransCLIP (2406.01837).
-
-`playground-descriptions.json` is no set but an example of the mappings that description methods read: sentences of ours
-about the looks of some playground kinds, each naming its kind, as in VDT-Adapter's files (2307.11661). They do not help
-the small embedded model.
 """
 
 from __future__ import annotations
