@@ -40,6 +40,10 @@ def adapt(
     ] = "photo",
     root: Root = None,
     multi_label: MultiLabel = False,
+    unlabelled: Annotated[
+        Path | None,
+        typer.Option(metavar="FOLDER", help="Pictures without labels, for a --method that learns from such."),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Which pictures are drawn.")] = 1,
     budget: Annotated[float, typer.Option(min=0, help="Seconds that the comparison of methods may take.")] = 60.0,
     on_error: Annotated[OnError, typer.Option(help="What to do with an unreadable picture.")] = OnError.RAISE,
@@ -59,8 +63,11 @@ def adapt(
         chosen = create_method(method, settings or [], templates)
     elif settings:
         raise typer.BadParameter("needs --method KEY: auto sets hyper-parameters by itself.", param_hint="--set")
+    if unlabelled is not None and chosen is None:
+        raise typer.BadParameter("needs --method KEY: auto learns from labels.", param_hint="--unlabelled")
     train, test = (read_multi_label(photos, root), None) if multi_label else read_photos(photos, root)
-    document = adapt_to(train, test, Plan(target, shots, chosen, backbone, templates, seed, budget, on_error.value))
+    plan = Plan(target, shots, chosen, backbone, templates, seed, budget, on_error.value, unlabelled)
+    document = adapt_to(train, test, plan)
     if as_json:
         print_json(document)
     else:

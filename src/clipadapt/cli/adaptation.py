@@ -39,6 +39,7 @@ class Plan:
     seed: int = 1
     budget: float = 60.0  # seconds
     on_error: str = "raise"
+    unlabelled: Path | None = None
 
     @property
     def source(self) -> str | None:
@@ -115,12 +116,13 @@ def adapt_to(data: Any, test: Any, plan: Plan) -> dict[str, Any]:
     if method is None:
         method, comparison = compare(backbone, support, plan, data.counts)
 
+    more = read_unlabelled(plan.unlabelled)
     fitted_at = time.perf_counter()
     unfinished = plan.target.absolute().with_name(f".{plan.target.name}-training")
     if unfinished.exists():
         note("an interrupted training is continued, where it was of these pictures and settings")
     with console.training_progress(f"Fitting {method.card.key}") as report:
-        method.fit(backbone, support, report=report, resume=unfinished)
+        method.fit(backbone, support, unlabelled=more, report=report, resume=unfinished)
     shutil.rmtree(unfinished, ignore_errors=True)
     fit_seconds = time.perf_counter() - fitted_at
     folder = method.save(plan.target)
@@ -145,6 +147,19 @@ def adapt_to(data: Any, test: Any, plan: Plan) -> dict[str, Any]:
         "held_out": check(method, backbone, support, held_out, plan.templates),
         "seconds": time.perf_counter() - start,
     }
+
+
+def read_unlabelled(folder: Path | None) -> list[str] | None:
+    """The pictures anywhere under `folder`."""
+    from clipadapt.data import picture_files
+
+    if folder is None:
+        return None
+    files = picture_files(folder)
+    if not files:
+        raise DataError(f"{folder} holds no pictures.")
+    note(f"{counted(len(files), 'unlabelled picture')} in {folder}")
+    return files
 
 
 def encode(backbone: Backbone, support: D, held_out: D, on_error: str) -> tuple[D, D, list[tuple[str, str]]]:

@@ -15,7 +15,7 @@ from clipadapt.cli import console
 from clipadapt.cli.console import AsJson, counted, out
 from clipadapt.errors import ClipadaptError
 
-SIGNALS = {"none": "class names", "labels": "labels"}
+SIGNALS = {"none": "class names", "labels": "labels", "unlabelled": "unlabelled pictures"}
 
 
 def methods(
@@ -73,6 +73,8 @@ def facts(card: dict[str, Any]) -> str:
     """What a method trains, learns from and needs, in one line."""
     parts = [f"arXiv {card['arxiv']}"] if card["arxiv"] else []
     parts += [f"trains {card['trains']}", f"from {SIGNALS.get(card['signal'], card['signal'])}"]
+    if card["unlabelled"] and card["signal"] == "labels":
+        parts[-1] += " or unlabelled pictures"
     if card["requires"]:
         parts.append(f"needs {', '.join(card['requires'])}")
     return " · ".join(parts)

@@ -237,13 +237,18 @@ def stop_when_late(fits_after: int, until: float) -> Report:
 
 
 def order_of(keys: list[str] | None) -> list[str]:
-    """zero-shot first, then what trains nothing, feature methods, and last what runs the towers."""
+    """zero-shot first, then what trains nothing, feature methods, and last what runs the towers.
+
+    Without `keys`, all methods but those that need more than a labelled support set.
+    """
 
     def cost(key: str) -> tuple[bool, bool, bool, str]:
         cls = method_class(key)
         return key != "zero-shot", not issubclass(cls, FeatureMethod), cls.card.trains != "nothing", key
 
-    return sorted({"zero-shot", *(keys if keys is not None else list_methods())}, key=cost)
+    if keys is None:
+        keys = [key for key in list_methods() if method_class(key).card.signal != "unlabelled"]
+    return sorted({"zero-shot", *keys}, key=cost)
 
 
 def sees_features(key: str) -> bool:

@@ -172,6 +172,11 @@ class PromptMethod(Method):
         with torch.no_grad():
             self._texts = self._bound.texts()  # (C, D), encoded once; the learned tensors say it all
 
+    def encode_pixels(self, pixels: Tensor) -> Tensor:
+        """See `Method.encode_pixels`; where tokens are in the image tower, the prompted one is meant."""
+        self._fitted("backbone_")
+        return self._bound.images(pixels) if self.reads_pixels else super().encode_pixels(pixels)
+
     def image_logits(self, images: Any, *, on_error: str = "raise", progress: bool = False) -> tuple[Tensor, list[int]]:
         """See `Method.image_logits`; where tokens are in the image tower, features are those of the prompted one."""
         self._fitted("backbone_")

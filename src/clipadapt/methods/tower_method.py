@@ -8,14 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
+from torch.nn.functional import normalize
 
 from clipadapt.backbones import Backbone
-from clipadapt.data import Dataset
+from clipadapt.data import Dataset, class_texts
 from clipadapt.methods.base import Run, WeightMethod, hyper
 from clipadapt.training.loop import Loss, batches, train
 from clipadapt.training.pixels import Pixels
@@ -50,6 +51,19 @@ def tower_parameters(backbone: Backbone, tower: str) -> dict[str, Parameter]:
     for parameter in found.values():
         parameter.requires_grad_()
     return found
+
+
+def class_encoder(backbone: Backbone, class_names: Sequence[str], templates: Any) -> Callable[[], Tensor]:
+    """A function that encodes the classes' texts as `encode_classes` does, but on the device and with gradients.
+
+    Each call gives unit rows (C, D) by the text tower as it then is. Texts that classes share are encoded once, and
+    in an order that does not depend on that of the classes.
+    """
+    sentences = class_texts(class_names, templates)
+    unique = sorted({text for texts in sentences for text in texts})
+    ids = backbone.tokenize(unique).to(backbone.device)  # (T, L)
+    uses = torch.tensor([[texts.count(text) for text in unique] for texts in sentences], device=backbone.device).float()
+    return lambda: normalize(uses @ backbone.encode_tokens(ids), dim=1)  # (C, T) @ (T, D) -> (C, D)
 
 
 def detached(parameters: dict[str, Parameter]) -> dict[str, Tensor]:
