@@ -12,11 +12,11 @@ from torch.nn.functional import normalize
 import clipadapt
 from clipadapt.backbones import Insertion, load_backbone
 from clipadapt.data import Dataset
+from clipadapt.data.items import FeatureItem
 from clipadapt.data.playground import HELDOUT_STYLE, Playground
 from clipadapt.errors import ClipadaptError, DataError
 from clipadapt.features import encode_classes, encode_images
 from clipadapt.methods import create
-from clipadapt.data.items import FeatureItem
 from clipadapt.methods.prompts.coop import CoOp
 from clipadapt.methods.prompts.ship import Ship, Synthesis, synthesis_loss
 from clipadapt.training.loop import Run

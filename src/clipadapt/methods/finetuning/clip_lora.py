@@ -5,7 +5,8 @@
 Zanella and Ben Ayed, "Low-Rank Few-Shot Adaptation of Vision-Language Models" (arXiv 2405.18541), section 4; settings
 from the official repository MaxZanella/CLIP-LoRA (r = 2, alpha = 1, queries, keys and values of every layer of both
 towers, dropout 0.25 on the low-rank input, AdamW 2e-4 with weight decay 1e-2, cosine, 500 steps a shot, batch 32,
-random resized crops of 8-100 % of the area). Departures: one template instead of none ("a photo of a {}." is its
+random resized crops of 8-100 % of the area). Departures: parts of a tower such as "up" follow its depth, where the
+official lists are those of 12 blocks for every tower; one template instead of none ("a photo of a {}." is its
 default too); the logit scale is the backbone's own, where the official code writes 100.
 """
 
@@ -17,15 +18,35 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy, normalize
+from torch.nn.functional import cross_entropy
 
 from clipadapt.backbones import Backbone
-from clipadapt.data import Dataset, class_texts
+from clipadapt.backbones.families import TowerName
+from clipadapt.data import Dataset
+from clipadapt.errors import unknown_name
 from clipadapt.methods.base import Card, Run, WeightMethod, hyper, with_weights
 from clipadapt.methods.registry import register
+from clipadapt.methods.tower_method import class_encoder
 from clipadapt.training.loop import batches, seeded, train
 from clipadapt.training.pixels import Pixels
 from clipadapt.training.schedules import cosine
+
+
+def part_of_tower(part: str, depth: int) -> list[int]:
+    """Numbers of the blocks of a part: of 12, "bottom" is 0-3, "mid" 4-7, "up" 8-11, "half-up" 6-11, "top3" 9-11."""
+    third, two_thirds, half = round(depth / 3), round(2 * depth / 3), depth // 2
+    parts = {
+        "all": (0, depth),
+        "bottom": (0, third),
+        "mid": (third, two_thirds),
+        "up": (two_thirds, depth),
+        "half-bottom": (0, half),
+        "half-up": (half, depth),
+        **{f"top{n}": (max(depth - n, 0), depth) for n in (1, 2, 3)},
+    }
+    if part not in parts:
+        raise unknown_name("part of a tower", part, parts)
+    return list(range(*parts[part]))
 
 
 def inject(backbone: Backbone, targets: Sequence[str], rank: int, alpha: float, dropout: float) -> dict[str, Tensor]:
@@ -73,7 +94,11 @@ class ClipLora(WeightMethod):
     alpha: float = hyper(1.0, "the update is scaled by alpha / sqrt(r) (official)", low=0)
     tower: str = hyper("both", "which tower is adapted", choices=("both", "vision", "text"))
     kinds: Sequence[str] = hyper(("q", "k", "v"), "projections that get an update, of q, k, v, o, fc1, fc2")
-    layers: Sequence[int] | None = hyper(None, "blocks that get an update, negative from the end; all by default")
+    layers: Sequence[int] | str | None = hyper(
+        None,
+        "blocks that get an update: numbers, negative from the end, or a part of the tower: bottom, mid or up (a third "
+        "each), half-bottom, half-up, top1, top2, top3, all (official); all by default",
+    )
     dropout: float = hyper(0.25, "dropout on the low-rank input, in [0, 1) (official)", low=0, high=0.99)
     lr: float = hyper(2e-4, "AdamW learning rate (official)", low=0)
     steps_per_shot: int = hyper(500, "training steps for each shot (official)", low=1)
@@ -97,18 +122,11 @@ class ClipLora(WeightMethod):
     def _fit_towers(self, backbone: Backbone, support: Dataset, val: Dataset | None, run: Run) -> None:
         adapted = backbone.copy()
         labels = torch.tensor(support.labels, device=backbone.device)
-        sentences = class_texts(support.class_names, self.templates)
-        unique = sorted({text for texts in sentences for text in texts})  # dropout must not see the classes' order
-        ids = backbone.tokenize(unique).to(backbone.device)  # (T, L)
-        uses = torch.tensor([[texts.count(text) for text in unique] for texts in sentences]).float()  # (C, T)
-        uses = uses.to(backbone.device)
+        classifier = class_encoder(adapted, support.class_names, self.templates)
         pixels = Pixels(backbone, support, min_scale=self.min_scale, seed=self.seed)
         total = self.steps_per_shot * max(support.counts)
         per_epoch = -(-len(support) // self.batch_size)
         steps = batches(len(support), self.batch_size, epochs=-(-total // per_epoch), seed=self.seed)[:total]
-
-        def classifier() -> Tensor:
-            return normalize(uses @ adapted.encode_tokens(ids), dim=1)  # (C, D)
 
         def loss_of(step: tuple[int, Tensor]) -> Tensor:
             number, rows = step
@@ -119,7 +137,7 @@ class ClipLora(WeightMethod):
         with torch.no_grad():
             frozen = classifier()
         with seeded(self.seed):
-            targets = adapted.target_modules(self.tower, self.kinds, self.layers)  # type: ignore[arg-type]
+            targets = self._targets(adapted)
             pairs = inject(adapted, targets, self.rank, self.alpha, self.dropout)
             train(
                 loss_of,
@@ -130,6 +148,17 @@ class ClipLora(WeightMethod):
             )
         self.lora_ = {name: tensor.detach().cpu() for name, tensor in pairs.items()}
         self._restore(backbone)
+
+    def _targets(self, backbone: Backbone) -> list[str]:
+        """Names of the linear layers that get an update; a part of a tower is one of its own depth."""
+        towers: tuple[TowerName, ...] = ("text", "vision") if self.tower == "both" else (self.tower,)  # type: ignore[assignment]
+        names = []
+        for tower in towers:
+            layers = self.layers
+            if isinstance(layers, str):
+                layers = part_of_tower(layers, len(backbone.blocks(tower)))
+            names += backbone.target_modules(tower, self.kinds, layers)
+        return names
 
     def _restore(self, backbone: Backbone | None) -> None:
         assert backbone is not None  # a weight method is never fitted on features alone

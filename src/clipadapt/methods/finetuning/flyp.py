@@ -17,39 +17,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
-
 from clipadapt.backbones import Backbone
 from clipadapt.data import Dataset, class_texts
 from clipadapt.losses.contrastive import info_nce
 from clipadapt.losses.mpm_nce import mpm_nce
 from clipadapt.methods.base import Card, Run, hyper, with_weights
 from clipadapt.methods.registry import register
-from clipadapt.methods.tower_method import PixelBatch, TowerMethod, detached, tower_parameters
+from clipadapt.methods.tower_method import Captions, PixelBatch, TowerMethod, detached, tower_parameters
 from clipadapt.training.loop import Loss
-
-
-class Captions:
-    """All captions of the classes, and one drawn for each picture of a batch."""
-
-    def __init__(self, backbone: Backbone, sentences: list[list[str]], seed: int) -> None:
-        row_of = {text: row for row, text in enumerate(sorted({text for texts in sentences for text in texts}))}
-        self.ids = backbone.tokenize([*row_of]).to(backbone.device)  # (T, L)
-        self._rows = [torch.tensor([row_of[text] for text in texts]) for texts in sentences]
-        self._seed = seed
-
-    def draw(self, labels: Tensor, number: int) -> Tensor:
-        """Rows of `ids` (B,) for pictures of these labels (B,); a function of the seed and the step's `number`."""
-        generator = torch.Generator().manual_seed(self._seed * 1_000_003 + number)
-        shares = torch.rand(len(labels), generator=generator).tolist()
-        chosen = [self._rows[c] for c in labels.tolist()]
-        return torch.stack([rows[int(share * len(rows))] for rows, share in zip(chosen, shares, strict=True)])
-
-    def encode(self, backbone: Backbone, labels: Tensor, number: int) -> Tensor:
-        """The drawn captions' features (B, D), with gradients; one that several pictures drew is encoded once."""
-        drawn, place = self.draw(labels, number).unique(return_inverse=True)
-        return backbone.encode_tokens(self.ids[drawn])[place]
 
 
 @register

@@ -1,0 +1,160 @@
+"""Adversarial accuracy: how many pictures a fitted model still recognises when each may be changed a little.
+
+White-box attacks in the L-infinity ball of plain pixel values, through the model's own image tower and classifier, as
+in Mao et al., "Understanding Zero-Shot Adversarial Robustness for Large-Scale Models" (arXiv 2212.07016): PGD, or
+AutoAttack (Croce and Hein, arXiv 2003.01690) where the package `torchattacks` is at hand. A picture that is not
+recognised as it is counts as lost and is not attacked; the unchanged picture is in the ball, too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from clipadapt.data import Dataset
+from clipadapt.errors import ClipadaptError, unknown_name
+from clipadapt.methods import Method
+from clipadapt.training.attacks import LEVEL, PixelSpace, pgd
+from clipadapt.training.loop import seeded
+from clipadapt.training.pixels import Pixels
+
+
+class NotAttackable(ClipadaptError):
+    """The model's predictions cannot be differentiated down to pixels, whatever the data."""
+
+
+@dataclass(frozen=True)
+class Robustness:
+    """Accuracies in [0, 1] of one model on one data set.
+
+    Attributes:
+        clean: of the pictures as they are.
+        attacked: of the attacked ones, by the attack's radius in levels of 1/255.
+    """
+
+    clean: float
+    attacked: dict[float, float]
+
+
+def adversarial_accuracy(
+    model: Method,
+    data: Dataset,
+    *,
+    eps: Sequence[float] = (1.0, 2.0, 4.0),
+    attack: str = "pgd",
+    steps: int = 20,
+    step_size: float | None = None,
+    batch_size: int = 64,
+    seed: int = 1,
+) -> Robustness:
+    """Clean and attacked accuracy, each picture decoded once; classes are matched by name, as in `Method.score`.
+
+    Args:
+        model: fitted on a backbone whose encodings are differentiable, with one class for each picture.
+        eps: radii of the attacks, in levels of 1/255 of a channel's range.
+        attack: "pgd" or "autoattack" (standard version; needs the package `torchattacks`).
+        steps: of PGD.
+        step_size: of PGD, in levels of 1/255; by default 2.5 radii over the number of steps, which reaches any corner
+            of the ball from any start.
+        batch_size: pictures attacked at a time.
+        seed: of the random starts.
+
+    Raises:
+        NotAttackable: the model has no gradient from its prediction to the pixels.
+        ClipadaptError: the data or an argument does not fit; AutoAttack's package is missing.
+    """
+    if attack not in ("pgd", "autoattack"):
+        raise unknown_name("attack", attack, ("pgd", "autoattack"))
+    if steps < 1 or any(radius < 0 for radius in eps):
+        raise ClipadaptError("adversarial_accuracy: steps must be at least 1 and every eps at least 0.")
+    if not len(data):
+        raise ClipadaptError("adversarial_accuracy needs at least one labelled picture.")
+    places = _places(model, data)
+    backbone = model.backbone_
+    assert backbone is not None  # `_places` has looked
+    space = PixelSpace.of(backbone)
+    scores = _scores(model, space)
+    pixels = Pixels(backbone, data, min_scale=1.0, seed=seed)
+    _check_path(model, pixels.batch([0], 0), scores, space)
+    generator = torch.Generator().manual_seed(seed)
+    right, still = 0, dict.fromkeys(map(float, eps), 0)
+    for rows in torch.arange(len(data)).split(batch_size):
+        plain, labels = space.plain(pixels.batch(rows, 0)), places[rows]
+        with torch.no_grad():
+            kept = scores(plain).argmax(1) == labels  # (B,)
+        right += int(kept.sum())
+        if not kept.any():
+            continue
+        plain, labels = plain[kept.to(plain.device)], labels[kept]
+        for radius in still:
+            if attack == "autoattack":
+                attacked = _auto_attack(scores, plain, labels, radius * LEVEL, len(model.class_names_), seed)
+            else:
+                size = 2.5 * radius / steps if step_size is None else step_size
+                levels = {"eps": radius * LEVEL, "step_size": size * LEVEL}
+                attacked = pgd(scores, plain, labels, steps=steps, generator=generator, **levels)
+            with torch.no_grad():
+                still[radius] += int((scores(attacked).argmax(1) == labels).sum())
+    return Robustness(right / len(data), {radius: count / len(data) for radius, count in still.items()})
+
+
+def _places(model: Method, data: Dataset) -> Tensor:
+    """(N,) each picture's class as a column of the model's logits."""
+    if model.multi_label_ or not isinstance(data, Dataset):
+        raise ClipadaptError("adversarial_accuracy is for models and pictures of one class each.")
+    names = model._fitted("class_names_")
+    if model.backbone_ is None or "gradients" not in model.backbone_.capabilities:
+        raise NotAttackable(f"This {model.card.key} has no differentiable image tower, so it cannot be attacked.")
+    if unknown := [name for name in data.class_names if name not in names]:
+        raise unknown_name("class of this model", unknown[0], names)
+    return torch.tensor([names.index(data.class_names[label]) for label in data.labels])
+
+
+def _scores(model: Method, space: PixelSpace) -> Callable[[Tensor], Tensor]:
+    """Plain pictures (B, 3, H, W) -> the model's logits (B, C) on the CPU, differentiable."""
+
+    def scores(plain: Tensor) -> Tensor:
+        logits = model._logits(model.encode_pixels(space.pixels(plain)).cpu())
+        if torch.is_grad_enabled() and plain.requires_grad and not logits.requires_grad:
+            raise NotAttackable(f"The classifier of {model.card.key} is not differentiable, so it cannot be attacked.")
+        return logits
+
+    return scores
+
+
+def _check_path(model: Method, pixels: Tensor, scores: Callable[[Tensor], Tensor], space: PixelSpace) -> None:
+    """Refuse a method whose predictions come another way than by `encode_pixels` and `_logits`."""
+    with torch.no_grad():
+        ours, expected = scores(space.plain(pixels)), model.image_logits(pixels)[0]
+    if not torch.allclose(ours.softmax(1), expected.softmax(1), atol=1e-3):
+        raise NotAttackable(f"{model.card.key} predicts in a way of its own, which is not differentiated here.")
+
+
+class _Scorer(nn.Module):
+    def __init__(self, scores: Callable[[Tensor], Tensor], device: torch.device) -> None:
+        super().__init__()
+        self.scores = scores
+        self.place = nn.Parameter(torch.empty(0, device=device))  # attacks run where the parameters are
+
+    def forward(self, plain: Tensor) -> Tensor:
+        return self.scores(plain).to(plain.device)
+
+
+def _auto_attack(
+    scores: Callable[[Tensor], Tensor], plain: Tensor, labels: Tensor, eps: float, classes: int, seed: int
+) -> Tensor:
+    try:
+        from torchattacks import AutoAttack
+    except ImportError as error:
+        raise ClipadaptError(
+            'attack="autoattack" needs the package torchattacks with torchvision: pip install torchattacks torchvision.'
+        ) from error
+    if classes < 4:
+        raise ClipadaptError(f"AutoAttack's losses need at least 4 classes, not {classes}.")
+    scorer = _Scorer(scores, plain.device)
+    adversary = AutoAttack(scorer, norm="Linf", eps=eps, n_classes=classes, seed=seed)
+    with seeded(seed):
+        return adversary(plain, labels)
