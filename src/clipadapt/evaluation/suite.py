@@ -6,7 +6,7 @@
     protocols:
       few-shot: {shots: [1, 2, 4, 8, 16]}        # a list is one cell for each value
     methods:                                     # keys or patterns; a later entry replaces an earlier one's methods
-      - "*"
+      - {method: "*", sees: features}            # or towers: those that run the model itself
       - {method: "clip-lora", set: {steps_per_shot: 50}}
       - {method: "wise-ft", preset: tiny, label: wise-ft-quick}
     exclude: [cocoop]
@@ -32,10 +32,11 @@ import yaml
 from clipadapt.data.definitions import Definition, definition
 from clipadapt.errors import ClipadaptError, DataError, unknown_name
 from clipadapt.evaluation.protocols import options, protocols
-from clipadapt.methods import create, list_methods, method_class
+from clipadapt.methods import FeatureMethod, create, list_methods, method_class
 from clipadapt.methods.artifact import recipe
 
 HERE = Path(__file__).parent / "suites"
+_ENTRY = ("method", "sees", "set", "preset", "label")
 _FIELDS = ("title", "data", "backbones", "protocols", "methods", "exclude", "seeds", "timeout", "tiny")
 
 
@@ -196,11 +197,15 @@ def _methods(file: Path, content: list[Any], exclude: list[str]) -> list[Entry]:
         if not isinstance(given, dict) or "method" not in given:
             raise DataError(f"{file}: a method is a key, a pattern, or {{method: ..., set: {{...}}}}, not {given!r}.")
         for name in given:
-            if name not in ("method", "set", "preset", "label"):
-                raise unknown_name(f"field of a method in {file}", str(name), ("method", "set", "preset", "label"))
+            if name not in _ENTRY:
+                raise unknown_name(f"field of a method in {file}", str(name), _ENTRY)
         keys = list_methods(given["method"])
         if not keys:
             raise unknown_name(f"method in {file}", given["method"], list_methods())
+        if given.get("sees", "features") not in ("features", "towers"):
+            raise unknown_name(f"sees of {given['method']} in {file}", str(given["sees"]), ("features", "towers"))
+        if "sees" in given:
+            keys = [k for k in keys if issubclass(method_class(k), FeatureMethod) == (given["sees"] == "features")]
         if given.get("preset", "tiny") != "tiny":
             raise DataError(f"{file}: the preset of {given['method']} is {given['preset']!r}; the only one is tiny.")
         for key in keys:

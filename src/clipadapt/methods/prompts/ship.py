@@ -40,7 +40,7 @@ from clipadapt.backbones import Backbone, Insertion
 from clipadapt.data import Dataset
 from clipadapt.data.items import FeatureItem
 from clipadapt.errors import ClipadaptError
-from clipadapt.features import encode_classes, encode_images
+from clipadapt.features import encode_images
 from clipadapt.methods.base import Card, FeatureMethod, Method, Run, hyper
 from clipadapt.methods.prompt_method import PromptMethod
 from clipadapt.methods.prompts.coop import CoOp
