@@ -38,14 +38,19 @@ BY_SHOTS = {1: (3.0, 0.05), 2: (2.6, 0.05), 4: (1.5, 0.05), 8: (1.66, 0.07), 16:
 
 def kernel(a: Tensor, b: Tensor, beta: float) -> Tensor:
     """Unit rows (M, D), (N, D) -> (M, N): the Gaussian kernel exp(-beta / 2 |a - b|^2)."""
-    return (beta * (a @ b.T) - beta).exp()
+    return (a @ b.T).mul_(beta).sub_(beta).exp_()  # in place: of 16,000 pictures with one another it is 1 GiB
 
 
 def ridge(gram: Tensor, residuals: Tensor, lmbda: float, solution: str) -> Tensor:
-    """Coefficients (N, C) of the correction, from the kernel matrix (N, N) and residuals (N, C), in float64."""
-    eye = torch.eye(len(gram), dtype=torch.float64)
-    coefficients = torch.cholesky_solve(residuals.double(), torch.linalg.cholesky(gram.double() + lmbda * eye))
-    return coefficients.contiguous() * (lmbda if solution == "published" else 1.0)
+    """Coefficients (N, C) of the correction, from the kernel matrix (N, N) and residuals (N, C), in float64.
+
+    The largest things held at once are `gram` and two float64 matrices of its size.
+    """
+    system = gram.to(torch.float64, copy=True)
+    system.diagonal().add_(lmbda)
+    factor = torch.linalg.cholesky(system)
+    del system
+    return torch.cholesky_solve(residuals.double(), factor).contiguous() * (lmbda if solution == "published" else 1.0)
 
 
 def ridge_path(gram: Tensor, cross: Tensor, residuals: Tensor, lmbdas: list[float], solution: str) -> Iterator[Tensor]:

@@ -1,0 +1,1 @@
+"""Studies of backbones that are methods too."""
