@@ -75,7 +75,7 @@ def published_search(
 
 def sweep(x: Tensor, keys: Tensor, labels: Tensor, texts: Tensor, y: Tensor) -> tuple[float, float]:
     """`search` by intervals of alpha; sums over the members of a class instead of a product with one-hot labels."""
-    from clipadapt.methods.few_shot.sus_x import hits_along
+    from clipadapt.training.search import hits_along
 
     zero_shot, affinity = (100 * x @ texts.T)[None], x @ keys.T
     alphas = torch.tensor([j * 2.9 / 20 + 0.1 for j in range(20)])

@@ -21,7 +21,6 @@ from clipadapt.methods.few_shot.sus_x import (
     common_range,
     divergence,
     divergence_classifier,
-    hits_along,
     log_signature,
     official_affinity,
     published_grid,
@@ -173,18 +172,6 @@ def test_search_is_the_plain_search():
         assert ours == pytest.approx((*plain, 0))
         chosen.add(ours)
     assert len(chosen) > 1
-
-
-def test_hits_along_counts_each_setting():
-    generator = torch.Generator().manual_seed(1)
-    start, slope = torch.randn(3, 7, 4, generator=generator).double(), torch.randn(7, 4, generator=generator).double()
-    slope[0] = 0  # this query's answer never changes
-    slope[1, 2] = slope[1, 0]
-    start[:, 2] = 0.0
-    slope[2] = 1.0  # all equal: the first class wins
-    labels, grid = torch.tensor([0, 2, 0, 1, 2, 3, 1]), torch.linspace(0.1, 3, 9).double()
-    plain = [[int(((s + g * slope).argmax(1) == labels).sum()) for g in grid] for s in start]
-    assert hits_along(start, slope, labels, grid).tolist() == plain
 
 
 def test_limits():

@@ -39,6 +39,7 @@ from clipadapt.features.sources import support_of
 from clipadapt.methods.base import Card, FeatureMethod, Run, Support, hyper
 from clipadapt.methods.few_shot.tip_adapter import cache_logits
 from clipadapt.methods.registry import register
+from clipadapt.training.search import hits_along
 
 STEPS = (20, 200, 50)  # of the published grid: alphas, betas, gammas
 BATCH = 100  # the official code's, which leaves its remainder out
@@ -103,26 +104,6 @@ def published_grid(steps: Sequence[int] = STEPS) -> tuple[list[float], list[floa
         [j * (50 - 1) / betas + 1 for j in range(betas)],
         [k * (30 - 0.1) / gammas + 0.1 for k in range(gammas)],
     )
-
-
-def hits_along(start: Tensor, slope: Tensor, labels: Tensor, grid: Tensor) -> Tensor:
-    """How many of V queries `start + g * slope` gets right, for each of the ascending numbers g: (A, G).
-
-    start (A, V, C), slope (V, C), labels (V,), grid (G,). For each query the g that give its class the largest logit
-    form an interval, so that no g is tried.
-    """
-    true = labels[:, None]  # (V, 1)
-    lead = start.gather(2, true.expand(len(start), -1, -1)) - start  # (A, V, C), of the true class
-    gain = slope.gather(1, true) - slope  # (V, C)
-    bound = -lead / gain
-    low = bound.masked_fill(gain <= 0, -torch.inf).amax(2)  # (A, V)
-    high = bound.masked_fill(gain >= 0, torch.inf).amin(2)
-    first_wins = torch.arange(start.shape[2]) < true  # of equals
-    hopeless = ((gain == 0) & ((lead < 0) | ((lead == 0) & first_wins))).any(2)
-    begin, end = torch.searchsorted(grid, low), torch.searchsorted(grid, high, right=True)
-    right = ((begin < end) & ~hopeless).long()
-    steps = torch.zeros(len(start), len(grid) + 1, dtype=torch.long)
-    return steps.scatter_add(1, begin, right).scatter_add(1, end, -right).cumsum(1)[:, :-1]
 
 
 def search(

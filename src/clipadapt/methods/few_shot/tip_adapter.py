@@ -10,14 +10,14 @@ plain picture; and a search needs a validation set of its own, never the test se
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from clipadapt.methods.base import Card, FeatureMethod, Run, Support, hyper
 from clipadapt.methods.registry import register
-from clipadapt.training.search import best_on
+from clipadapt.training.search import hits_along
 
 
 def cache_logits(images: Tensor, keys: Tensor, values: Tensor, beta: float) -> Tensor:
@@ -32,19 +32,18 @@ def search(
     """The best (beta, alpha) on validation data, over the published grid of 200 betas x 20 alphas from 0.1 upwards.
 
     zero_shot (V, C), affinity (V, N), values (N, C), labels (V,). `scale` holds the upper ends, which like in the
-    official code are never reached. exp() is taken once for each beta: alpha only scales its result.
+    official code are never reached. exp() is taken once for each beta, and all alphas are judged at once: the choice
+    of trying each of them, up to rounding.
     """
     beta_end, alpha_end = scale
-
-    def grid() -> Iterator[tuple[tuple[float, float], Tensor]]:
-        for i in range(200):
-            beta = i * (beta_end - 0.1) / 200 + 0.1
-            cache = (beta * affinity - beta).exp() @ values  # (V, C)
-            for j in range(20):
-                alpha = j * (alpha_end - 0.1) / 20 + 0.1
-                yield (beta, alpha), zero_shot + alpha * cache
-
-    return best_on(labels, grid())[0]
+    betas = [i * (beta_end - 0.1) / 200 + 0.1 for i in range(200)]
+    alphas = [j * (alpha_end - 0.1) / 20 + 0.1 for j in range(20)]
+    start, grid = zero_shot.double()[None], torch.tensor(alphas, dtype=torch.float64)
+    hits = torch.cat(
+        [hits_along(start, ((beta * affinity - beta).exp() @ values).double(), labels, grid) for beta in betas]
+    )  # (betas, alphas)
+    b, a = divmod(int(hits.argmax()), len(alphas))
+    return betas[b], alphas[a]
 
 
 @register
