@@ -1,0 +1,44 @@
+"""Adversarial pictures: learn as in few shots, be judged on test pictures, and on the same ones under attack.
+
+The attack is PGD through the model's own tower and classifier (see `evaluation.robustness`). `eps` are radii in levels
+of 1/255; in a suite, a list of lists, since a list stands for cells of their own. "attacked" is the accuracy at the
+first of them. `limit`: so many test pictures of each class at most, the same for every seed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from clipadapt.backbones import Backbone
+from clipadapt.data import Split
+from clipadapt.evaluation.protocols import NotApplicable, Outcome, fit, judged
+from clipadapt.evaluation.robustness import NotAttackable, adversarial_accuracy
+from clipadapt.methods import Method
+
+
+def run(
+    method: Method,
+    backbone: Backbone,
+    split: Split,
+    seed: int,
+    *,
+    shots: int = 16,
+    eps: float | Sequence[float] = (1.0, 2.0, 4.0),
+    steps: int = 20,
+    limit: int | None = None,
+) -> Outcome:
+    radii = [eps] if isinstance(eps, int | float) else list(eps)
+    if "gradients" not in backbone.capabilities:
+        raise NotApplicable(f"{backbone.source} has no image tower that can be differentiated.")
+    if method.card.signal == "none":
+        model, seconds = fit(method, backbone, None, class_names=split.train.class_names)
+    else:
+        model, seconds = fit(method, backbone, split.train.few_shot(shots, seed=seed))
+    test = split.test if limit is None else split.test.few_shot(limit, seed=1)
+    try:
+        found = adversarial_accuracy(model, test, eps=radii, steps=steps).attacked
+    except NotAttackable as error:
+        raise NotApplicable(str(error)) from None
+    figures, classes, details = judged(model, test)
+    figures["attacked"] = found[float(radii[0])]
+    return Outcome(figures, model, seconds, classes, details | {"attacked": {f"{r:g}": a for r, a in found.items()}})

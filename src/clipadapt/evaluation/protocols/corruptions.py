@@ -1,0 +1,61 @@
+"""Common corruptions: learn from clean pictures, be judged on clean ones and on the same ones corrupted.
+
+Kinds and severities are those of ImageNet-C (arXiv 1903.12261; see `data.corruptions`). Pictures larger than what the
+model sees are shrunk to that size first, so that it sees the published strength. "corrupted" is the mean accuracy over
+kinds and severities, every one counting the same; the published mCE, which relates errors to those of AlexNet, is not
+given. `kinds` are "all", names of groups (noise, blur, weather, digital) or kinds; in a suite, a list of lists, since
+a list stands for cells of their own. `limit`: so many test pictures of each class at most, the same for every seed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from statistics import fmean
+
+import numpy as np
+
+from clipadapt.backbones import Backbone
+from clipadapt.data import Split
+from clipadapt.data.corruptions import SEVERITIES, corrupted, kinds_of
+from clipadapt.data.items import FeatureItem
+from clipadapt.evaluation.protocols import NotApplicable, Outcome, fit, judged
+from clipadapt.methods import Method
+
+
+def run(
+    method: Method,
+    backbone: Backbone,
+    split: Split,
+    seed: int,
+    *,
+    shots: int = 16,
+    kinds: str | Sequence[str] = "all",
+    severities: int | Sequence[int] = SEVERITIES,
+    limit: int | None = None,
+) -> Outcome:
+    wanted = kinds_of(kinds)
+    levels = [severities] if isinstance(severities, int) else list(severities)
+    test = split.test if limit is None else split.test.few_shot(limit, seed=1)
+    if any(isinstance(item, FeatureItem) for item in test.items):
+        raise NotApplicable(f"{test.name} is features without pixels, so they cannot be corrupted.")
+    plan = {
+        (kind, level): corrupted(test, kind, level, seed=1, size=min(backbone.image_size))
+        for kind in wanted
+        for level in levels
+    }
+    if method.card.signal == "none":
+        model, seconds = fit(method, backbone, None, class_names=split.train.class_names)
+    else:
+        model, seconds = fit(method, backbone, split.train.few_shot(shots, seed=seed))
+    figures, classes, details = judged(model, test)
+    labels = np.array(test.labels)
+    found = {
+        place: float((model.image_logits(data)[0].argmax(1).numpy() == labels).mean()) for place, data in plan.items()
+    }
+    figures["corrupted"] = fmean(found.values())
+    details |= {
+        "by_kind": {kind: fmean(found[kind, level] for level in levels) for kind in wanted},
+        "by_severity": {str(level): fmean(found[kind, level] for kind in wanted) for level in levels},
+        "corruptions": {kind: {str(level): found[kind, level] for level in levels} for kind in wanted},
+    }
+    return Outcome(figures, model, seconds, classes, details)

@@ -1,0 +1,84 @@
+"""What a model's accuracy hangs on: visual factors, calibration, unknown kinds, shape against surface.
+
+The harness of Tu, Deng and Gedeon, "Toward a Holistic Evaluation of Robustness in CLIP Models" (arXiv 2410.01534), on
+drawn pictures in which everything is known. Only the abstract could be read, and there is no official code: questions
+are theirs, pictures ours. Of their evaluations, retrieval, 3D and language models are not here. Their six factors of
+influence are what a suite varies: architecture, data, data size and contrastive loss by `backbones`, fine-tuning by
+`methods`, prompts by a method's `templates`.
+
+The classes are those of the cell's data set, which must be the playground's, labelled by kind; no picture of it is
+used. A method learns `shots` plain pictures of each (see `data.playground_factors`), in which a kind wears its own
+cloth with probability `typical`, as surfaces go with classes in photographs; 0 is the control.
+
+    accuracy, ece, ...  on plain pictures like those learned
+    on <factor>         accuracy where that factor alone is changed; "factors" is the mean over factors
+    ece (factors)       calibration error on all of these together
+    auroc               plain pictures against such of unknown kinds, in the classes' cloths, by the largest probability
+    shape bias          where shape and cloth are of different classes: decisions for the shape's class as a share of
+                        decisions for either (Geirhos et al., arXiv 1811.12231); not a number where there is none
+"""
+
+from __future__ import annotations
+
+import math
+from statistics import fmean
+
+import numpy as np
+import torch
+
+from clipadapt.backbones import Backbone
+from clipadapt.data import Split
+from clipadapt.data.items import GeneratedItem
+from clipadapt.data.playground import KINDS
+from clipadapt.data.playground_factors import FACTORS, cue_conflicts, factor_pictures, unknown_kinds
+from clipadapt.errors import DataError
+from clipadapt.evaluation.calibration import confidences, expected_calibration_error
+from clipadapt.evaluation.protocols import Outcome, figures_of, fit
+from clipadapt.evaluation.protocols.out_of_distribution import auroc, scores
+from clipadapt.methods import Method
+
+TEST_SEED = 1_000_003  # far from the seeds of cells, so that no test picture is learned from
+
+
+def run(
+    method: Method,
+    backbone: Backbone,
+    split: Split,
+    seed: int,
+    *,
+    shots: int = 16,
+    pictures: int = 20,
+    typical: float = 0.9,
+) -> Outcome:
+    kinds = split.test.class_names
+    drawn = all(isinstance(item, GeneratedItem) for item in split.test.items)
+    if not drawn or not set(kinds) <= set(KINDS):
+        raise DataError(f"robustness-factors draws its own pictures: of the playground's kinds, not {split.test.name}.")
+    if method.card.signal == "none":
+        model, seconds = fit(method, backbone, None, class_names=kinds)
+    else:
+        model, seconds = fit(method, backbone, factor_pictures(kinds, shots, typical=typical, seed=seed))
+    plain = factor_pictures(kinds, pictures, typical=typical, seed=TEST_SEED)
+    known = model.image_logits(plain)[0]
+    figures, classes, details = figures_of(known, plain)
+    labels = np.array(plain.labels)
+
+    changed = {
+        factor: model.image_logits(factor_pictures(kinds, pictures, factor, typical=typical, seed=TEST_SEED))[0]
+        for factor in FACTORS
+    }
+    on = {factor: float((logits.argmax(1).numpy() == labels).mean()) for factor, logits in changed.items()}
+    everything = torch.cat(list(changed.values()))
+    error, _ = expected_calibration_error(*confidences(everything, np.tile(labels, len(changed))))
+    figures |= {"factors": fmean(on.values())} | {f"on {factor}": value for factor, value in on.items()}
+    figures["ece (factors)"] = error
+
+    unknown = model.image_logits(unknown_kinds(kinds, len(plain), seed=TEST_SEED))[0]
+    figures["auroc"] = auroc(scores(known, "probability"), scores(unknown, "probability"))
+
+    conflicts, worn = cue_conflicts(kinds, pictures, seed=TEST_SEED)
+    decided = model.image_logits(conflicts)[0].argmax(1).numpy()
+    shape, cloth = int((decided == labels).sum()), int((decided == worn).sum())
+    figures["shape bias"] = shape / (shape + cloth) if shape + cloth else math.nan
+    details["cue conflicts"] = {"pictures": len(conflicts), "shape": shape, "cloth": cloth}
+    return Outcome(figures, model, seconds, classes, details)
