@@ -17,7 +17,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import closing
 from dataclasses import asdict
@@ -58,7 +58,9 @@ def run_suite(
         root: the folder that the data sets lie in.
         jobs: cells at a time.
         threads: threads of each, by default the cores shared out among the jobs.
-        ray: run the cells on a Ray cluster: its address, "auto" or "local". Needs the extra `[ray]`.
+        ray: run the cells on a Ray cluster: its address, "auto" for the one that runs here, or "local" for one of this
+            run's own. Needs the extra `[ray]`; a cluster's machines need this library, and `root` and the cache in the
+            same place. Waiting for a free machine counts for a cell's time, so let `jobs` be what runs at once.
         only: the identity of a cell (or how it begins): it alone is run, even if it was run before.
         tell: gets a line for each cell that ends.
     """
@@ -93,11 +95,10 @@ def run_suite(
     for data, backbone in dict.fromkeys((cell.data, cell.backbone) for cell in waiting.values()):
         tell(f"encoding {data} with {backbone}")
         _encode(next(c for c in waiting.values() if (c.data, c.backbone) == (data, backbone)), root)
-    workers = _Workers()
-    run = _on_ray(ray, threads) if ray else workers
+    run = _OnRay(ray, threads, jobs) if ray else _Workers()
     rows = {identity: row for identity, _, row in plan if row is not None}
     _drop_half_line(file)
-    with open(file, "a", encoding="utf-8") as lines, closing(workers):
+    with open(file, "a", encoding="utf-8") as lines, closing(run):
         for number, (identity, row) in enumerate(_side_by_side(run, waiting, root, suite.timeout, threads, jobs), 1):
             found = fingerprints[waiting[identity].data, waiting[identity].backbone]
             assert isinstance(found, tuple)
@@ -127,13 +128,18 @@ def read_rows(file: Path) -> list[Row]:
 
 def one_line(row: Row) -> str:
     """A cell and its result, for people."""
-    options = " ".join(f"{k}={v}" for k, v in row["options"].items())
-    where = f"{row['data']} {row['backbone']} {row['protocol']} {options} {row['label']} seed {row['seed']}"
+    where = f"{row['data']} {row['backbone']} {row['protocol']} {options_of(row)} {row['label']} seed {row['seed']}"
     if "figures" in row:
         result = ", ".join(f"{name} {value:.3f}" for name, value in row["figures"].items())
     else:
         result = f"failed: {row['error']}" if "error" in row else f"skipped: {row['skipped']}"
     return f"{where}: {result}"
+
+
+def options_of(row: Mapping[str, Any]) -> str:
+    """A cell's options for people; long ones, such as lists of names, are cut."""
+    texts = ((name, json.dumps(value, ensure_ascii=False)) for name, value in row["options"].items())
+    return " ".join(f"{name}={text if len(text) <= 40 else text[:37] + '...'}" for name, text in texts)
 
 
 def versions() -> Row:
@@ -298,26 +304,36 @@ def _serve(pipe: Any) -> None:
             return
 
 
-def _on_ray(address: str, threads: int) -> Run:
-    try:
-        import ray
-    except ImportError:
-        raise ClipadaptError("Running on Ray needs the extra: pip install 'clipadapt[ray]'.") from None
-    if not ray.is_initialized():
-        ray.init(address=None if address == "local" else address, log_to_driver=False)
-    remote = ray.remote(num_cpus=threads)(run_cell)
+class _OnRay:
+    """Tasks of a Ray cluster, one for each cell; one that takes too long is cancelled, none is tried twice."""
 
-    def run(cell: Cell, root: Path | None, timeout: float, threads: int) -> Row:
-        reference = remote.remote(cell, root, threads)
+    def __init__(self, address: str, threads: int, jobs: int) -> None:
         try:
-            return ray.get(reference, timeout=timeout)
-        except ray.exceptions.GetTimeoutError:
-            ray.cancel(reference, force=True)
-            return {"error": f"TimeoutError: it took longer than {timeout:g} seconds"}
-        except ray.exceptions.RayError as error:
-            return {"error": f"{type(error).__name__}: {str(error).splitlines()[0]}"}
+            import ray
+        except ImportError:
+            raise ClipadaptError("Running on Ray needs the extra: pip install 'clipadapt[ray]'.") from None
+        self._ray, self._started = ray, not ray.is_initialized()
+        if self._started:
+            own: dict[str, Any] = {"num_cpus": jobs * threads, "include_dashboard": False} if address == "local" else {}
+            try:
+                ray.init(address, log_to_driver=False, **own)
+            except (ConnectionError, RuntimeError, ValueError) as error:
+                raise ClipadaptError(f"Ray cannot be reached at {address!r}: {error}") from None
+        self._run = ray.remote(num_cpus=threads, max_retries=0)(run_cell)
 
-    return run
+    def __call__(self, cell: Cell, root: Path | None, timeout: float, threads: int) -> Row:
+        task = self._run.remote(cell, root, threads)
+        try:
+            return self._ray.get(task, timeout=timeout)
+        except self._ray.exceptions.GetTimeoutError:
+            self._ray.cancel(task, force=True)
+            return {"error": f"TimeoutError: it took longer than {timeout:g} seconds"}
+        except self._ray.exceptions.RayError as error:
+            return {"error": " ".join(f"{type(error).__name__}: {error}".split())[:300]}
+
+    def close(self) -> None:
+        if self._started:
+            self._ray.shutdown()
 
 
 def _drop_half_line(file: Path) -> None:

@@ -17,14 +17,15 @@ from statistics import fmean
 from typing import Any
 
 from clipadapt.errors import ClipadaptError
+from clipadapt.evaluation.bench import options_of
 from clipadapt.evaluation.published import beside
 from clipadapt.evaluation.statistics import bootstrap_interval, compare, rank
 from clipadapt.files import written_aside
 
 Row = Mapping[str, Any]
 HERE = Path(__file__).parent
-# What a protocol is judged by, the first of these that it has; lower is better for none of them.
-MAIN = ("accuracy", "harmonic", "unseen", "attacked", "macro")
+# What a protocol is judged by: the first of these that it has; of all, more is better.
+MAIN = ("harmonic", "unseen", "corrupted", "attacked", "matching", "accuracy", "macro")
 COSTS = {"seconds": "seconds to learn", "peak_mib": "peak memory in MiB", "trained_parameters": "trained numbers"}
 SHOWN = 10  # methods in a plot with a line for each
 
@@ -61,6 +62,8 @@ def write_report(rows: Sequence[Row], out: Path, *, title: str, command: str) ->
     except ImportError as error:
         raise ClipadaptError(f"A report needs {error.name}: pip install 'clipadapt[bench]'.") from None
     page = _Page(out, figures)
+    own = (".yaml", ".yml")  # a definition of one's own is called by its file's name
+    rows = [{**row, "data": Path(row["data"]).stem if row["data"].endswith(own) else row["data"]} for row in rows]
     groups = _grouped([row for row in rows if "figures" in row])
     sections = []
     for (data, backbone, protocol), found in groups.items():
@@ -135,7 +138,8 @@ class _Page:
                 bounds = f"{100 * d.interval[0]:+.1f} to {100 * d.interval[1]:+.1f}"
                 p = ranking.p.get((method, "zero-shot"), ranking.p.get(("zero-shot", method), 1.0))
                 verdict = "within noise" if p > 0.05 else "better" if d.mean > 0 else "worse"
-                line += [f"{100 * d.mean:+.1f}", bounds, f"{d.wins} / {d.ties} / {d.losses}", f"{p:.3f}", verdict]
+                line += [f"{100 * d.mean:+.1f}", bounds, f"{d.wins} / {d.ties} / {d.losses}"]
+                line += [f"{p:.3f}" if p >= 0.001 else "< 0.001", verdict]
             else:
                 line += ["–"] * 5
             body.append(line)
@@ -180,8 +184,11 @@ class _Page:
                 for method, mine in _by_label(last).items()
             }
             drawn = self.figures.pareto(points, x=label, y=f"{main} in %", title=where)
-            front = ", ".join(self.figures.front(points))
-            alt = f"{main} against {label} on {where}; none is better and cheaper than {front}."
+            if len({cost for cost, _ in points.values()}) < 2:
+                continue  # all cost the same, mostly nothing
+            front = self.figures.front(points)
+            some = ", ".join(front[-8:]) + f" and {len(front) - 8} worse and cheaper ones" * (len(front) > 8)
+            alt = f"{main} against {label} on {where}; none is better and cheaper than {some}."
             plots.append(self._plot(f"cost {cost} {where}", alt, drawn))
         classes = {
             method: {c: fmean(r["per_class"][c] for r in mine if c in r["per_class"]) for c in mine[0]["per_class"]}
@@ -210,7 +217,7 @@ class _Page:
         names = list(rows[0]["figures"])
         options = _varying(rows)
         body = []
-        for (label, *_), mine in sorted(_by(rows, lambda r: (r["label"], *_values(r, options))).items(), key=str):
+        for (label, *_), mine in sorted(_by(rows, lambda r: (r["label"], *_values(r, options))).items()):
             values = [row["figures"][main] for row in mine]
             low, high = bootstrap_interval(values)
             line = [label, *(str(v) for v in _values(mine[0], options)), str(len(mine)), _percent(fmean(values))]
@@ -251,7 +258,7 @@ class _Page:
             if "figures" in row:
                 figures = ", ".join(f"{name} {100 * value:.1f}" for name, value in row["figures"].items())
                 place = [row["data"], row["backbone"], row["protocol"], row["label"]]
-                body.append([*place, _options(row), str(row["seed"]), row["cell"], figures])
+                body.append([*place, options_of(row), str(row["seed"]), row["cell"], figures])
         head = ["data", "backbone", "protocol", "method", "options", "seed", "cell", "figures in %"]
         caption = "Every cell. Add --only CELL to the command above to run one again."
         return self._table("cells", caption, head, body)
@@ -351,12 +358,8 @@ def _skipped(rows: Sequence[Row]) -> list[tuple[str, str]]:
     return sorted(found)
 
 
-def _options(row: Row) -> str:
-    return " ".join(f"{k}={json.dumps(v)}" for k, v in row["options"].items())
-
-
 def _where(row: Row) -> str:
-    return f"{row['data']}, {row['backbone']}, {row['protocol']} {_options(row)}, {row['label']}, seed {row['seed']}"
+    return f"{row['data']}, {row['backbone']}, {row['protocol']} {options_of(row)}, {row['label']}, seed {row['seed']}"
 
 
 def _percent(share: float) -> str:

@@ -8,12 +8,14 @@ from typing import Any
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullLocator
 
 from clipadapt.evaluation.statistics import Ranking, bootstrap_interval
 
 # Okabe and Ito's colours, which people with any colour vision can tell apart; markers and lines differ as well.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C6D31", "#7F7F7F", "#B2182B")
 MARKERS = "osD^vPX*<>"
+SIZE = (5.0, 3.6)  # inches: shrunk to a telephone's width, labels of 9 points can still be read
 matplotlib.rcParams.update(
     {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "svg.fonttype": "none", "svg.hashsalt": "0"}
 )
@@ -21,7 +23,7 @@ matplotlib.rcParams.update(
 
 def curves(by_method: Mapping[str, Mapping[float, Sequence[float]]], *, x: str, y: str, title: str) -> Figure:
     """A line for each method: the mean over seeds at each x, in a band of its 95 % bootstrap interval."""
-    figure = Figure(figsize=(6.4, 3.8), layout="constrained")
+    figure = Figure(figsize=(SIZE[0], SIZE[1] + 0.2 * ((len(by_method) + 2) // 3)), layout="constrained")
     axes = figure.subplots()
     ticks = sorted({value for points in by_method.values() for value in points})
     for i, (method, points) in enumerate(by_method.items()):
@@ -36,7 +38,7 @@ def curves(by_method: Mapping[str, Mapping[float, Sequence[float]]], *, x: str, 
     axes.minorticks_off()
     axes.set(xlabel=x, ylabel=y, title=title)
     axes.grid(alpha=0.25)
-    figure.legend(loc="outside right upper", frameon=False, fontsize=8)
+    figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=8)
     return figure
 
 
@@ -47,11 +49,11 @@ def ranks(ranking: Ranking, *, title: str) -> Figure:
     low, high = 1, max(2, int(np.ceil(max(ranking.ranks.values()))))
     bars = len(ranking.cliques)
     height = 1.0 + 0.22 * half + 0.14 * bars
-    figure = Figure(figsize=(7.2, height), layout="constrained")
+    figure = Figure(figsize=(5.6, height), layout="constrained")
     axes = figure.subplots()
     axes.set(xlim=(low - 0.02, high + 0.02), ylim=(-(half + 0.7 * bars + 1), 0.8), title=title)
     axes.hlines(0, low, high, color="black", linewidth=1)
-    for tick in range(low, high + 1):
+    for tick in range(low, high + 1, 1 + (high - low) // 12):
         axes.vlines(tick, 0, 0.2, color="black", linewidth=1)
         axes.text(tick, 0.3, str(tick), ha="center", va="bottom", fontsize=8)
     for i, bar in enumerate(ranking.cliques):
@@ -69,21 +71,44 @@ def ranks(ranking: Ranking, *, title: str) -> Figure:
 
 
 def pareto(points: Mapping[str, tuple[float, float]], *, x: str, y: str, title: str) -> Figure:
-    """Methods by cost (x, logarithmic) and accuracy (y); those that none beats in both are joined and named."""
-    figure = Figure(figsize=(6.4, 3.8), layout="constrained")
+    """Methods by cost (x) and accuracy (y); those that none beats in both are joined, and named where there is room."""
+    figure = Figure(figsize=SIZE, layout="constrained")
     axes = figure.subplots()
     best = front(points)
     for name, (cost, value) in points.items():
-        axes.plot(cost, 100 * value, "o", color="#0072B2" if name in best else "#BBBBBB", markersize=5)
-        if name in best:
-            axes.annotate(name, (cost, 100 * value), xytext=(4, 4), textcoords="offset points", fontsize=8)
+        axes.plot(cost, 100 * value, "o", color="#0072B2" if name in best else "#8A8A8A", markersize=5)
     axes.step(
         [points[n][0] for n in best], [100 * points[n][1] for n in best], where="post", color="#0072B2", alpha=0.5
     )
-    if any(cost > 0 for cost, _ in points.values()):
-        axes.set_xscale("symlog" if any(cost <= 0 for cost, _ in points.values()) else "log")
+    costs = [cost for cost, _ in points.values() if cost > 0]
+    if costs and max(costs) >= 10 * min(costs):
+        if len(costs) == len(points):
+            axes.set_xscale("log")
+            axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if max(costs) < 100 * min(costs) else (1,)))
+        else:
+            axes.set_xscale("symlog", linthresh=10 ** np.floor(np.log10(min(costs))), linscale=0.5)
+        axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        axes.xaxis.set_minor_locator(NullLocator())
+    else:
+        axes.ticklabel_format(axis="x", style="plain", useOffset=False)
+        axes.locator_params(axis="x", nbins=5)
+    axes.margins(x=0.08, y=0.12)
     axes.set(xlabel=x, ylabel=y, title=title)
     axes.grid(alpha=0.25)
+    figure.draw_without_rendering()  # settles where things are
+    taken: list[Any] = []
+    for name in reversed(best):
+        # No method lies above and left of one that none beats; only at the left edge its name must go elsewhere.
+        spot, box = (points[name][0], 100 * points[name][1]), {"facecolor": "white", "alpha": 0.7, "pad": 0.5, "lw": 0}
+        label = axes.annotate(name, spot, (-5, 4), textcoords="offset points", fontsize=8, ha="right", bbox=box)
+        label.set_in_layout(False)
+        if label.get_window_extent().x0 < axes.bbox.x0:
+            label.set(ha="left", x=5)
+        room = label.get_window_extent().padded(1)
+        if any(room.overlaps(other) for other in taken):
+            label.remove()
+        else:
+            taken.append(room)
     return figure
 
 
@@ -116,7 +141,7 @@ def heat_map(by_method: Mapping[str, Mapping[str, float]], *, title: str) -> Fig
 
 def reliability(bins: Mapping[str, Sequence[Mapping[str, Any]]], *, title: str) -> Figure:
     """Accuracy against confidence for each method; on the diagonal a model is as sure as it is right."""
-    figure = Figure(figsize=(6.4, 3.8), layout="constrained")
+    figure = Figure(figsize=(SIZE[0], SIZE[1] + 0.2 * ((len(bins) + 2) // 3)), layout="constrained")
     axes = figure.subplots()
     axes.plot([0, 100], [0, 100], color="#777777", linewidth=1, linestyle="--")
     for i, (method, found) in enumerate(bins.items()):
@@ -128,8 +153,9 @@ def reliability(bins: Mapping[str, Sequence[Mapping[str, Any]]], *, title: str) 
             marker=MARKERS[i % len(MARKERS)],
             markersize=4,
             linewidth=1.2,
+            clip_on=False,  # a point at 100 % is shown whole
         )
     axes.set(xlabel="confidence in %", ylabel="accuracy in %", title=title, xlim=(0, 100), ylim=(0, 100))
     axes.grid(alpha=0.25)
-    figure.legend(loc="outside right upper", frameon=False, fontsize=8)
+    figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=8)
     return figure

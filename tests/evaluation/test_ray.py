@@ -1,0 +1,89 @@
+"""Cells on Ray give the rows that local workers give; one that hangs or dies spoils only itself. Needs `[ray]`."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import signal
+import time
+
+import numpy as np
+import pytest
+
+from clipadapt.errors import ClipadaptError
+from clipadapt.evaluation.bench import _OnRay, run_suite
+from clipadapt.evaluation.suite import cells, load_suite
+
+ray = pytest.importorskip("ray")
+
+TOKEN = secrets.token_hex(32)  # so that Ray writes none into the home folder; it reads it once a process
+SUITE = """
+title: Small
+data: [points.yaml]
+protocols: {few-shot: {shots: [1, 4]}}
+methods: [zero-shot, tip-adapter, coop]
+seeds: [1, 2]
+"""
+POINTS = """
+name: points
+title: Points around three centres
+layout: features
+places: {one: [one.npz]}
+classes: 3
+settings: {cut: {val: 0.2, test: 0.4}}
+"""
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("RAY_AUTH_TOKEN", TOKEN)
+    rng = np.random.default_rng(0)
+    centres, labels = rng.standard_normal((3, 8)), np.repeat(np.arange(3), 20)
+    np.savez(
+        tmp_path / "one.npz",
+        image_features=centres[labels] + rng.standard_normal((60, 8)),
+        labels=labels,
+        class_names=np.array(["ant", "bee", "cat"]),
+        mean_prompt_features=centres + rng.standard_normal((3, 8)),
+    )
+    (tmp_path / "points.yaml").write_text(POINTS)
+    (tmp_path / "small.yaml").write_text(SUITE)
+    return tmp_path
+
+
+def hangs_or_dies(cell, root, threads):
+    if cell.label == "tip-adapter":
+        time.sleep(60)
+    if cell.label == "coop":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return {"figures": {"accuracy": 1.0}}
+
+
+def test_same_rows_as_local_workers(folder):
+    suite = load_suite(folder / "small.yaml")
+    local = run_suite(suite, folder / "local", root=folder, jobs=2, threads=1)
+    there = run_suite(suite, folder / "ray", root=folder, jobs=2, threads=1, ray="local")
+    assert not ray.is_initialized(), "what was started is stopped"
+    for key in ("cell", "label", "seed", "options", "figures", "per_class", "details", "skipped", "trained_parameters"):
+        assert [row.get(key) for row in there] == [row.get(key) for row in local], key
+    assert sum("figures" in row for row in there) == 8
+    assert all("needs a backbone with" in row["skipped"] for row in there if row["label"] == "coop")
+
+
+def test_what_hangs_or_dies_spoils_only_itself(folder, monkeypatch):
+    monkeypatch.setattr("clipadapt.evaluation.bench.run_cell", hangs_or_dies)
+    workers = _OnRay("local", 1, 1)
+    by_label = {cell.label: cell for cell in cells(load_suite(folder / "small.yaml"))}
+    try:
+        seconds = {"tip-adapter": 3, "coop": 60, "zero-shot": 60}
+        rows = {label: workers(by_label[label], folder, seconds[label], 1) for label in seconds}
+    finally:
+        workers.close()
+    assert "Worker" in rows["coop"]["error"]
+    assert "longer than 3 seconds" in rows["tip-adapter"]["error"]
+    assert rows["zero-shot"]["figures"] == {"accuracy": 1.0}
+
+
+def test_no_cluster_at_the_address(folder):
+    with pytest.raises(ClipadaptError, match="cannot be reached at 'auto'"):
+        run_suite(load_suite(folder / "small.yaml"), folder / "out", root=folder, threads=1, ray="auto")
