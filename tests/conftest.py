@@ -6,6 +6,10 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
+
+if os.environ.get("PYTEST_XDIST_WORKER"):  # a process for each core: more threads would only be in each other's way
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

@@ -31,4 +31,4 @@ def test_an_exact_key_shows_its_hyper_parameters(run, monkeypatch):
 
 def test_unknown_names_are_errors(run):
     assert "did you mean 'tip-adapter'" in run("methods", "tipadapter", code=1).stderr
-    assert "matches 'x*'" in run("methods", "x*", code=1).stderr
+    assert "matches 'q*'" in run("methods", "q*", code=1).stderr

@@ -9,12 +9,15 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from io import BytesIO
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from PIL import ExifTags, Image, UnidentifiedImageError
 
 from clipadapt.errors import DataError
+
+if TYPE_CHECKING:
+    import torch
 
 # Larger pictures are refused before they are decoded: as RGB this many pixels already take 0.5 GB.
 MAX_PIXELS = 178_956_970
