@@ -127,8 +127,8 @@ def select(
             except (ClipadaptError, FloatingPointError) as error:  # this data or this backbone does not suit it
                 refused[key] = str(error)
                 tell(f"{key}: skipped, {error}")
-    for key, why in late.items():
-        tell(f"{key}: skipped, {why}")
+    if late:
+        tell(f"not tried for lack of time: {', '.join(late)}")
 
     skipped = refused | late
     trials = [found[key] for key in ["zero-shot", *order] if key in found]
