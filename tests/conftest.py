@@ -10,6 +10,7 @@ import torch
 
 if os.environ.get("PYTEST_XDIST_WORKER"):  # a process for each core: more threads would only be in each other's way
     torch.set_num_threads(1)
+    os.environ.pop("COLUMNS", None)  # which such a process gets, and which would fix the width of all output
 
 
 @pytest.fixture(scope="session")
