@@ -27,9 +27,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from clipadapt.data.definitions import Definition, definition
+from clipadapt.data.definitions import Definition, definition, read_yaml
 from clipadapt.errors import ClipadaptError, DataError, unknown_name
 from clipadapt.evaluation.protocols import options, protocols
 from clipadapt.methods import FeatureMethod, create, list_methods, method_class
@@ -96,15 +94,8 @@ def load_suite(name: str | Path, *, tiny: bool = False) -> Suite:
         if str(name) not in suites():
             raise unknown_name("suite", str(name), suites())
         file = HERE / f"{name}.yaml"
-    try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise DataError(f"{file} cannot be read: {error.strerror}.") from None
-    except yaml.YAMLError as error:
-        raise DataError(f"{file} is not valid YAML: {' '.join(str(error).split())}.") from None
-    if not isinstance(content, dict):
-        raise DataError(f"{file} must hold the fields of a suite: data, protocols, methods, ...")
-    content = dict[str, Any]({"backbones": ["embedded"], "seeds": [1, 2, 3]}, **content)
+    content: dict[str, Any] = {"backbones": ["embedded"], "seeds": [1, 2, 3]}
+    content |= read_yaml(file, "a suite: data, protocols, methods, ...")
     small = content.pop("tiny", {}) or {}
     for key in (*content, *small):
         if key not in _FIELDS:

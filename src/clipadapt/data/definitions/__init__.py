@@ -113,14 +113,7 @@ def definition(name: str | Path) -> Definition:
         if str(name) not in definitions():
             raise unknown_name("data set", str(name), definitions())
         file = HERE / f"{name}.yaml"
-    try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise DataError(f"{file} cannot be read: {error.strerror}.") from None
-    except yaml.YAMLError as error:
-        raise DataError(f"{file} is not valid YAML: {' '.join(str(error).split())}.") from None
-    if not isinstance(content, dict):
-        raise DataError(f"{file} must hold the fields of a data set: name, title, layout, ...")
+    content = read_yaml(file, "a data set: name, title, layout, ...")
     for key in content:
         if key not in (*_FIELDS, "settings"):
             raise unknown_name(f"field in {file}", str(key), (*_FIELDS, "settings"))
@@ -131,6 +124,19 @@ def definition(name: str | Path) -> Definition:
         raise unknown_name(f"layout in {file}", content["layout"], LAYOUTS)
     places = {part: [p] if isinstance(p, str) else list(p) for part, p in content.get("places", {}).items()}
     return Definition(**(content | {"places": places}))
+
+
+def read_yaml(file: Path, fields: str) -> dict[str, Any]:
+    """The fields in a YAML file; `fields` says in a message which are meant."""
+    try:
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise DataError(f"{file} cannot be read: {error.strerror}.") from None
+    except yaml.YAMLError as error:
+        raise DataError(f"{file} is not valid YAML: {' '.join(str(error).split())}.") from None
+    if not isinstance(content, dict):
+        raise DataError(f"{file} must hold the fields of {fields}")
+    return content
 
 
 def load(name: str | Path | Definition, root: str | Path | None = None, encoder: str | None = None) -> Loaded:
