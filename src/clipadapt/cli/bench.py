@@ -41,6 +41,7 @@ def bench(
 ) -> None:
     """Run SUITE and report on it. What is in DIR already is not run again, so the same command goes on after a stop."""
     from clipadapt.evaluation.bench import run_suite
+    from clipadapt.evaluation.report import check_installed, write_report
     from clipadapt.evaluation.suite import cells, load_suite, suites
 
     if list_suites:
@@ -55,11 +56,11 @@ def bench(
     if out_folder is None:
         raise ClipadaptError("Say where the results go: --out DIR.")
     chosen = load_suite(suite, tiny=tiny)
+    if report:
+        check_installed()  # now, not after the run
     rows = run_suite(chosen, out_folder, root=data, jobs=jobs, threads=threads, ray=ray, only=only, tell=err.print)
     failed, results = [row for row in rows if "error" in row], out_folder / "results.jsonl"
     if report and only is None:
-        from clipadapt.evaluation.report import write_report
-
         page = write_report(rows, out_folder, title=chosen.title, command=_command(suite, out_folder, tiny))
         note(f"report: {page}")
     if as_json:

@@ -12,6 +12,7 @@ import json
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -54,13 +55,12 @@ def write_report(rows: Sequence[Row], out: Path, *, title: str, command: str) ->
 
     `rows` are those of `run_suite`; `command` is what made them. Needs the extra `[bench]` (matplotlib, Jinja2).
     """
-    try:
-        from jinja2 import Environment
-        from markupsafe import Markup
+    check_installed()
+    from jinja2 import Environment
+    from markupsafe import Markup
 
-        from clipadapt.evaluation.report import figures
-    except ImportError as error:
-        raise ClipadaptError(f"A report needs {error.name}: pip install 'clipadapt[bench]'.") from None
+    from clipadapt.evaluation.report import figures
+
     page = _Page(out, figures)
     own = (".yaml", ".yml")  # a definition of one's own is called by its file's name
     rows = [{**row, "data": Path(row["data"]).stem if row["data"].endswith(own) else row["data"]} for row in rows]
@@ -94,6 +94,13 @@ def write_report(rows: Sequence[Row], out: Path, *, title: str, command: str) ->
     with written_aside(out / "report.html") as aside:
         aside.write_text(text, encoding="utf-8")
     return out / "report.html"
+
+
+def check_installed() -> None:
+    """Raise ClipadaptError where what a report needs is not installed."""
+    for module in ("jinja2", "matplotlib"):
+        if find_spec(module) is None:
+            raise ClipadaptError(f"A report needs {module}: pip install 'clipadapt[bench]', or give --no-report.")
 
 
 class _Page:
