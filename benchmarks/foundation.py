@@ -2,6 +2,7 @@
 
     python benchmarks/foundation.py ../shared/data whu            # writes benchmarks/foundation_whu.jsonl
     python benchmarks/foundation.py ../shared/data caltech        # writes benchmarks/foundation_caltech.jsonl
+    python benchmarks/foundation.py ../shared/data adapt          # only `adapt` of it, into foundation_adapt.jsonl
     python benchmarks/foundation.py ../shared/data digits         # writes benchmarks/foundation_digits.jsonl
 
 `whu-rs19`: published features of two real CLIP encoders; 16-shot support sets drawn by the published sampler, seeds
@@ -73,9 +74,14 @@ def whu(data: Path) -> list[dict[str, Any]]:
     return rows
 
 
+def caltech_files(data: Path) -> tuple[Path, Path]:
+    """The published split, and the folder of its pictures."""
+    return data / "coop-splits" / "split_zhou_Caltech101.json", data / "caltech101" / "101_ObjectCategories"
+
+
 def caltech(data: Path, budget: float) -> list[dict[str, Any]]:
     rows = []
-    split_file, root = data / "coop-splits" / "split_zhou_Caltech101.json", data / "caltech101" / "101_ObjectCategories"
+    split_file, root = caltech_files(data)
     for seed in SEEDS:
         rows.append(timed_adapt(split_file, root, seed, budget))
         backbone = clipadapt.load_backbone()
@@ -148,7 +154,7 @@ def timed_adapt(split_file: Path, root: Path, seed: int, budget: float) -> dict[
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("data", type=Path, help="the folder that holds whu-rs19/, caltech101/ and coop-splits/")
-    parser.add_argument("part", choices=("whu", "caltech", "digits"))
+    parser.add_argument("part", choices=("whu", "caltech", "adapt", "digits"))
     parser.add_argument("--budget", type=float, default=60.0, help="seconds for --method auto")
     options = parser.parse_args()
     facts = {"clipadapt": clipadapt.__version__}
@@ -156,10 +162,15 @@ def main() -> None:
         rows = whu(options.data)
     else:
         facts["backbone"] = clipadapt.load_backbone().fingerprint
-        rows = caltech(options.data, options.budget) if options.part == "caltech" else digits()
+        rows = {
+            "caltech": lambda: caltech(options.data, options.budget),
+            "adapt": lambda: [timed_adapt(*caltech_files(options.data), seed, options.budget) for seed in SEEDS],
+            "digits": digits,
+        }[options.part]()
     out = Path(__file__).with_name(f"foundation_{options.part}.jsonl")
     out.write_text("".join(json.dumps(facts | row) + "\n" for row in rows))
-    {"whu": print_whu, "caltech": print_caltech, "digits": print_digits}[options.part](rows)
+    printed = {"whu": print_whu, "caltech": print_caltech, "adapt": print_caltech, "digits": print_digits}
+    printed[options.part](rows)
     print(f"\n{out}")
 
 
