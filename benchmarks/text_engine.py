@@ -24,6 +24,7 @@ import random
 import resource
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from typing import Any
@@ -172,7 +173,7 @@ def in_a_process(file: str, *arguments: Any) -> dict[str, Any]:
 def compare(case: str, options: argparse.Namespace) -> dict[str, Any]:
     classes = min(options.classes, CASE_CLASSES.get(case, options.classes))
     few = min(options.memory_classes, classes)
-    file = f"/tmp/text_engine_{os.getpid()}.pt"
+    file = os.path.join(tempfile.gettempdir(), f"text_engine_{os.getpid()}.pt")
     common = [case, options.device, options.dtype]
     fast = in_a_process(file, "ours", classes, 0, 3, *common)
     slow = in_a_process(file, "plain", classes, 100, 1, *common)
