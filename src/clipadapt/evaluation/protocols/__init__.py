@@ -71,12 +71,15 @@ def options(key: str) -> dict[str, Any]:
 
 
 def fit(method: Method, backbone: Backbone, support: Dataset | None, **more: Any) -> tuple[Method, float]:
-    """The fitted method, and the seconds that it learned."""
+    """The fitted method, and the seconds that it learned; what learns nothing gets the support's class names alone."""
     missing = method.card.requires - backbone.capabilities
     if missing:
         raise NotApplicable(f"{method.card.key} needs a backbone with {', '.join(sorted(missing))}.")
     if method.card.signal == "unlabelled" and more.get("unlabelled") is None:
         raise NotApplicable(f"{method.card.key} learns from unlabelled pictures, and here are none.")
+    if method.card.signal == "none" and support is not None:
+        more = {"class_names": support.class_names}
+        support = None
     start = time.perf_counter()
     model = method.fit(backbone, support, **more)
     return model, time.perf_counter() - start

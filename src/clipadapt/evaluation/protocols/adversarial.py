@@ -30,10 +30,7 @@ def run(
     radii = [eps] if isinstance(eps, int | float) else list(eps)
     if "gradients" not in backbone.capabilities:
         raise NotApplicable(f"{backbone.source} has no image tower that can be differentiated.")
-    if method.card.signal == "none":
-        model, seconds = fit(method, backbone, None, class_names=split.train.class_names)
-    else:
-        model, seconds = fit(method, backbone, split.train.few_shot(shots, seed=seed))
+    model, seconds = fit(method, backbone, split.train.few_shot(shots, seed=seed))
     test = split.test if limit is None else split.test.few_shot(limit, seed=1)
     try:
         found = adversarial_accuracy(model, test, eps=radii, steps=steps).attacked

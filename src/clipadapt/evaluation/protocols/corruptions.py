@@ -43,10 +43,7 @@ def run(
         for kind in wanted
         for level in levels
     }
-    if method.card.signal == "none":
-        model, seconds = fit(method, backbone, None, class_names=split.train.class_names)
-    else:
-        model, seconds = fit(method, backbone, split.train.few_shot(shots, seed=seed))
+    model, seconds = fit(method, backbone, split.train.few_shot(shots, seed=seed))
     figures, classes, details = judged(model, test)
     labels = np.array(test.labels)
     found = {

@@ -30,10 +30,7 @@ def run(
     card = method.card
     if not card.new_classes and card.signal != "none":
         raise NotApplicable(f"{card.key} ties what it learns to its classes.")
-    if card.signal == "none":
-        model, seconds = fit(method, backbone, None, class_names=split.train.class_names)
-    else:
-        model, seconds = fit(method, backbone, split.train.few_shot(shots, seed=seed))
+    model, seconds = fit(method, backbone, split.train.few_shot(shots, seed=seed))
     figures, classes, details = judged(model, split.test)
     there: dict[str, float] = {}
     for name in targets:

@@ -36,10 +36,7 @@ def run(
         raise DataError(f"{train.name} has no domain {min(absent)!r}; it has {', '.join(sorted(set(train.domains)))}.")
     pool = train.select(i for i, domain in enumerate(train.domains) if domain in seen)
     support = pool.few_shot(shots, seed=seed)
-    if method.card.signal == "none":
-        model, seconds = fit(method, backbone, None, class_names=support.class_names)
-    else:
-        model, seconds = fit(method, backbone, support)
+    model, seconds = fit(method, backbone, support)
     hits = model.image_logits(test)[0].argmax(1).numpy() == np.array(test.labels)
     domains = np.array(test.domains)
     by_domain = {str(d): float(hits[domains == d].mean()) for d in dict.fromkeys(test.domains)}

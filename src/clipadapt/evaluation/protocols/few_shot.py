@@ -40,10 +40,6 @@ def run(
         method = create(key, **best.hyperparameters)
         details["searched"] = {name: best.hyperparameters[name] for name in method.search_space}
     more: dict[str, Any] = {"val": held_out} if val else {}
-    if method.card.signal == "none":
-        more, support_set = {"class_names": support.class_names}, None
-    else:
-        support_set = support
-    model, seconds = fit(method, backbone, support_set, **more)
+    model, seconds = fit(method, backbone, support, **more)
     figures, classes, shown = judged(model, split.test)
     return Outcome(figures, model, seconds, classes, shown | details)

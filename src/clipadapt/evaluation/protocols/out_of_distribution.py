@@ -47,10 +47,7 @@ def fpr95(known: np.ndarray, unknown: np.ndarray) -> float:
 
 def run(method: Method, backbone: Backbone, split: Split, seed: int, *, shots: int = 16) -> Outcome:
     known, unknown = split.test.base_new_split()
-    if method.card.signal == "none":
-        model, seconds = fit(method, backbone, None, class_names=known.class_names)
-    else:
-        model, seconds = fit(method, backbone, base_support(split.train, shots, seed))
+    model, seconds = fit(method, backbone, base_support(split.train, shots, seed))
     figures, classes, details = judged(model, known)
     inside, outside = (model.image_logits(part)[0][:, : len(known.class_names)] for part in (known, unknown))
     for kind in SCORES:

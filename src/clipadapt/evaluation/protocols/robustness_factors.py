@@ -54,10 +54,7 @@ def run(
     drawn = all(isinstance(item, GeneratedItem) for item in split.test.items)
     if not drawn or not set(kinds) <= set(KINDS):
         raise DataError(f"robustness-factors draws its own pictures: of the playground's kinds, not {split.test.name}.")
-    if method.card.signal == "none":
-        model, seconds = fit(method, backbone, None, class_names=kinds)
-    else:
-        model, seconds = fit(method, backbone, factor_pictures(kinds, shots, typical=typical, seed=seed))
+    model, seconds = fit(method, backbone, factor_pictures(kinds, shots, typical=typical, seed=seed))
     plain = factor_pictures(kinds, pictures, typical=typical, seed=TEST_SEED)
     known = model.image_logits(plain)[0]
     figures, classes, details = figures_of(known, plain)
