@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from hashlib import blake2b
 from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -114,6 +115,12 @@ def encode_images(
     encoding.run(batch_size, workers or os.cpu_count() or 1, progress)
     features, kept, skipped = encoding.results()
     return Encoded(torch.from_numpy(features if views else features[:, 0]), kept, skipped)
+
+
+def other_tower(backbone: Backbone, encode: Callable[[torch.Tensor], torch.Tensor], dim: int) -> Any:
+    """What `encode_images` (with `cache=False`) needs of a backbone, with `encode`: (B, 3, H, W) -> (B, dim)."""
+    facts = {name: getattr(backbone, name) for name in ("preprocess", "device", "image_size")}
+    return SimpleNamespace(encode_images=encode, dim=dim, **facts)
 
 
 class _Cell(NamedTuple):

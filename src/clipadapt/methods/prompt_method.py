@@ -18,7 +18,7 @@ from torch.nn.functional import cross_entropy
 from clipadapt.backbones import Backbone, Insertion
 from clipadapt.data import Dataset
 from clipadapt.errors import ClipadaptError
-from clipadapt.features import encode_images
+from clipadapt.features import encode_images, other_tower
 from clipadapt.methods.base import Method, Run, hyper, label_array
 from clipadapt.training.loop import Loss, batches, seeded, train
 from clipadapt.training.pixels import Pixels
@@ -182,7 +182,7 @@ class PromptMethod(Method):
         self._fitted("backbone_")
         if not self.reads_pixels:
             return super().image_logits(images, on_error=on_error, progress=progress)
-        tower: Any = _PromptedTower(self._bound)
+        tower = other_tower(self._bound.backbone, self._bound.images, self._bound.image_dim)
         encoded = encode_images(tower, images, cache=False, on_error=on_error, progress=progress)
         with torch.no_grad():
             return self._logits(encoded.features), encoded.kept
@@ -194,12 +194,3 @@ class PromptMethod(Method):
     @property
     def trained_parameters(self) -> int:
         return sum(tensor.numel() for tensor in self.learned_.values())
-
-
-class _PromptedTower:
-    """What `encode_images` needs of a backbone, with the learner's own image features."""
-
-    def __init__(self, learner: PromptLearner) -> None:
-        backbone = learner.backbone
-        self.encode_images, self.dim = learner.images, learner.image_dim
-        self.preprocess, self.device, self.image_size = backbone.preprocess, backbone.device, backbone.image_size

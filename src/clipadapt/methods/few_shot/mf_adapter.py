@@ -22,7 +22,6 @@ logits are added. The rest is ours:
 from __future__ import annotations
 
 from dataclasses import dataclass
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -32,7 +31,7 @@ from torch.nn.functional import avg_pool2d, cross_entropy, normalize, relu
 from clipadapt.backbones import Backbone
 from clipadapt.data import Dataset
 from clipadapt.errors import ClipadaptError
-from clipadapt.features import encode_classes, encode_images
+from clipadapt.features import encode_classes, encode_images, other_tower
 from clipadapt.methods.base import Card, Method, Run, hyper, label_array
 from clipadapt.methods.few_shot.tip_adapter import cache_logits, search
 from clipadapt.methods.registry import register
@@ -221,7 +220,7 @@ class MFAdapter(Method):
             features, found = self._look(backbone, pixels)
             return torch.cat([features, of_windows(found)], dim=1)
 
-        return encode_images(_tower(backbone, encode, backbone.dim + size), images, cache=False).features
+        return encode_images(other_tower(backbone, encode, backbone.dim + size), images, cache=False).features
 
     def _look(self, backbone: Backbone, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Pixels (B, 3, H, W) -> unit features (B, D) and kept windows (B, P, W), from one pass, on the CPU."""
@@ -245,7 +244,7 @@ class MFAdapter(Method):
         return x @ self.weight_.T + self.alpha_ * cache + self.gamma_ * self._local(found)
 
     def image_logits(self, images: Any, *, on_error: str = "raise", progress: bool = False) -> tuple[Tensor, list[int]]:
-        tower = _tower(self._fitted("backbone_"), self._scores, len(self.class_names_))  # keeps (B, C) of a picture
+        tower = other_tower(self._fitted("backbone_"), self._scores, len(self.class_names_))  # (B, C)
         encoded = encode_images(tower, images, cache=False, on_error=on_error, progress=progress)
         return encoded.features, encoded.kept
 
@@ -255,9 +254,3 @@ class MFAdapter(Method):
     @property
     def trained_parameters(self) -> int:
         return self.keys_.numel() + self.down_.numel() + self.up_.numel()
-
-
-def _tower(backbone: Backbone, encode: Any, dim: int) -> Any:
-    """What `encode_images` needs of a backbone, with another encoding of `dim` numbers."""
-    facts = {name: getattr(backbone, name) for name in ("preprocess", "device", "image_size")}
-    return SimpleNamespace(encode_images=encode, dim=dim, **facts)

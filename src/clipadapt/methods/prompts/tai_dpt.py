@@ -24,7 +24,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -35,7 +34,7 @@ from clipadapt.backbones import Backbone
 from clipadapt.data import class_texts
 from clipadapt.data.captions import made_sentences, named_classes, read_captions
 from clipadapt.errors import ClipadaptError
-from clipadapt.features import encode_images
+from clipadapt.features import encode_images, other_tower
 from clipadapt.losses.ranking import FACTOR, pairwise_ranking
 from clipadapt.methods.base import Card, hyper
 from clipadapt.methods.prompt_method import PromptLearner, PromptMethod
@@ -174,13 +173,7 @@ class TaIDPT(PromptMethod):
 
     def image_logits(self, images: Any, *, on_error: str = "raise", progress: bool = False) -> tuple[Tensor, list[int]]:
         backbone = self._fitted("backbone_")
-        tower: Any = SimpleNamespace(  # keeps (B, C) of a picture, not its patches
-            encode_images=self._scores,
-            dim=len(self.class_names_),
-            preprocess=backbone.preprocess,
-            device=backbone.device,
-            image_size=backbone.image_size,
-        )
+        tower = other_tower(backbone, self._scores, len(self.class_names_))  # keeps (B, C), not the patches
         encoded = encode_images(tower, images, cache=False, on_error=on_error, progress=progress)
         return encoded.features, encoded.kept
 
