@@ -367,3 +367,34 @@ def test_beats_zero_shot_on_a_small_real_task(key, digits):
         trials = select(backbone, support, keys=[key], folds=2, budget=math.inf, overrides=overrides).trials
         method = trials[1].create()
     assert method.fit(backbone, support).score(test) > zero_shot + 0.05
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_embeddings_know_which_models_share_them(key, backbone, fitted, queries, tmp_path):
+    """The fingerprint of the image side is that of the plain backbone exactly where pictures are encoded as by it."""
+    method = fitted(key)
+    try:
+        tower = method.image_tower()
+    except ClipadaptError as error:
+        assert "no point of the space of texts" in str(error)  # noqa: PT017
+        return
+    pixels = torch.stack([backbone.preprocess(item.open()) for item in queries.items])
+    with torch.no_grad():
+        features = tower.encode_images(pixels)
+        same = torch.equal(features, backbone.encode_images(pixels))
+    assert features.shape == (len(pixels), tower.dim)
+    assert (method.image_fingerprint == backbone.image_fingerprint) == same
+    assert clipadapt.load(method.save(tmp_path), backbone=backbone).image_fingerprint == method.image_fingerprint
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_texts_are_encoded_in_the_space_of_pictures(key, fitted):
+    method = fitted(key)
+    try:
+        texts = method.encode_texts(["a red circle", "a cat"])
+    except ClipadaptError as error:
+        assert "depends on the picture" in str(error) or "class_specific=True" in str(error)  # noqa: PT017
+        return
+    assert texts.shape == (2, method.backbone_.dim)
+    torch.testing.assert_close(texts.norm(dim=1), torch.ones(2))
+    torch.testing.assert_close(method.encode_texts(["a cat"]), texts[1:], atol=1e-5, rtol=0)

@@ -19,7 +19,8 @@ class CountingBackbone:
     image_size = (16, 12)  # (H, W)
 
     def __init__(self, seed: int = 0) -> None:
-        self.fingerprint = f"counting-{seed}"
+        self.source = f"counting {seed}"
+        self.fingerprint = self.image_fingerprint = f"counting-{seed}"
         self.projection = torch.randn(3 * 16 * 12, self.dim, generator=torch.Generator().manual_seed(seed))
         self.seen = self.preprocessed = 0
         self.batch_sizes: list[int] = []

@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, overload
+from typing import Any, ClassVar, Literal, overload
 
 import torch
 from PIL import Image
@@ -72,6 +72,8 @@ class Backbone:
     dim           D, length of a feature
     """
 
+    _image_weights: ClassVar[tuple[str, ...]] = ("vision_model.", "visual_projection.")  # how their names begin
+
     def __init__(self, source: str, pretrained: Pretrained, device: str | torch.device = "cpu") -> None:
         self.source = source
         self.family = pretrained.family
@@ -83,7 +85,7 @@ class Backbone:
         self._family = FAMILIES[self.family]
         self.prompted: dict[TowerName, PromptedRows] = {}  # filled while `inserted` lasts
         self.watched: list[TowerName] = []  # towers in which `after_blocks` is at work
-        self._fingerprint: tuple[Any, str] | None = None
+        self._known: tuple[Any, tuple[str, str]] | None = None  # state of the weights, its two fingerprints
         config = self.model.config
         size = transform.crop or transform.resize
         square = (config.vision_config.image_size,) * 2
@@ -415,16 +417,34 @@ class Backbone:
 
         Weights count as float32, which is how they are loaded. Recomputed when one has changed.
         """
+        return self._fingerprints()[0]
+
+    @property
+    def image_fingerprint(self) -> str:
+        """The same of what encodes pictures alone: embeddings of pictures are good for all backbones that share it."""
+        return self._fingerprints()[1]
+
+    def _fingerprints(self) -> tuple[str, str]:
         state = self.model.state_dict()
         # versions miss what is written through `.data`, as peft does when it merges; sums show it
         stamp = [(name, tensor.data_ptr(), tensor._version, float(tensor.sum())) for name, tensor in state.items()]
-        if self._fingerprint is None or self._fingerprint[0] != stamp:
-            digest = hashlib.blake2b(self._setting_digest(), digest_size=16)
+        if self._known is None or self._known[0] != stamp:
+            whole = hashlib.blake2b(self._setting_digest(), digest_size=16)
+            image = hashlib.blake2b(self._image_setting_digest(), digest_size=16)
             with ThreadPoolExecutor() as pool:  # hashing large buffers releases the interpreter lock
-                for part in pool.map(_weight_digest, sorted(state.items())):
-                    digest.update(part)
-            self._fingerprint = (stamp, digest.hexdigest())
-        return self._fingerprint[1]
+                names = sorted(state)
+                for name, part in zip(names, pool.map(_weight_digest, names, map(state.get, names)), strict=True):
+                    whole.update(part)
+                    if name.startswith(self._image_weights):
+                        image.update(part)
+            self._known = (stamp, (whole.hexdigest(), image.hexdigest()))
+        return self._known[1]
+
+    def _image_setting_digest(self) -> bytes:
+        """Of `_setting_digest` what concerns pictures."""
+        vision = self.model.config.vision_config
+        facts = [repr(self.preprocess), vision.hidden_act, vision.num_attention_heads, vision.layer_norm_eps]
+        return json.dumps(facts).encode()
 
     def _setting_digest(self) -> bytes:
         """What the weights do not tell: how pictures and texts become inputs, and how the towers compute.
@@ -469,8 +489,7 @@ class Backbone:
             shutil.rmtree(aside, ignore_errors=True)
 
 
-def _weight_digest(named: tuple[str, torch.Tensor]) -> bytes:
-    name, tensor = named
+def _weight_digest(name: str, tensor: torch.Tensor) -> bytes:
     digest = hashlib.blake2b(f"{name} {tuple(tensor.shape)}".encode())
     digest.update(tensor.detach().float().cpu().contiguous().numpy().data)
     return digest.digest()

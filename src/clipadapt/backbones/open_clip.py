@@ -43,6 +43,8 @@ class OpenClipBackbone(Backbone):
     Preprocessing, text cleaning and tokens are OpenCLIP's own; texts always run at their full context length.
     """
 
+    _image_weights = ("visual.",)
+
     def __init__(self, source: str, model: Any, transform: Callable[..., torch.Tensor], tokenizer: Any) -> None:
         self.source = source
         self.family = "open_clip"
@@ -53,7 +55,7 @@ class OpenClipBackbone(Backbone):
         size = model.visual.image_size
         self.image_size = (size, size) if isinstance(size, int) else (size[0], size[1])
         self.prompted = {}
-        self._fingerprint = None
+        self._known = None
         with torch.no_grad():
             self.dim = self.encode_texts(["a"]).shape[1]
 
@@ -92,6 +94,9 @@ class OpenClipBackbone(Backbone):
 
     def save(self, folder: str | os.PathLike[str]) -> NoReturn:
         self._refuse("export as a transformers folder")
+
+    def _image_setting_digest(self) -> bytes:
+        return repr([self.source, self.model.visual.preprocess_cfg]).encode()
 
     def _setting_digest(self) -> bytes:
         return repr(

@@ -38,7 +38,7 @@ class PublishedFeatures:
         digest = blake2b(str(logit_scale).encode(), digest_size=16)
         for name, feature in sorted(self._features.items()):
             digest.update(name.encode() + feature.numpy().tobytes())
-        self.fingerprint = digest.hexdigest()
+        self.fingerprint = self.image_fingerprint = digest.hexdigest()
 
     def encode_classes(self, class_names: Sequence[str]) -> Tensor:
         """Unit text features (C, D) of the names; ClipadaptError for a name that was not published."""

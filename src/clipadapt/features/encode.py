@@ -42,11 +42,13 @@ class Encoded:
         features: (N, D) float32 on the CPU, rows of unit norm; (N, V, D) where V views were asked for.
         kept: N positions in the list that was given.
         skipped: (name, reason) of every picture that could not be read.
+        digests: N contents, 32 hex digits each; empty where pixels or features were given.
     """
 
     features: torch.Tensor
     kept: list[int]
     skipped: list[tuple[str, str]]
+    digests: list[str] = field(default_factory=list)
 
 
 def encode_images(
@@ -114,13 +116,20 @@ def encode_images(
     encoding = _Encoding(backbone, items, plan or [None], store, precision, skip=on_error == "skip")
     encoding.run(batch_size, workers or os.cpu_count() or 1, progress)
     features, kept, skipped = encoding.results()
-    return Encoded(torch.from_numpy(features if views else features[:, 0]), kept, skipped)
+    digests = [encoding.contents[index] for index in kept]
+    return Encoded(torch.from_numpy(features if views else features[:, 0]), kept, skipped, digests)
 
 
-def other_tower(backbone: Backbone, encode: Callable[[torch.Tensor], torch.Tensor], dim: int) -> Any:
-    """What `encode_images` (with `cache=False`) needs of a backbone, with `encode`: (B, 3, H, W) -> (B, dim)."""
-    facts = {name: getattr(backbone, name) for name in ("preprocess", "device", "image_size")}
-    return SimpleNamespace(encode_images=encode, dim=dim, **facts)
+def other_tower(
+    backbone: Backbone, encode: Callable[[torch.Tensor], torch.Tensor], dim: int, fingerprint: str | None = None
+) -> Any:
+    """What `encode_images` needs of a backbone, with `encode`: (B, 3, H, W) -> (B, dim).
+
+    Without a `fingerprint` its features cannot be kept: pass `cache=False`.
+    """
+    facts = {name: getattr(backbone, name) for name in ("source", "preprocess", "device", "image_size")}
+    names = {} if fingerprint is None else {"fingerprint": fingerprint, "image_fingerprint": fingerprint}
+    return SimpleNamespace(encode_images=encode, dim=dim, **facts, **names)
 
 
 class _Cell(NamedTuple):

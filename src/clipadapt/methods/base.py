@@ -28,7 +28,7 @@ from torch.nn.functional import normalize, one_hot
 
 from clipadapt.data import Dataset, MultiLabelDataset, as_items
 from clipadapt.errors import ClipadaptError, unknown_name
-from clipadapt.features import encode_classes, encode_images
+from clipadapt.features import encode_classes, encode_images, other_tower
 from clipadapt.metrics import best_threshold, mean_average_precision
 from clipadapt.training.loop import Report, Run
 
@@ -268,6 +268,38 @@ class Method:
     def encode_pixels(self, pixels: Tensor) -> Tensor:
         """Preprocessed pixels (B, 3, H, W) -> what `_logits` takes of them (B, K), with gradients to the pixels."""
         return self._fitted("backbone_").encode_images(pixels)
+
+    def encode_texts(self, texts: Sequence[str]) -> Tensor:
+        """T texts -> (T, D) unit features, as this model's text side sees them, in the space of `encode_pixels`."""
+        return self._fitted("backbone_").encode_texts(texts)
+
+    @property
+    def image_fingerprint(self) -> str:
+        """Of what `encode_pixels` computes: embeddings of pictures are good for all models that share it."""
+        tower = self._fitted("backbone_").image_fingerprint
+        beside = self._beside_image_tower()
+        if not beside:
+            return tower
+        from clipadapt.methods.artifact import recipe
+
+        digest = blake2b(json.dumps([tower, recipe(self)], default=str).encode(), digest_size=16)
+        for name in sorted(beside):
+            digest.update(name.encode() + beside[name].detach().cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()
+
+    def _beside_image_tower(self) -> dict[str, Tensor]:
+        """What was learned that changes `encode_pixels`, but is none of the weights of `backbone_`."""
+        return {}
+
+    def image_tower(self) -> Any:
+        """What `encode_images` and `encode_shard` take as a backbone, to encode pictures as this model does.
+
+        Raises ClipadaptError where what the model takes of a picture is no point of the space of texts.
+        """
+        backbone = self._fitted("backbone_")
+        if backbone is None:
+            raise ClipadaptError(f"This {self.card.key} was fitted on features, with no towers to encode with.")
+        return other_tower(backbone, self.encode_pixels, backbone.dim, self.image_fingerprint)
 
     def image_logits(self, images: Any, *, on_error: str = "raise", progress: bool = False) -> tuple[Tensor, list[int]]:
         """Logits (M, C) of pictures (paths, PIL, a data set, or (N, 3, H, W) pixels) and which of them they are."""

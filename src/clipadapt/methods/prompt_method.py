@@ -7,6 +7,7 @@ module trains it, keeps its parameters (and nothing else), and binds them to new
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -176,6 +177,32 @@ class PromptMethod(Method):
         """See `Method.encode_pixels`; where tokens are in the image tower, the prompted one is meant."""
         self._fitted("backbone_")
         return self._bound.images(pixels) if self.reads_pixels else super().encode_pixels(pixels)
+
+    def encode_texts(self, texts: Sequence[str]) -> Tensor:
+        """See `Method.encode_texts`: the texts take the place of class names in the learned prompt."""
+        other = copy.copy(self)
+        other.class_names_ = list(texts)
+        other._reclassify(self._fitted("backbone_"))
+        features = other._texts
+        if features.shape != (len(texts), self._bound.backbone.dim):
+            raise ClipadaptError(
+                f"{self.card.key} has no one feature of a text, as what it compares depends on the picture or is "
+                "several: ask for one of the model's classes, or search without the model."
+            )
+        return features
+
+    def _beside_image_tower(self) -> dict[str, Tensor]:
+        return self.learned_ if self.reads_pixels else {}
+
+    def image_tower(self) -> Any:
+        """See `Method.image_tower`."""
+        self._fitted("backbone_")
+        if self.reads_pixels and self._bound.image_dim != self._bound.backbone.dim:
+            raise ClipadaptError(
+                f"{self.card.key} takes {self._bound.image_dim} numbers of a picture, which are no point of the space "
+                "of texts: embed without the model."
+            )
+        return super().image_tower()
 
     def image_logits(self, images: Any, *, on_error: str = "raise", progress: bool = False) -> tuple[Tensor, list[int]]:
         """See `Method.image_logits`; where tokens are in the image tower, features are those of the prompted one."""

@@ -178,6 +178,9 @@ class TeCoA(TowerMethod):
         with self._inserted():
             return super().encode_pixels(pixels)
 
+    def _beside_image_tower(self) -> dict[str, Tensor]:
+        return {"tokens_": self.tokens_} if len(getattr(self, "tokens_", ())) else {}
+
     def image_logits(self, images: Any, *, on_error: str = "raise", progress: bool = False) -> tuple[Tensor, list[int]]:
         """See `Method.image_logits`."""
         with self._inserted():  # which the fingerprint, and so the cache, does not know

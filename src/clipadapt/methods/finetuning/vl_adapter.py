@@ -157,6 +157,14 @@ class VlAdapter(Method):
         with self.attached() as backbone:
             return backbone.encode_images(pixels)
 
+    def encode_texts(self, texts: Sequence[str]) -> Tensor:
+        """See `Method.encode_texts`; the text tower has its adapters."""
+        with self.attached() as backbone:
+            return backbone.encode_texts(texts)
+
+    def _beside_image_tower(self) -> dict[str, Tensor]:
+        return self.adapters_
+
     def image_logits(self, images: Any, *, on_error: str = "raise", progress: bool = False) -> tuple[Tensor, list[int]]:
         """See `Method.image_logits`; the features are those of the image tower with its adapters, and not kept."""
         with self.attached() as backbone:

@@ -78,7 +78,7 @@ class CoOp(PromptMethod):
             context = random_vectors(*classes, self.n_ctx, backbone.width("text"))
         return ContextLearner(backbone, class_names, context, self.position)
 
-    def with_classes(self, class_names: Sequence[str]) -> CoOp:
+    def _reclassify(self, backbone: Backbone) -> None:
         if self.class_specific:
             raise ClipadaptError("coop with class_specific=True has no context for classes that it has not learned.")
-        return super().with_classes(class_names)
+        super()._reclassify(backbone)
