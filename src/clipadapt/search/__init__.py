@@ -1,0 +1,1 @@
+"""Finding pictures: by words, by pictures, by both, among millions; duplicates and groups."""

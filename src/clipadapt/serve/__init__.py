@@ -1,0 +1,1 @@
+"""Adapted models behind HTTP: classify, embed, search."""
