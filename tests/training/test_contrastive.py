@@ -244,36 +244,51 @@ def test_the_schedule_follows_a_length_changed_on_the_way(tmp_path):
     assert rates[4:] == pytest.approx([3e-3 * 0.5 * (1 + np.cos(np.pi * step / 8)) for step in range(4, 8)])
 
 
-def one_of_two(rank: int, port: int, out: Path) -> None:
+def one_of_two(rank: int, port: int, out: Path, sharded: bool) -> None:
     launched = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     os.environ.update({key: str(value) for key, value in launched.items()}, ACCELERATE_USE_CPU="true")
     torch.set_num_threads(1)
-    train_contrastive(*fresh(), Squares(), replace(RECIPE, steps=2, chunk=3), out)
+    recipe = replace(RECIPE, steps=4, chunk=3, checkpoint_every=2)
+    train_contrastive(*fresh(), Squares(), replace(recipe, steps=2), out / "half", sharded=sharded)
+    train_contrastive(*fresh(), Squares(), recipe, out / "half", sharded=sharded)  # goes on from a checkpoint
+    averaged = train_contrastive(*fresh(), Squares(), recipe, out / "whole", sharded=sharded)
+    torch.save(averaged.state_dict(), out / f"averaged-{rank}.pt")
     with pytest.raises(ClipadaptError, match="7 does not divide among 2 processes"):
         train_contrastive(*fresh(), Squares(), replace(RECIPE, batch_size=7), out / "odd")
     torch.distributed.destroy_process_group()
 
 
-def test_two_processes_with_gradient_caching_equal_one_without(tmp_path):
+def weights(run: Path) -> torch.Tensor:
+    stored = load_file(run / "checkpoint.safetensors")
+    return torch.cat([stored[key].flatten() for key in sorted(stored) if key.startswith("weight.")])
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_two_processes_with_gradient_caching_equal_one_without(tmp_path, sharded):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     context = multiprocessing.get_context("spawn")
-    processes = [context.Process(target=one_of_two, args=(rank, port, tmp_path / "two")) for rank in range(2)]
+    processes = [context.Process(target=one_of_two, args=(rank, port, tmp_path, sharded)) for rank in range(2)]
     for process in processes:
         process.start()
-    train_contrastive(*fresh(), Squares(), replace(RECIPE, steps=2), tmp_path / "one")
+    expected = train_contrastive(*fresh(), Squares(), replace(RECIPE, steps=4), tmp_path / "one")
     for process in processes:
         process.join(timeout=120)
     assert [process.exitcode for process in processes] == [0, 0]
-    one, two = (load_file(tmp_path / run / "checkpoint.safetensors") for run in ("one", "two"))
-    one, two = (torch.cat([run[key].flatten() for key in one if key.startswith("weight.")]) for run in (one, two))
+    one, two = weights(tmp_path / "one"), weights(tmp_path / "whole")
     assert (one - two).norm() <= 1e-5 * one.norm()
     assert (one - two).abs().max() <= 1e-5  # a step of Adam is 3e-3 per weight
-    logs = ((tmp_path / run / "log.jsonl").read_text().splitlines() for run in ("one", "two"))
+    torch.testing.assert_close(weights(tmp_path / "half"), two, atol=1e-5, rtol=0)
+    for rank in range(2):  # every process gets the whole averaged model
+        averaged = torch.load(tmp_path / f"averaged-{rank}.pt", weights_only=True)
+        for name, tensor in expected.state_dict().items():
+            torch.testing.assert_close(averaged[name], tensor, atol=1e-5, rtol=0)
+    logs = ((tmp_path / run / "log.jsonl").read_text().splitlines() for run in ("one", "whole"))
     for ours, theirs in zip(*logs, strict=True):
-        for figure in ("loss", "gradient_norm"):
-            assert json.loads(ours)[figure] == pytest.approx(json.loads(theirs)[figure], rel=1e-5)
+        for figure in ("loss", "gradient_norm", "scale"):
+            if figure in json.loads(ours):
+                assert json.loads(ours)[figure] == pytest.approx(json.loads(theirs)[figure], rel=1e-5)
 
 
 # Refusals

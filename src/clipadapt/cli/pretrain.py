@@ -32,6 +32,9 @@ def run(
     out: Annotated[Path, typer.Option(help="Folder of the run; a run that it holds is continued.")],
     recipe: Annotated[Path, typer.Option(help="JSON file with the keys of Recipe, and preset, vocabulary.")],
     steps: Annotated[int | None, typer.Option(help="Length of the run, instead of the recipe's.")] = None,
+    sharded: Annotated[
+        bool, typer.Option("--sharded", help="Each of several processes holds its share of the weights (FSDP2).")
+    ] = False,
 ) -> None:
     """Train a CLIP on CORPUS by a recipe; the weights are in OUT/model at any time (a plain transformers folder)."""
     from clipadapt.backbones.scratch import scratch_clip
@@ -53,7 +56,14 @@ def run(
     hooks = corpus_hooks(source, tokenizer, vision.image_size)
     plan = Recipe.from_dict(values)
     train_contrastive(
-        model, tokenizer, source, plan, out, hooks=hooks, on_log=lambda record: typer.echo(json.dumps(record))
+        model,
+        tokenizer,
+        source,
+        plan,
+        out,
+        hooks=hooks,
+        on_log=lambda record: typer.echo(json.dumps(record)),
+        sharded=sharded or None,
     )
     typer.echo(f"The model is in {out / 'model'}")
 

@@ -7,6 +7,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from clipadapt.training.sharding import whole
+
 
 class EMA:
     """Exponential moving average of parameters: average <- d * average + (1 - d) * parameter.
@@ -35,7 +37,7 @@ class EMA:
     def copy_to(self, targets: Iterable[Tensor]) -> None:
         """Write the averages into `targets`, in the order of `parameters`; shapes may differ by dimensions of 1."""
         for average, target in zip(self.averages, targets, strict=True):
-            target.copy_(average.reshape(target.shape))
+            target.copy_(whole(average).reshape(target.shape))
 
 
 class BetaAverage:

@@ -15,19 +15,31 @@ from torch import Tensor, nn
 from clipadapt.errors import ArtifactError
 from clipadapt.files import written_aside
 from clipadapt.training.averaging import EMA
+from clipadapt.training.sharding import share, whole
 
 ADAM_STATE = ("step", "exp_avg", "exp_avg_sq")
 
 
 def save_checkpoint(
-    file: Path, module: nn.Module, ema: EMA, optimizer: torch.optim.AdamW, progress: dict[str, float]
+    file: Path,
+    module: nn.Module,
+    ema: EMA,
+    optimizer: torch.optim.AdamW,
+    progress: dict[str, float],
+    *,
+    write: bool = True,
 ) -> None:
-    """Write weights, averages, optimiser state and `progress` (JSON in the header) to one file, renamed into place."""
+    """Write weights, averages, optimiser state and `progress` (JSON in the header) to one file, renamed into place.
+
+    Where they are shared out over processes all of these must call it, and one of them with `write`.
+    """
     tensors: dict[str, Tensor] = {}
     for (name, parameter), average in zip(module.named_parameters(), ema.averages, strict=True):
-        tensors[f"weight.{name}"], tensors[f"average.{name}"] = parameter.detach(), average
+        tensors[f"weight.{name}"], tensors[f"average.{name}"] = whole(parameter.detach()), whole(average)
         for key in ADAM_STATE:
-            tensors[f"{key}.{name}"] = optimizer.state[parameter][key]
+            tensors[f"{key}.{name}"] = whole(optimizer.state[parameter][key])
+    if not write:
+        return
     with written_aside(file) as aside:
         save_file(tensors, aside, metadata={"progress": json.dumps({**progress, "ema_updates": ema.updates})})
 
@@ -44,9 +56,10 @@ def load_checkpoint(file: Path, module: nn.Module, ema: EMA, optimizer: torch.op
         with safe_open(file, framework="pt", device=str(device)) as stored:
             progress = json.loads(stored.metadata()["progress"])
             for (name, parameter), average in zip(parameters.items(), ema.averages, strict=True):
-                parameter.copy_(stored.get_tensor(f"weight.{name}"))
-                average.copy_(stored.get_tensor(f"average.{name}"))
-                optimizer.state[parameter] = {key: stored.get_tensor(f"{key}.{name}") for key in ADAM_STATE}
+                parameter.copy_(share(stored.get_tensor(f"weight.{name}"), parameter))
+                average.copy_(share(stored.get_tensor(f"average.{name}"), average))
+                kept = {key: stored.get_tensor(f"{key}.{name}") for key in ADAM_STATE}
+                optimizer.state[parameter] = {k: v if k == "step" else share(v, parameter) for k, v in kept.items()}
     except (SafetensorError, RuntimeError, TypeError, KeyError) as error:
         raise ArtifactError(
             f"{file} is damaged or belongs to another model; remove it to train afresh ({error})."

@@ -3,6 +3,7 @@
 Exact savings: text at its true length in the batch, gradient caching (arXiv 2101.06983), negatives from all processes.
 What changes the result is named in the recipe: bfloat16 autocast, patch dropout (FLIP, arXiv 2212.00794).
 Start it with `torchrun` or `accelerate launch` for several processes; the recipe's batch size is that of all together.
+Each of them holds all weights (DDP), or with `sharded` its share of them (FSDP2); both equal one process.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ import torch.nn.functional as F
 from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 from transformers import CLIPModel, PreTrainedTokenizerBase
 
@@ -35,6 +37,7 @@ from clipadapt.training.checkpoint import load_checkpoint, rewind_log, save_chec
 from clipadapt.training.pairs import Batch, Batches, PairSource
 from clipadapt.training.recipe import Recipe
 from clipadapt.training.schedules import cosine
+from clipadapt.training.sharding import shard, whole
 
 __all__ = ["Batch", "PairSource", "Recipe", "Towers", "backward", "train_contrastive"]
 
@@ -81,9 +84,10 @@ class Towers(nn.Module):
 def backward(towers: nn.Module, batch: Batch, chunk: int | None = None) -> Tensor:
     """Leave the gradient of the loss of `batch` in the parameters; returns the loss (), detached.
 
-    towers: Towers, or DistributedDataParallel around it. chunk: pairs per forward pass (gradient caching). With chunks,
-    all features are computed first, without a graph; the loss gives their gradients; then each chunk is encoded again,
-    and its share of those gradients goes back through the towers. The sum over chunks is the whole batch's gradient.
+    towers: Towers, also shared out (FSDP2), or DistributedDataParallel around it. chunk: pairs per forward pass
+    (gradient caching). With chunks, all features are computed first, without a graph; the loss gives their gradients;
+    then each chunk is encoded again, and its share of those gradients goes back through the towers. The sum over chunks
+    is the whole batch's gradient.
     """
     if chunk is None:
         loss = info_nce(*towers(*batch))
@@ -99,6 +103,8 @@ def backward(towers: nn.Module, batch: Batch, chunk: int | None = None) -> Tenso
     for index, part in enumerate(chunks):
         rows = slice(index * chunk, (index + 1) * chunk)
         last = index == len(chunks) - 1
+        if isinstance(towers, FSDPModule):
+            towers.set_requires_gradient_sync(last)
         with nullcontext() if last or not isinstance(towers, DistributedDataParallel) else towers.no_sync():
             torch.autograd.backward(towers(*part), [image_grad[rows], text_grad[rows], scale_grad / len(chunks)])
     return loss.detach()
@@ -124,6 +130,7 @@ def train_contrastive(
     *,
     hooks: Mapping[str, Callable[[CLIPModel], Mapping[str, float]]] | None = None,
     on_log: Callable[[dict[str, Any]], None] | None = None,
+    sharded: bool | None = None,
 ) -> CLIPModel:
     """Train `model` in place on pairs from `source`; returns a copy with the averaged weights (EMA), in eval mode.
 
@@ -135,6 +142,9 @@ def train_contrastive(
                                 per evaluation: step, seconds, evaluation {hook: {figure: value}}.
     hooks: called with the averaged model every `evaluate_every` steps and at the end, without gradients.
     on_log: called with every record of the log. With several processes, hooks, log and files are the first one's.
+    sharded: each process holds its share of weights, gradients and optimiser state (FSDP2) instead of all of them; by
+        default if the launcher asks for it (`accelerate launch --use_fsdp`). `model` is then left in pieces: use what
+        is returned. A checkpoint is whole, so that a run may go on with another number of processes.
     Raises ClipadaptError for a batch that does not divide among the processes, or a gradient that is not finite.
     """
     state = launched_processes()
@@ -152,7 +162,14 @@ def train_contrastive(
     if state.device.type == "cpu":
         model.set_attn_implementation("eager")  # several times as fast there as sdpa while sequences are short
     towers = Towers(model.to(state.device), recipe.precision).train()
-    parallel: nn.Module = DistributedDataParallel(towers) if state.num_processes > 1 else towers
+    parallel: nn.Module = towers
+    if sharded or (sharded is None and parse_flag_from_env("ACCELERATE_USE_FSDP")):
+        if state.num_processes == 1:
+            raise ClipadaptError("sharded needs several processes: start it with torchrun or accelerate launch.")
+        blocks = (*towers.vision_model.encoder.layers, *towers.text_model.encoder.layers)
+        shard(towers, blocks, state.device)
+    elif state.num_processes > 1:
+        parallel = DistributedDataParallel(towers)
     optimizer = adamw(towers, recipe)
     ema = EMA(towers.parameters(), recipe.ema_decay)
     first, seconds = 0, 0.0
@@ -168,21 +185,23 @@ def train_contrastive(
             if on_log:
                 on_log(values)
 
-    def average() -> CLIPModel:
+    def average() -> CLIPModel:  # asked of all processes, as each may hold a share only
         ema.copy_to(averaged.get_parameter(name) for name, _ in towers.named_parameters())
         return averaged
 
     def store(step: int) -> None:
+        progress = {"step": step, "seconds": time.perf_counter() - began}
+        save_checkpoint(checkpoint, towers, ema, optimizer, progress, write=state.is_main_process)
+        model = average()
         if state.is_main_process:
-            progress = {"step": step, "seconds": time.perf_counter() - began}
-            save_checkpoint(checkpoint, towers, ema, optimizer, progress)
-            save_clip(average(), tokenizer, out / "model")
+            save_clip(model, tokenizer, out / "model")
         state.wait_for_everyone()
 
     def evaluate(step: int) -> None:
+        model = average()
         if hooks and state.is_main_process:
             with torch.no_grad():
-                figures = {name: dict(hook(average())) for name, hook in hooks.items()}
+                figures = {name: dict(hook(model)) for name, hook in hooks.items()}
             record(step=step, seconds=round(time.perf_counter() - began, 1), evaluation=figures)
         state.wait_for_everyone()
 
@@ -202,7 +221,7 @@ def train_contrastive(
             for group in optimizer.param_groups:
                 group["lr"] = rate
             losses.append(backward(parallel, batch.to(state.device), recipe.chunk))
-            norm = nn.utils.clip_grad_norm_(towers.parameters(), recipe.clip_norm)
+            norm = whole(nn.utils.clip_grad_norm_(towers.parameters(), recipe.clip_norm))
             if not norm.isfinite():  # nothing of it has reached the weights
                 raise ClipadaptError(f"The gradient is {norm} at step {step}: lower learning_rate or lengthen warmup.")
             optimizer.step()
@@ -213,9 +232,10 @@ def train_contrastive(
             waited, worked = waited + arrived - started, worked + time.perf_counter() - started
 
             if step % recipe.log_every == 0 or step == recipe.steps:
+                scale = whole(towers.logit_scale.detach()).exp().item()
                 loss = float(over_processes(torch.stack(losses).mean(), dist.ReduceOp.SUM)) / state.num_processes
                 record(
-                    step=step, loss=loss, lr=rate, scale=towers.logit_scale.exp().item(), gradient_norm=norm.item(),
+                    step=step, loss=loss, lr=rate, scale=scale, gradient_norm=norm.item(),
                     pairs_per_second=round(len(losses) * recipe.batch_size / worked, 1),
                     data_wait=round(waited / worked, 3), seconds=round(time.perf_counter() - began, 1),
                 )  # fmt: skip
@@ -230,7 +250,7 @@ def train_contrastive(
                 break
             started = time.perf_counter()
     with torch.no_grad():
-        model.logit_scale.copy_(towers.logit_scale.squeeze())
+        model.logit_scale.copy_(whole(towers.logit_scale).squeeze())
     return average()
 
 
