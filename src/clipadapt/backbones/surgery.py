@@ -57,11 +57,19 @@ class Insertion:
         count = self.tokens.shape[-2]
         if isinstance(self.at, torch.Tensor):
             rows = self.at.to(device)
+            fits = rows.shape[-1] == count and int(rows.min()) >= 0 and int(rows.max()) < length
         else:
-            rows = torch.arange(count, device=device) + (self.at if self.at >= 0 else length + self.at)
-        if rows.shape[-1] != count or int(rows.min()) < 0 or int(rows.max()) >= length:
+            first = self.first(length)
+            rows = torch.arange(first, first + count, device=device)
+            fits = 0 <= first <= length - count
+        if not fits:
             raise BackboneError(f"{count} tokens at row {self.at} do not fit into a sequence of {length} rows.")
         return rows
+
+    def first(self, length: int) -> int:
+        """The row that `at`, a number, stands for: a plain one, which an exported graph can hold."""
+        assert isinstance(self.at, int)
+        return self.at if self.at >= 0 else length + self.at
 
 
 def put_in(hidden: torch.Tensor, insertion: Insertion) -> tuple[torch.Tensor, slice | None]:
@@ -74,8 +82,8 @@ def put_in(hidden: torch.Tensor, insertion: Insertion) -> tuple[torch.Tensor, sl
     if insertion.mode == "replace":
         rows = insertion.rows(length, hidden.device).expand(batch, -1)  # (B, n)
         return hidden.scatter(1, rows[..., None].expand(-1, -1, width), tokens), None
-    rows = insertion.rows(length + tokens.shape[1], hidden.device)
-    start = int(rows[0])
+    insertion.rows(length + tokens.shape[1], hidden.device)  # refuses what does not fit
+    start = insertion.first(length + tokens.shape[1])
     return torch.cat([hidden[:, :start], tokens, hidden[:, start:]], 1), slice(start, start + tokens.shape[1])
 
 

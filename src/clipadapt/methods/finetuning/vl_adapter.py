@@ -139,7 +139,7 @@ class VlAdapter(Method):
 
     def _restore(self, backbone: Backbone | None) -> None:
         assert backbone is not None  # it is never fitted on features alone
-        self.backbone_ = backbone
+        self.backbone_, self._logit_scale = backbone, backbone.logit_scale
         with seeded(self.seed):  # start values are made and thrown away
             self._attachable = put_back(self._adapters(backbone), self.adapters_)
         with self.attached():
@@ -173,8 +173,7 @@ class VlAdapter(Method):
             return self._logits(encoded.features), encoded.kept
 
     def _logits(self, images: Tensor) -> Tensor:
-        assert self.backbone_ is not None
-        return self.backbone_.logit_scale * images @ self._texts.T  # (N, C)
+        return self._logit_scale * images @ self._texts.T  # (N, C)
 
     @property
     def trained_parameters(self) -> int:
