@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 import struct
 import zlib
+from datetime import datetime
 from io import BytesIO
 
 import numpy as np
@@ -224,3 +225,37 @@ def test_as_items_takes_every_usual_form(tmp_path):
 def test_as_items_refuses_what_is_not_a_picture(images, sentence):
     with pytest.raises(DataError, match=sentence):
         as_items(images)
+
+
+@pytest.mark.parametrize("form", ["JPEG", "WEBP", "TIFF"])
+def test_the_head_tells_size_and_date(form):
+    exif = Image.Exif()
+    exif[0x0112] = 8  # on its side
+    exif.get_ifd(0x8769)[0x9003] = "2021:07:04 12:30:00"
+    file = BytesIO()
+    noise((32, 24)).save(file, form, exif=exif)
+    found = items.header(file.getvalue())
+    assert (found["width"], found["height"]) == items.decode(file.getvalue(), "it").size == (24, 32)
+    if form != "TIFF":  # Pillow writes no such date there
+        assert found["taken"] == datetime(2021, 7, 4, 12, 30)
+
+
+def test_a_head_that_tells_less_or_nothing(monkeypatch):
+    png, jpeg = BytesIO(), BytesIO()
+    noise().save(png, "PNG")
+    exif = Image.Exif()
+    exif.get_ifd(0x8769)[0x9003] = "0000:00:00 00:00:00"
+    noise().save(jpeg, "JPEG", exif=exif)
+    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", None)  # nothing is decoded
+    assert items.header(png.getvalue()) == {"width": 32, "height": 24}
+    assert items.header(jpeg.getvalue()) == {"width": 32, "height": 24, "taken": None}
+    assert items.header(b"") == items.header(b"no picture") == items.header(jpeg.getvalue()[:20]) == {}
+
+
+def test_a_jpeg_is_reduced_only_as_far_as_was_asked(tmp_path):
+    large, small = save(noise((800, 600)), tmp_path / "a.jpg"), save(noise((90, 60)), tmp_path / "b.jpg")
+    assert large.open_reduced(100).size == (200, 150)
+    assert large.open_reduced(75).size == (100, 75)
+    assert large.open_reduced(301).size == large.open().size == (800, 600)
+    assert small.open_reduced(100).size == (90, 60)
+    assert save(noise((800, 600)), tmp_path / "c.png").open_reduced(100).size == (800, 600)

@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+import subprocess
+from datetime import datetime
+from functools import partial
 from pathlib import Path
 
+import fsspec
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
+from PIL import Image
 
+from clipadapt.data import GeneratedItem
 from clipadapt.errors import ArtifactError, ClipadaptError
 from clipadapt.features import Embeddings, encode_images, encode_shard
+from clipadapt.features.listing import list_pictures
+from tests.features.conftest import noise
 
 
 def encode_all(backbone, images, out, count, **options):
@@ -107,9 +119,13 @@ def test_unreadable_pictures_are_listed(backbone, paths, tmp_path):
 
 def test_parts_of_different_work_do_not_mix(backbone, other_backbone, paths, tmp_path):
     encode_shard(backbone, paths, tmp_path, (0, 2))
-    for model, images in [(other_backbone, paths), (backbone, paths[1:])]:
-        with pytest.raises(ArtifactError, match="other pictures or by another model"):
-            encode_shard(model, images, tmp_path, (0, 2))
+    for model, images, fast, what in [
+        (other_backbone, paths, False, "by another model"),
+        (backbone, paths[1:], False, "of another list of pictures"),
+        (backbone, paths, True, "with the other choice of fast_decode"),
+    ]:
+        with pytest.raises(ArtifactError, match=f"was made {what}; use a new folder"):
+            encode_shard(model, images, tmp_path, (0, 2), fast_decode=fast)
     encode_shard(other_backbone, paths, tmp_path, (1, 2))
     with pytest.raises(ArtifactError, match="differ in their image_fingerprint"):
         Embeddings(tmp_path)
@@ -157,3 +173,166 @@ def test_the_matrix_is_mapped_not_read(backbone, tmp_path):
     found = Embeddings(tmp_path)
     assert str(tmp_path / "part-00001-of-00002.npy") in Path("/proc/self/maps").read_text()
     assert sum(len(part) for part in found.parts) == 3
+
+
+# -- what is known of the pictures -----------------------------------------------------------------------------------
+
+
+def test_size_and_date_are_noted(backbone, tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # on its side
+    exif.get_ifd(0x8769)[0x9003] = "2021:07:04 12:30:00"
+    noise(0, (20, 24)).save(tmp_path / "a.jpg", exif=exif)
+    noise(1, (20, 24)).save(tmp_path / "b.png")
+    images = [tmp_path / "a.jpg", tmp_path / "b.png", noise(2)]
+    encode_shard(backbone, images, tmp_path / "out")
+    facts = Embeddings(tmp_path / "out").table.select(["width", "height", "taken", "year"])
+    assert facts.schema.types == [pa.int32(), pa.int32(), pa.timestamp("ms"), pa.int32()]
+    assert [[*row.values()] for row in facts.to_pylist()] == [
+        [24, 20, datetime(2021, 7, 4, 12, 30), 2021],
+        [20, 24, None, None],
+        [None, None, None, None],  # it has no file
+    ]
+
+
+def test_what_a_source_knows_goes_before_what_is_noted(backbone, paths, tmp_path):
+    lines = ["image,name,year", *(f"{path},n{number},{1900 + number}" for number, path in enumerate(paths))]
+    (tmp_path / "list.csv").write_text("\n".join(lines))
+    encode_all(backbone, list_pictures(tmp_path / "list.csv"), tmp_path / "out", 3)
+    found = Embeddings(tmp_path / "out")
+    assert found.names == paths
+    assert found.table["source_name"].to_pylist() == [f"n{number}" for number in range(30)]
+    assert found.table["year"].to_pylist() == list(range(1900, 1930))
+
+
+def test_a_column_of_other_kinds_in_other_parts_becomes_text(backbone, paths, tmp_path):
+    columns = {"n": [1, 2, "three", "four"], "m": [1, None, 2.5, None]}
+    encode_all(backbone, paths[:4], tmp_path / "out", 2, columns=columns)
+    table = Embeddings(tmp_path / "out").table
+    assert table["n"].to_pylist() == ["1", "2", "three", "four"]
+    assert table["m"].to_pylist() == [1.0, None, 2.5, None]
+
+
+# -- somewhere else --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(params=["memory", "file"])
+def bucket(request, tmp_path, monkeypatch):
+    """The URL of an empty folder."""
+    monkeypatch.setattr(MemoryFileSystem, "store", {})
+    monkeypatch.setattr(MemoryFileSystem, "pseudo_dirs", [""])
+    return "memory://bucket" if request.param == "memory" else (tmp_path / "bucket").as_uri()
+
+
+def test_pictures_and_parts_behind_urls(backbone, paths, tmp_path, bucket, monkeypatch):
+    system, place = fsspec.core.url_to_fs(bucket)
+    system.put(os.path.dirname(paths[0]), f"{place}/photos", recursive=True)
+    read, cat_file = [], type(system).cat_file  # of the class: each thread has a file system of its own
+
+    def noted(self, path, *args, **options):
+        if "/photos/" in path:
+            read.append(path)
+        return cat_file(self, path, *args, **options)
+
+    monkeypatch.setattr(type(system), "cat_file", noted)
+    encode_all(backbone, list_pictures(f"{bucket}/photos"), f"{bucket}/out", 3)
+    assert sorted(read) == sorted(f"{place}/photos/{os.path.basename(path)}" for path in paths), "each is read once"
+    encode_all(backbone, paths, tmp_path / "local", 3)
+    found, local = Embeddings(f"{bucket}/out"), Embeddings(tmp_path / "local")
+    found.check()
+    np.testing.assert_array_equal(np.concatenate(found.parts), np.concatenate(local.parts))
+    assert found.table["digest"].equals(local.table["digest"])
+    assert found.table["width"].equals(local.table["width"])
+    stem = "part-00001-of-00003"
+    assert system.cat(f"{place}/out/{stem}.npy") == (tmp_path / "local" / f"{stem}.npy").read_bytes()
+
+    backbone.seen = 0
+    encode_all(backbone, list_pictures(f"{bucket}/photos"), f"{bucket}/out", 3)
+    assert backbone.seen == 0, "what is there is not done again"
+    system.rm(f"{place}/out/{stem}.json")
+    with pytest.raises(ArtifactError, match="part 1 of 3 is not done yet"):
+        Embeddings(f"{bucket}/out")
+    system.rm(f"{place}/photos/{os.path.basename(paths[7])}")
+    with pytest.raises(ArtifactError, match="another list of pictures"):
+        encode_shard(backbone, list_pictures(f"{bucket}/photos"), f"{bucket}/out", (0, 3))
+
+
+def test_an_interrupted_upload_goes_on_with_the_finished_part(backbone, paths, tmp_path, monkeypatch):
+    system, put = fsspec.filesystem("file"), fsspec.filesystem("file").put_file
+    url = (tmp_path / "bucket").as_uri()
+
+    def lost(local, there, **options):
+        if there.endswith(".parquet"):
+            raise ConnectionError("the line is down")
+        put(local, there, **options)
+
+    monkeypatch.setattr(system, "put_file", lost)
+    with pytest.raises(ClipadaptError, match=r"bucket cannot be reached: the line is down\.$"):
+        encode_shard(backbone, paths, url)
+    with pytest.raises(ArtifactError, match="no finished embeddings"):
+        Embeddings(url)
+    monkeypatch.setattr(system, "put_file", put)
+    encode_shard(backbone, paths, url)
+    assert backbone.seen == 30
+    assert len(Embeddings(url)) == 30
+
+
+# -- a full disk -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fails", ["numpy.save", "pyarrow.parquet.write_table", "clipadapt.features.store.save_file"])
+def test_a_full_disk_leaves_no_half_part(backbone, paths, tmp_path, monkeypatch, fails):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fails, full)
+        with pytest.raises(ClipadaptError, match=r"cannot be written.*No space left on device"):
+            encode_shard(backbone, paths, tmp_path / "out")
+    assert not list((tmp_path / "out").glob("part-*"))
+    assert not list((tmp_path / "out").rglob("*.tmp"))
+    encode_shard(backbone, paths, tmp_path / "out")
+    Embeddings(tmp_path / "out").check()
+    assert backbone.seen == (60 if "store" in fails else 30), "what was kept is not done again"
+
+
+def test_a_disk_that_is_really_full(backbone, tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(disk)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip(f"a small disk cannot be mounted here: {mounted.stderr.decode().strip()}")
+    try:
+        items = [GeneratedItem(str(number), str(number), partial(noise, number)) for number in range(1000)]
+        with pytest.raises(ClipadaptError, match=r"cannot be written.*No space left on device"):
+            encode_shard(backbone, items, disk / "out")
+        assert not list((disk / "out").glob("part-*"))
+        subprocess.run(["mount", "-o", "remount,size=4m", str(disk)], check=True)
+        encode_shard(backbone, items, disk / "out")
+        Embeddings(disk / "out").check()
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+# -- fast decoding ---------------------------------------------------------------------------------------------------
+
+
+def test_fast_decode_is_kept_apart_and_stays_close(tmp_path):
+    from clipadapt.backbones import load_backbone
+
+    backbone = load_backbone()
+    smooth = noise(0, (8, 6)).resize((1600, 1200), Image.Resampling.BICUBIC)
+    smooth.save(tmp_path / "large.jpg", quality=90)
+    images = [tmp_path / "large.jpg", noise(1, (30, 40))]
+    whole, fast = (encode_images(backbone, images, fast_decode=fast).features for fast in (False, True))
+    again = encode_images(backbone, images).features
+    assert (whole == again).all(), "features of whole pictures are not those of the cache's other kind"
+    assert not (whole[0] == fast[0]).all()
+    assert whole[0] @ fast[0] > 0.99
+    assert (whole[1] == fast[1]).all(), "what is no JPEG is decoded as ever"
+    encode_shard(backbone, images, tmp_path / "out", fast_decode=True)
+    found = Embeddings(tmp_path / "out")
+    assert json.loads((tmp_path / "out/part-00000-of-00001.json").read_text())["fast_decode"] is True
+    np.testing.assert_array_equal(found.parts[0], fast.numpy().astype(np.float16))
+    with pytest.raises(ClipadaptError, match="fast_decode is for whole pictures"):
+        encode_images(backbone, images, fast_decode=True, views=2)

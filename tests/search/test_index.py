@@ -266,5 +266,5 @@ def test_damaged_and_newer_notes(noise, counting):
 
 def test_passwords_are_not_kept(noise):
     with pytest.raises(ClipadaptError, match="would keep the password"):
-        build_index(noise.folder, "pgvector", "postgresql://me:secret@host/pictures")
-    assert not list(noise.folder.glob("*index.json"))
+        build_index(noise, "pgvector", "postgresql://me:secret@host/pictures")
+    assert not list(noise.glob("*index.json"))

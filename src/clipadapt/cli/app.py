@@ -10,7 +10,24 @@ import typer
 from typer.core import TyperGroup
 
 from clipadapt import __version__
-from clipadapt.cli import adapt, bench, convert, data, demo, evaluate, methods, predict, pretrain
+from clipadapt.cli import (
+    adapt,
+    bench,
+    clusters,
+    convert,
+    data,
+    dedup,
+    demo,
+    embed,
+    evaluate,
+    export,
+    index,
+    methods,
+    predict,
+    pretrain,
+    search,
+    serve,
+)
 from clipadapt.cli.console import err, out
 from clipadapt.errors import ClipadaptError
 
@@ -84,9 +101,16 @@ def prepare(
 app.command()(adapt.adapt)
 app.command()(predict.predict)
 app.command()(evaluate.evaluate)
+app.command()(embed.embed)
+app.command()(index.index)
+app.command()(search.search)
+app.command()(dedup.dedup)
+app.command()(clusters.clusters)
+app.command()(serve.serve)
 app.command()(methods.methods)
 app.command()(demo.demo)
 app.command()(convert.convert)
+app.command()(export.export)
 app.command()(bench.bench)
 app.add_typer(data.app, name="data")
 app.add_typer(pretrain.app, name="pretrain")

@@ -7,9 +7,10 @@ import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from datetime import datetime
 from hashlib import blake2b
 from io import BytesIO
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
@@ -35,6 +36,7 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+_ON_ITS_SIDE = (5, 6, 7, 8)
 
 
 class Item(ABC):
@@ -50,6 +52,14 @@ class Item(ABC):
     def digest(self) -> str:
         """32 hex digits that identify the content; taken from the encoded bytes, so nothing is decoded."""
 
+    def fetched(self) -> Item:
+        """The same picture with its bytes at hand where each reading is a transfer, such as over a network."""
+        return self
+
+    def open_reduced(self, least: int) -> Image.Image:
+        """As `open`, but a JPEG may be decoded smaller, its shorter side still at least `least` pixels."""
+        return self.open()
+
 
 class EncodedItem(Item):
     """A picture kept in a picture format (JPEG, PNG, WebP, …); subclasses say where its bytes are."""
@@ -60,6 +70,9 @@ class EncodedItem(Item):
 
     def open(self) -> Image.Image:
         return decode(self.read(), self.name)
+
+    def open_reduced(self, least: int) -> Image.Image:
+        return decode(self.read(), self.name, least)
 
     def digest(self) -> str:
         return hash_bytes(self.read())
@@ -155,9 +168,10 @@ def hash_bytes(data: bytes) -> str:
     return blake2b(data, digest_size=16).hexdigest()
 
 
-def decode(data: bytes, name: str) -> Image.Image:
+def decode(data: bytes, name: str, least: int | None = None) -> Image.Image:
     """The picture encoded in `data` as upright 8-bit RGB (see `to_rgb`); of an animation, the first frame.
 
+    With `least`, a JPEG is decoded at 1/2, 1/4 or 1/8 of its size where that leaves at least so many pixels a side.
     Raises `DataError` naming it when `data` is empty, truncated, corrupt, not a picture, or above `MAX_PIXELS`.
     """
     if not data:
@@ -166,6 +180,8 @@ def decode(data: bytes, name: str) -> Image.Image:
         with Image.open(BytesIO(data)) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise Image.DecompressionBombError
+            if least is not None:
+                image.draft(None, (least, least))
             return to_rgb(image)
     except UnidentifiedImageError:
         raise DataError(f"{name} is not a picture in a format that can be read (JPEG, PNG, WebP, …).") from None
@@ -173,6 +189,33 @@ def decode(data: bytes, name: str) -> Image.Image:
         raise DataError(f"{name} has more than {MAX_PIXELS:,} pixels; shrink it first.") from None
     except _DECODE_ERRORS as error:
         raise DataError(f"{name} is a damaged or truncated picture: {str(error).rstrip('.')}.") from None
+
+
+def header(data: bytes) -> dict[str, Any]:
+    """What the head of an encoded picture says: `width` and `height` in pixels, upright; `taken`, a datetime.
+
+    `taken` is EXIF's DateTimeOriginal, if there is one. Nothing is decoded; {} where the head cannot be read.
+    """
+    try:
+        with Image.open(BytesIO(data)) as image:
+            width, height = image.size
+            # Pillow decodes a whole PNG to look for EXIF data behind its pixels.
+            if "exif" not in image.info and image.format != "TIFF":
+                return {"width": width, "height": height}
+            exif = image.getexif()
+            if exif.get(ExifTags.Base.Orientation) in _ON_ITS_SIDE and image.format != "TIFF":  # which turns itself
+                width, height = height, width
+            taken = exif.get_ifd(ExifTags.IFD.Exif).get(ExifTags.Base.DateTimeOriginal)
+    except (Image.DecompressionBombError, *_DECODE_ERRORS):
+        return {}
+    return {"width": width, "height": height, "taken": _moment(taken)}
+
+
+def _moment(text: Any) -> datetime | None:
+    try:
+        return datetime.strptime(str(text).strip("\0 "), "%Y:%m:%d %H:%M:%S")
+    except ValueError:  # also of clocks that were never set: "0000:00:00 00:00:00"
+        return None
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

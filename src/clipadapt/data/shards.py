@@ -7,6 +7,7 @@ import json
 import os
 import tarfile
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from clipadapt.data.folders import PICTURE_SUFFIXES
 from clipadapt.data.items import FileItem
 from clipadapt.data.lists import image_list
 from clipadapt.errors import DataError
+
+_TEXTS = ("json", "cls", "txt")
 
 
 def webdataset(
@@ -36,24 +39,50 @@ def webdataset(
     """
     items, labels = [], []
     for shard in _shard_paths(shards):
-        try:
-            with tarfile.open(shard, "r:") as archive:
-                samples: dict[str, dict[str, tarfile.TarInfo]] = {}
-                for member in archive:
-                    if member.isfile():
-                        folder, file = os.path.split(member.name)
-                        key, _, ending = file.partition(".")
-                        samples.setdefault(os.path.join(folder, key), {})[ending.lower()] = member
-                for key, members in samples.items():
-                    picture = next((end for end in members if f".{end}" in PICTURE_SUFFIXES), None)
-                    if picture is None:
-                        continue
-                    labels.append(_label(archive, members, label, f"{shard}, sample {key!r}"))
-                    member = members[picture]
-                    items.append(FileItem(shard, member.offset_data, member.size, f"{shard}:{member.name}"))
-        except (tarfile.TarError, OSError) as error:
-            raise DataError(f"{shard} cannot be read as an uncompressed tar file: {error}.") from None
+        for sample in read_samples(shard):
+            items.append(sample.picture)
+            labels.append(_label(sample, label, f"{shard}, sample {sample.key!r}"))
     return image_list(items, labels, class_names, name="shards")
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One sample of a shard."""
+
+    key: str  # what the names of its files begin with, up to the first dot
+    picture: FileItem
+    texts: dict[str, bytes]  # content of its .json, .cls and .txt by ending, without the dot
+
+
+def read_samples(shard: str, name: str | None = None) -> list[Sample]:
+    """The samples of a local, uncompressed shard that have a picture, in the order they lie there.
+
+    Only the table of contents and the short texts are read. `name` is what to call the shard instead of its path.
+
+    Raises:
+        DataError: it is compressed or damaged.
+    """
+    name = name or shard
+    found = []
+    try:
+        with tarfile.open(shard, "r:") as archive:
+            samples: dict[str, dict[str, tarfile.TarInfo]] = {}
+            for member in archive:
+                if member.isfile():
+                    folder, file = os.path.split(member.name)
+                    key, _, ending = file.partition(".")
+                    samples.setdefault(os.path.join(folder, key), {})[ending.lower()] = member
+            for key, members in samples.items():
+                picture = next((end for end in members if f".{end}" in PICTURE_SUFFIXES), None)
+                if picture is None:
+                    continue
+                texts = {end: _content(archive, members[end]) for end in _TEXTS if end in members}
+                member = members[picture]
+                item = FileItem(shard, member.offset_data, member.size, f"{name}:{member.name}")
+                found.append(Sample(key, item, texts))
+    except (tarfile.TarError, OSError) as error:
+        raise DataError(f"{name} cannot be read as an uncompressed tar file: {error}.") from None
+    return found
 
 
 def _shard_paths(shards: Any) -> list[str]:
@@ -65,12 +94,12 @@ def _shard_paths(shards: Any) -> list[str]:
     return paths
 
 
-def _label(archive: tarfile.TarFile, members: dict[str, tarfile.TarInfo], field: str, where: str) -> str | int:
-    if "cls" in members:
-        value = _content(archive, members["cls"]).decode().strip()
-    elif "json" in members:
+def _label(sample: Sample, field: str, where: str) -> str | int:
+    if "cls" in sample.texts:
+        value = sample.texts["cls"].decode().strip()
+    elif "json" in sample.texts:
         try:
-            value = json.loads(_content(archive, members["json"])).get(field)
+            value = json.loads(sample.texts["json"]).get(field)
         except ValueError as error:
             raise DataError(f"{where}: its .json is not valid: {error}.") from None
     else:

@@ -1,0 +1,148 @@
+"""`clipadapt embed`: pictures to a folder of embeddings, in parts that any number of machines can make."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from clipadapt.cli.console import AsJson, OnError, counted, duration, err, note, out, print_json
+from clipadapt.files import is_model
+
+
+def embed(
+    photos: Annotated[
+        str,
+        typer.Argument(
+            metavar="PHOTOS",
+            help="A folder of pictures; a .csv, .tsv or .parquet table with the column image; WebDataset .tar shards "
+            "(* and {000..123} stand for several); a .txt list of paths and URLs; or the URL of any of these.",
+        ),
+    ],
+    target: Annotated[str, typer.Option("--out", metavar="EMB", help="Folder or URL that the parts go to.")],
+    backbone: Annotated[
+        str | None, typer.Option(metavar="SOURCE", help="Hub id, folder or file of weights.", show_default="embedded")
+    ] = None,
+    model: Annotated[
+        Path | None, typer.Option(metavar="MODEL", help="Encode as this adapted model does, instead of a backbone.")
+    ] = None,
+    shard: Annotated[
+        str | None, typer.Option(metavar="I/N", help="Make only part I of N, counted from 0; others make the rest.")
+    ] = None,
+    shards: Annotated[
+        int | None, typer.Option(min=1, help="Parts to make; by default of at most 100,000 pictures, or one a .tar.")
+    ] = None,
+    jobs: Annotated[int, typer.Option(min=1, help="Worker processes, each with a model of its own.")] = 1,
+    ray: Annotated[
+        str | None, typer.Option(metavar="ADDRESS", help="Workers on a Ray cluster: its address, auto, or local.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="Where the model runs: cpu, cuda, cuda:1, …")] = "cpu",
+    batch_size: Annotated[int, typer.Option(min=1, help="Pictures that go through the model at once.")] = 64,
+    fast_decode: Annotated[
+        bool, typer.Option("--fast-decode", help="Decode large JPEGs at reduced size; features move a little.")
+    ] = False,
+    on_error: Annotated[OnError, typer.Option(help="What to do with an unreadable picture.")] = OnError.RAISE,
+    as_json: AsJson = False,
+) -> None:
+    """Encode PHOTOS into EMB, once: the same command goes on after a stop, and does again what failed.
+
+    A part is a matrix (.npy), a table of what is known of its pictures (.parquet) and a note that it is done (.json).
+    A shard that fails spoils only itself; the others are made all the same, and the exit code is then 1.
+    """
+    number, count = parse_shard(shard)
+    if number is not None and (shards is not None or jobs > 1 or ray is not None):
+        raise typer.BadParameter("is one part; leave --shards, --jobs and --ray away.", param_hint="--shard")
+    if model is not None and backbone is not None:
+        raise typer.BadParameter("comes with a backbone of its own; leave --backbone away.", param_hint="--model")
+    with err.status("Loading the model"):
+        from clipadapt.backbones import load_backbone
+        from clipadapt.features.executors import Job, encode_shards, shards_of
+        from clipadapt.features.listing import list_pictures
+
+        load = partial(load_tower, backbone, None if model is None else str(model.resolve()), device)
+        tower = load()
+        plain = tower if model is None else load_backbone(tower.source)
+    if model is not None and tower.image_fingerprint == plain.image_fingerprint:
+        note(f"{model} encodes pictures as its backbone does: embeddings made without --model serve it, too.")
+    with err.status("Listing the pictures"):
+        listing = list_pictures(photos)
+        total = shards_of(listing, target, count if count is not None else shards)
+    options: dict[str, Any] = {
+        "model": None if model is None else str(model.resolve()),
+        "batch_size": batch_size,
+        "fast_decode": fast_decode,
+        "on_error": on_error.value,
+        "progress": jobs == 1 and ray is None,
+    }
+    begun = time.perf_counter()
+    rows = encode_shards(
+        Job(load, listing, target, total, options),
+        only=number,
+        jobs=jobs,
+        ray=ray,
+        gpus=int(device.startswith("cuda")),
+        tower=tower,
+        tell=note,
+    )
+    report(rows, target, total, time.perf_counter() - begun, as_json)
+
+
+def parse_shard(text: str | None) -> tuple[int | None, int | None]:
+    """From I/N the numbers I and N."""
+    if text is None:
+        return None, None
+    found = re.fullmatch(r"(\d+)/(\d+)", text)
+    if not found or int(found[1]) >= int(found[2]):
+        raise typer.BadParameter(f"{text!r} is not I/N with I from 0 to N - 1, such as 0/10.", param_hint="--shard")
+    return int(found[1]), int(found[2])
+
+
+def load_tower(backbone: str | None, model: str | None, device: str) -> Any:
+    """What encodes the pictures: a backbone, or the image tower of an adapted model."""
+    from clipadapt.backbones import load_backbone
+    from clipadapt.methods import load
+
+    if model is None:
+        return load_backbone(backbone, device)
+    config = Path(model) / "config.json"
+    origin = json.loads(config.read_text(encoding="utf-8"))["backbone"] if is_model(Path(model)) else None
+    base = None if origin is None else load_backbone(origin["source"], device)
+    return load(model, base).image_tower()
+
+
+def report(rows: list[dict[str, Any]], target: str, total: int, seconds: float, as_json: bool) -> None:
+    """What was made, what was there already, and what failed, which makes the exit code 1."""
+    made = [row for row in rows if "rows" in row]
+    failed = {row["shard"]: row["error"] for row in rows if "error" in row}
+    pictures, skipped = sum(row["rows"] for row in made), sum(row["skipped"] for row in made)
+    document = {
+        "out": target,
+        "shards": total,
+        "made": [row["shard"] for row in made],
+        "done_before": sum("done" in row for row in rows),
+        "failed": {str(shard): error for shard, error in failed.items()},
+        "pictures": pictures,
+        "skipped": skipped,
+        "seconds": round(seconds, 3),
+    }
+    if as_json:
+        print_json(document)
+    else:
+        rate = f", {(pictures + skipped) / seconds:,.1f} pictures/s" if made else ""
+        before = f"; {counted(document['done_before'], 'part')} done before" if document["done_before"] else ""
+        out.print(f"{target}: {counted(pictures, 'picture')} in {counted(len(made), 'part')} of {total:,}{before}")
+        note(f"{duration(seconds)}{rate}" + (f"; {counted(skipped, 'picture')} skipped" if skipped else ""))
+    if failed:
+        err.print(
+            f"{counted(len(failed), 'shard')} of {total:,} failed: {', '.join(map(str, failed))}; the same command "
+            "makes only what is missing.",
+            style="red",
+            markup=False,
+            soft_wrap=True,
+        )
+        raise typer.Exit(1)

@@ -1,0 +1,80 @@
+"""`clipadapt serve`: adapted models behind HTTP, with a page to try them."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from clipadapt.cli.console import counted, err, out
+from clipadapt.errors import ClipadaptError
+
+
+def serve(
+    models: Annotated[
+        list[Path] | None, typer.Argument(metavar="[MODELS]...", help="Folders that `clipadapt adapt` wrote.")
+    ] = None,
+    index: Annotated[
+        list[Path] | None, typer.Option(metavar="EMB", help="A folder that `clipadapt embed` wrote; may be repeated.")
+    ] = None,
+    backbone: Annotated[
+        str | None, typer.Option(help="Serve a backbone as it is, too. Without MODELS: the embedded one.")
+    ] = None,
+    host: Annotated[str, typer.Option(help="The address to listen on; 0.0.0.0 is every one.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
+    batch_size: Annotated[int, typer.Option(min=1, help="Pictures that go through a model at once.")] = 32,
+    wait_ms: Annotated[float, typer.Option(min=0, help="How long one waits for others to join it.")] = 5.0,
+    queue: Annotated[int, typer.Option(min=1, help="Pictures, texts and requests in hand; more get a 503.")] = 256,
+    deadline: Annotated[float, typer.Option(min=0.1, help="Seconds to the answer; after that a 504.")] = 30.0,
+    max_body_mb: Annotated[float, typer.Option(min=0.01, help="Size of a request.")] = 20.0,
+    max_pictures: Annotated[int, typer.Option(min=1, help="Pictures of a request.")] = 32,
+    max_pixels: Annotated[int, typer.Option(min=1, help="Pixels of a picture.")] = 50_000_000,
+    api_key_file: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="API keys, one a line; also $CLIPADAPT_API_KEYS.")
+    ] = None,
+    cors: Annotated[
+        list[str] | None, typer.Option(metavar="ORIGIN", help="Pages of this origin may ask; may be repeated.")
+    ] = None,
+) -> None:
+    """Serve MODELS over HTTP: classify, embed, search, explain; a page for people, an API for programs.
+
+    A model whose folder changes is loaded anew. The log is JSON lines on stderr.
+    """
+    with err.status("Loading the models"):
+        if not all(map(find_spec, ("fastapi", "uvicorn", "python_multipart", "pyarrow"))):
+            raise ClipadaptError('Serving needs an extra: pip install "clipadapt[serve]".')
+        from clipadapt.serve.app import create_app
+        from clipadapt.serve.indexes import Indexes
+        from clipadapt.serve.limits import Settings, read_keys
+        from clipadapt.serve.log import log_to_stderr
+        from clipadapt.serve.models import Models
+        from clipadapt.serve.run import run
+
+        settings = Settings(
+            batch_size=batch_size,
+            wait=wait_ms / 1000,
+            queue=queue,
+            deadline=deadline,
+            max_body=round(max_body_mb * 1e6),
+            max_pictures=min(max_pictures, queue),
+            max_pixels=max_pixels,
+            max_texts=min(Settings.max_texts, queue),
+            keys=read_keys(api_key_file),
+            cors=tuple(cors or ()),
+        )
+        served = Models(models or (), backbone)
+        indexes = Indexes(index or (), served)
+        app = create_app(served, indexes, settings)
+    log_to_stderr()
+
+    def ready(address: str) -> None:
+        names = [f"{name} ({counted(len(one.class_names), 'class')})" for name, one in served.served.items()]
+        names += [f"{name} ({counted(len(one.index), 'picture')})" for name, one in indexes.searched.items()]
+        out.print(f"Serving {', '.join(names)} at {address}", markup=False, soft_wrap=True)
+
+    try:
+        run(app, host, port, ready)
+    except KeyboardInterrupt:  # which is how a server is stopped; everything accepted has been answered
+        raise typer.Exit(130) from None

@@ -1,0 +1,166 @@
+"""The bodies of requests and answers, as pydantic models; a field that is not known is refused."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, Strict
+
+
+def _whole(value: Any) -> Any:
+    """20.0 as 20: in JSON both are the same integer."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+Top = Annotated[int, Field(ge=1, le=1000), BeforeValidator(_whole)]
+File = Annotated[bytes, Strict()]  # so that a form's text field is no file
+
+
+class _Request(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+class _Form(BaseModel):
+    """The fields of a multipart form, all of which arrive as text, or as the bytes of a file."""
+
+    model_config = ConfigDict(extra="forbid")
+
+
+class ClassifyForm(_Form):
+    image: Annotated[list[File], Field(min_length=1, description="Pictures.")]
+    model: Annotated[str | None, Field(description="Its id; without it the first model.")] = None
+    top: Annotated[Top, Field(description="How many classes to name.")] = 5
+
+
+class ExplainForm(_Form):
+    image: File
+    text: Annotated[str | None, Field(description="What to look for.")] = None
+    class_: Annotated[str | None, Field(alias="class", description="In place of text: a class of the model.")] = None
+    model: str | None = None
+
+
+class SearchRequest(_Request):
+    index: Annotated[str | None, Field(description="Its id; without it the first index.")] = None
+    texts: Annotated[list[str], Field(description="What the pictures should show.")] = []
+    minus: Annotated[list[str], Field(description="What they should not show.")] = []
+    top: Top = 20
+    where: Annotated[str | None, Field(description="A condition on the facts, such as `year > 2020`.")] = None
+    model: Annotated[str | None, Field(description="Encodes the query; without it the index's own.")] = None
+
+
+class SearchForm(_Form):
+    image: Annotated[list[File], Field(description="Pictures that the hits should be like.")] = []
+    texts: list[str] = []
+    minus: list[str] = []
+    index: str | None = None
+    top: Top = 20
+    where: str | None = None
+    model: str | None = None
+
+
+class ImageInput(_Request):
+    image: Annotated[str, Field(pattern=r"^data:image/[a-z0-9.+-]+;base64,", description="A data URI.")]
+
+
+class EmbeddingsRequest(_Request):
+    """OpenAI's, and pictures beside texts."""
+
+    input: str | Annotated[list[str | ImageInput], Field(min_length=1)]
+    model: str | None = None
+    encoding_format: Literal["float", "base64"] = "float"
+    user: Annotated[str | None, Field(description="Taken for OpenAI's clients, and not looked at.")] = None
+
+
+class Error(BaseModel):
+    message: str
+    type: str
+
+
+class ErrorAnswer(BaseModel):
+    error: Error
+
+
+class HealthAnswer(BaseModel):
+    status: Literal["ok", "stopping"]
+    models: int
+
+
+class BackboneInfo(BaseModel):
+    source: str
+    fingerprint: str
+
+
+class ModelInfo(BaseModel):
+    id: str
+    method: Annotated[str | None, Field(description="null: a backbone as it is, without classes.")]
+    classes: list[str]
+    multi_label: bool
+    revision: str
+    backbone: BackboneInfo
+
+
+class IndexInfo(BaseModel):
+    id: str
+    pictures: int
+
+
+class ModelsAnswer(BaseModel):
+    data: list[ModelInfo]
+    indexes: list[IndexInfo]
+
+
+class Prediction(BaseModel):
+    class_: Annotated[str, Field(alias="class")]
+    probability: float
+
+
+class Predictions(BaseModel):
+    predictions: list[Prediction]
+
+
+class PictureError(BaseModel):
+    error: str
+
+
+class ClassifyAnswer(BaseModel):
+    model: str
+    revision: str
+    results: list[Predictions | PictureError]
+
+
+class Embedding(BaseModel):
+    object: Literal["embedding"]
+    index: int
+    embedding: Annotated[list[float] | str, Field(description="With base64: little-endian float32.")]
+
+
+class Usage(BaseModel):
+    prompt_tokens: int
+    total_tokens: int
+
+
+class EmbeddingsAnswer(BaseModel):
+    object: Literal["list"]
+    data: list[Embedding]
+    model: str
+    usage: Usage
+
+
+class HitInfo(BaseModel):
+    id: int
+    score: float
+    name: str
+    facts: dict[str, Any]
+
+
+class SearchAnswer(BaseModel):
+    hits: list[HitInfo]
+
+
+class ExplainAnswer(BaseModel):
+    grid: Annotated[list[int], Field(description="[rows, columns]")]
+    scores: Annotated[
+        list[list[float]],
+        Field(description="How much each patch fits the text, row by row; 0 is not at all more than any text."),
+    ]
+    score: Annotated[float, Field(description="Cosine of the whole picture with the text.")]
