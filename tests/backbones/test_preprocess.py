@@ -79,3 +79,23 @@ def test_written_configuration_means_the_same(name):
     transform = Preprocess.from_config(PROCESSORS[name].to_dict())
     config = {key: value for key, value in transform.to_config().items() if key != "image_processor_type"}
     assert Preprocess.from_config(CLIPImageProcessorPil(**config).to_dict()) == transform
+
+
+@pytest.mark.parametrize(("resize", "crop"), [(32, (32, 32)), (40, (32, 24)), ((32, 48), None), (20, (32, 32))])
+@pytest.mark.parametrize("size", [(64, 64), (90, 40), (30, 120)])
+def test_seen_is_the_part_that_is_left(resize, crop, size):
+    """A picture whose red rises from left to right and whose green rises downwards tells what became of its edges."""
+    width, height = size
+    red = np.tile((np.arange(width) + 0.5) / width, (height, 1))
+    green = np.tile(((np.arange(height) + 0.5) / height)[:, None], (1, width))
+    values = np.stack([red, green, np.zeros_like(red)], axis=2) * 255
+    transform = Preprocess(resize=resize, crop=crop, resample=2, mean=(0.0,) * 3, std=(1.0,) * 3)
+    left, top, right, bottom = transform.seen(size)
+    pixels = transform(Image.fromarray(values.round().astype(np.uint8))).numpy()
+    if crop is not None and (pixels.max(axis=0) == 0).any():  # black around what was too small: all of it is seen
+        assert (left, right) == (0, 1) or (top, bottom) == (0, 1)
+        return
+    across, down = pixels[0].mean(axis=0), pixels[1].mean(axis=1)
+    step = (right - left) / len(across), (bottom - top) / len(down)
+    np.testing.assert_allclose(across, left + (np.arange(len(across)) + 0.5) * step[0], atol=0.03)
+    np.testing.assert_allclose(down, top + (np.arange(len(down)) + 0.5) * step[1], atol=0.03)

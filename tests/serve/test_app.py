@@ -156,6 +156,7 @@ def test_a_heat_map_says_where_and_the_score_is_the_cosine(ask, folders):
         cosine = backbone.encode_images(pixels)[0] @ backbone.encode_texts(["a star"])[0]
     answer = ask("POST", "/v1/explain", files=files(folders.pictures[0]), data={"text": "a star"}).json()
     assert answer["grid"] == [4, 4]
+    assert answer["box"] == [0, 0, 1, 1]
     assert [len(row) for row in answer["scores"]] == [4] * 4
     assert answer["score"] == pytest.approx(float(cosine), abs=1e-5)
     of_class = ask("POST", "/v1/explain", files=files(folders.pictures[0]), data={"class": "red"})
@@ -172,7 +173,7 @@ def test_heat_maps_of_the_embedded_model_are_hot_where_the_thing_is():
         image = Image.new("RGB", (96, 96), (245, 245, 240))
         ImageDraw.Draw(image).ellipse(left, fill=first)
         ImageDraw.Draw(image).rectangle(right, fill=second)
-        pixels = served.on_backbone(Picture("drawn", png(image)), 10_000)
+        pixels, _ = served.on_backbone(Picture("drawn", png(image)), 10_000)
         whys = [Why(pixels, f"a photo of a {first} circle", False), Why(pixels, f"a photo of a {second} square", False)]
         for (scores, _), box in zip(task(whys), (left, right), strict=True):
             row, column = divmod(int(scores.argmax()), scores.shape[1])

@@ -87,6 +87,18 @@ class Preprocess:
         return torch.from_numpy(np.stack(planes))
 
 
+    def seen(self, size: tuple[int, int]) -> tuple[float, float, float, float]:
+        """Which part of a picture of `size` (width, height) is left: left, top, right, bottom, each a share in [0, 1].
+
+        Where the picture is smaller than the crop, all of it.
+        """
+        if self.crop is None:
+            return 0.0, 0.0, 1.0, 1.0
+        width, height = size if self.resize is None else _target_size(size, self.resize)
+        across, down = min(self.crop[1] / width, 1) / 2, min(self.crop[0] / height, 1) / 2
+        return 0.5 - across, 0.5 - down, 0.5 + across, 0.5 + down
+
+
 def to_rgb(picture: Image.Image) -> Image.Image:
     """RGB, with any transparency composited on white."""
     if picture.mode == "RGB" and picture.info.get("transparency") is None:

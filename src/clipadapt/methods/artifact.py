@@ -111,6 +111,8 @@ def load(folder: str | Path, backbone: Backbone | None = None) -> Method:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
         version = int(config["format"])
+        if missing := {"method", "hyperparameters", "backbone", "learned", "weights"} - config.keys():
+            raise KeyError(min(missing))
     except (ValueError, KeyError, TypeError) as error:
         raise ArtifactError(f"{path} is damaged: it is not a clipadapt model's JSON ({error!r}).") from None
     if version > FORMAT:

@@ -6,12 +6,12 @@ import os
 import tarfile
 from functools import lru_cache
 
-from clipadapt.data import FileItem, Item
+from clipadapt.data import EncodedItem, FileItem
 from clipadapt.errors import DataError
 from clipadapt.features.remote import RemoteItem, is_url
 
 
-def named_picture(name: str) -> Item:
+def named_picture(name: str) -> EncodedItem:
     """The picture that embeddings call `name`: a path, a URL, or "shard.tar:member".
 
     Raises:

@@ -311,11 +311,15 @@ async def explain(request: Request, service: Shared) -> Any:
     service.check_texts([wanted])
     (picture,) = service.pictures([form.image])
 
+    boxes = []
+
     def prepare(picture: Picture) -> Why:
-        return Why(served.on_backbone(picture, service.settings.max_pixels), wanted, is_class)
+        pixels, box = served.on_backbone(picture, service.settings.max_pixels)
+        boxes.append(box)
+        return Why(pixels, wanted, is_class)
 
     ((scores, score),) = _sound(await service.batcher.ask(Explain(served), [picture], prepare))
-    return {"grid": list(scores.shape), "scores": scores.tolist(), "score": score}
+    return {"grid": list(scores.shape), "box": boxes[0], "scores": scores.tolist(), "score": score}
 
 
 @router.get("/v1/models", response_model=schemas.ModelsAnswer)

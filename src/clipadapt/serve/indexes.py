@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from clipadapt.data import FileItem
 from clipadapt.errors import ClipadaptError, unknown_name
 from clipadapt.search.index import Hit, Index
+from clipadapt.search.pictures import named_picture
 from clipadapt.serve.limits import open_picture
 from clipadapt.serve.models import Models, Served
 
@@ -31,7 +31,7 @@ class SearchedIndex:
     def thumbnail(self, row: int, max_pixels: int) -> bytes:
         """The picture of a row as a small JPEG; raises `DataError` if it is not where it was."""
         name = self.index.embeddings.table["name"][row].as_py()
-        image = open_picture(FileItem(name).read(), f"The picture of row {row}", max_pixels)
+        image = open_picture(named_picture(name).read(), f"The picture of row {row}", max_pixels)
         image.thumbnail((_SIDE, _SIDE), Image.Resampling.BICUBIC, reducing_gap=2.0)
         file = BytesIO()
         image.save(file, "JPEG", quality=85)

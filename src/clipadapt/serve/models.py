@@ -21,6 +21,7 @@ from PIL import Image
 from torch import Tensor
 
 from clipadapt.backbones import Backbone, load_backbone
+from clipadapt.backbones.preprocess import Preprocess
 from clipadapt.data import BytesItem, class_texts
 from clipadapt.data.items import hash_bytes
 from clipadapt.errors import ArtifactError, ClipadaptError, unknown_name
@@ -30,6 +31,9 @@ from clipadapt.methods.prompt_method import PromptMethod
 from clipadapt.search.query import query_vector
 from clipadapt.serve.limits import check_picture, open_picture
 from clipadapt.serve.log import log
+
+
+Box = tuple[float, float, float, float]  # left, top, right, bottom, as shares of a picture
 
 
 class Picture(NamedTuple):
@@ -102,9 +106,11 @@ class Served:
         check_picture(picture.data, picture.name, max_pixels)
         return BytesItem(picture.name, picture.data)
 
-    def on_backbone(self, picture: Picture, max_pixels: int) -> Tensor:
-        """Pixels (3, H, W) for the towers themselves, whatever the method does to a picture."""
-        return self.backbone.preprocess(open_picture(picture.data, picture.name, max_pixels))
+    def on_backbone(self, picture: Picture, max_pixels: int) -> tuple[Tensor, Box]:
+        """Pixels (3, H, W) for the towers themselves, whatever the method does, and the part of the picture in them."""
+        image, preprocess = open_picture(picture.data, picture.name, max_pixels), self.backbone.preprocess
+        box = preprocess.seen(image.size) if isinstance(preprocess, Preprocess) else (0.0, 0.0, 1.0, 1.0)
+        return preprocess(image), box
 
     def describe(self) -> dict[str, Any]:
         """What clients are told; of the backbone's folder only the name, since paths are the server's own."""

@@ -159,6 +159,10 @@ class SearchAnswer(BaseModel):
 
 class ExplainAnswer(BaseModel):
     grid: Annotated[list[int], Field(description="[rows, columns]")]
+    box: Annotated[
+        list[float],
+        Field(description="The part of the picture that the patches cover: left, top, right, bottom, as shares of it."),
+    ]
     scores: Annotated[
         list[list[float]],
         Field(description="How much each patch fits the text, row by row; 0 is not at all more than any text."),

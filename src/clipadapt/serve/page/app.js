@@ -384,7 +384,7 @@ function hitOf(index, { id, score, name, facts }, text, signal) {
 
 const SCALE = [[68, 1, 84], [59, 82, 139], [33, 145, 140], [94, 201, 98], [253, 231, 37]]; // viridis, low to high
 let asked = null; // the picture that the dialog is about
-let heat = null; // {bitmap, scores, low, high}: what it shows
+let heat = null; // {bitmap, box, scores, low, high}: what it shows
 let lastWhy = null; // the question whose answer it waits for
 
 function openWhy(picture, name, text, model = $("model").value || server.data[0].id) {
@@ -414,10 +414,10 @@ async function explain() {
   $("why-status").textContent = "Looking at the patches …";
   try {
     const form = formOf({ image: picture, model, [wording]: text });
-    const { scores, score } = await answerTo("v1/explain", form);
+    const { box, scores, score } = await answerTo("v1/explain", form);
     const bitmap = await createImageBitmap(picture);
     if (mine !== lastWhy) return;
-    heat = { bitmap, scores, low: Math.min(...scores.flat()), high: Math.max(...scores.flat()) };
+    heat = { bitmap, box, scores, low: Math.min(...scores.flat()), high: Math.max(...scores.flat()) };
     $("why-low").textContent = heat.low.toFixed(2);
     $("why-high").textContent = heat.high.toFixed(2);
     $("why-status").textContent = inWords(text, score);
@@ -458,7 +458,7 @@ function draw() {
   const context = canvas.getContext("2d");
   context.clearRect(0, 0, canvas.width, canvas.height);
   if (heat === null) return;
-  const { bitmap, scores } = heat;
+  const { bitmap, box } = heat;
   const zoom = 640 / Math.max(bitmap.width, bitmap.height);
   const [width, height] = [canvas.width, canvas.height] = [bitmap.width * zoom, bitmap.height * zoom].map(Math.round);
   const opacity = $("why-opacity").value / 100;
@@ -468,10 +468,8 @@ function draw() {
   context.fillRect(0, 0, width, height);
   context.globalCompositeOperation = "source-over";
   context.globalAlpha = opacity;
-  // Most backbones see the largest middle part of the picture that has the shape of their grid of patches.
-  const patch = Math.min(width / scores[0].length, height / scores.length);
-  const [seenWidth, seenHeight] = [patch * scores[0].length, patch * scores.length];
-  context.drawImage(heatMap(), (width - seenWidth) / 2, (height - seenHeight) / 2, seenWidth, seenHeight);
+  const [left, top, right, bottom] = box; // most backbones see the middle part only
+  context.drawImage(heatMap(), left * width, top * height, (right - left) * width, (bottom - top) * height);
 }
 
 /** A canvas of one pixel for each patch. */
