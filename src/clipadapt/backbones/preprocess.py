@@ -86,7 +86,6 @@ class Preprocess:
         planes = [table[channel][values[:, :, channel]] for channel in range(3)]
         return torch.from_numpy(np.stack(planes))
 
-
     def seen(self, size: tuple[int, int]) -> tuple[float, float, float, float]:
         """Which part of a picture of `size` (width, height) is left: left, top, right, bottom, each a share in [0, 1].
 

@@ -32,7 +32,6 @@ from clipadapt.search.query import query_vector
 from clipadapt.serve.limits import check_picture, open_picture
 from clipadapt.serve.log import log
 
-
 Box = tuple[float, float, float, float]  # left, top, right, bottom, as shares of a picture
 
 
