@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -170,6 +171,7 @@ class _Encoding:
     contents: list[str] = field(default_factory=list)  # per item its digest
     rows: dict[str, int] = field(default_factory=dict)  # digest -> row
     unreadable: dict[str, DataError] = field(default_factory=dict)  # digest -> why
+    may_decode: threading.Event = field(default_factory=threading.Event)
 
     def run(self, batch_size: int, workers: int, progress: bool) -> None:
         columns = len(self.plan)
@@ -177,6 +179,7 @@ class _Encoding:
         # Enough pictures in flight to fill a batch while the model runs on another, and no more: each holds its pixels.
         ahead = max(2 * batch_size // columns, workers)
         pool = ThreadPoolExecutor(workers, thread_name_prefix="decode")
+        self.may_decode.set()
         bar = progress_bar("Encoding pictures", self.table.shape[0] * columns, progress)
         with self.store or nullcontext(), bar as self.advance:
             try:
@@ -185,6 +188,7 @@ class _Encoding:
                 for batch in _batches(self._readable(loaded), batch_size):
                     self._encode(batch)
             finally:
+                self.may_decode.set()
                 pool.shutdown(cancel_futures=True)
 
     def results(self) -> tuple[np.ndarray, list[int], list[tuple[str, str]]]:
@@ -226,6 +230,7 @@ class _Encoding:
         item, content, cells = wanted
         if isinstance(item, DataError):
             return content, item
+        self.may_decode.wait()
         try:
             image = item.open_reduced(2 * max(self.backbone.image_size)) if self.fast else item.open()
         except DataError as error:
@@ -249,7 +254,11 @@ class _Encoding:
 
     def _encode(self, batch: list[tuple[_Cell, torch.Tensor]]) -> None:
         cells = [cell for cell, _ in batch]
+        # On a CPU, decoding would take cores from the model, whose threads wait for the slowest of them.
+        if torch.device(self.backbone.device).type == "cpu":
+            self.may_decode.clear()
         features = _features(self.backbone, torch.stack([pixels for _, pixels in batch])).astype(self.precision)
+        self.may_decode.set()
         self.table[[cell.row for cell in cells], [cell.column for cell in cells]] = features
         if self.store:
             self.store.add([cell.key for cell in cells], features)
