@@ -1,6 +1,7 @@
 """Predictions as tables and JSON lines; some pictures that fail do not stop the others."""
 
 import json
+import shutil
 
 import clipadapt
 
@@ -45,3 +46,9 @@ def test_unreadable_pictures_are_reported_and_the_rest_is_predicted(run, model, 
 def test_only_unreadable_pictures_and_empty_folders(run, model, tmp_path):
     assert run("predict", model, tmp_path / "missing.jpg", code=1).stdout == ""
     assert f"{tmp_path} holds no pictures" in run("predict", model, tmp_path, code=1).stderr
+
+
+def test_names_are_shown_as_they_are(run, model, photos, tmp_path):
+    odd = tmp_path / "[bold]odd[red].png"
+    shutil.copy(next((photos / "red").iterdir()), odd)
+    assert "[bold]odd[red].png" in run("predict", model, odd).stdout.replace("\n", "")

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.text import Text
 
 from clipadapt.cli import console
 from clipadapt.cli.console import AsJson, OnError, counted, err, note, out
@@ -89,7 +90,7 @@ def evaluate_sets(model: Path, fitted: Any, data: MultiLabelDataset, every: bool
     out.print(f"{figures} on {counted(len(kept), 'picture')}")
     drawn = console.table("class", "pictures", "average precision", right=("pictures", "average precision"))
     for row in document["classes"] if every else document["classes"][:SHOWN_CLASSES]:
-        drawn.add_row(row["class"], f"{row['pictures']:,}", console.percent(row["average_precision"]))
+        drawn.add_row(Text(row["class"]), f"{row['pictures']:,}", console.percent(row["average_precision"]))
     out.print(drawn)
 
 
@@ -140,12 +141,12 @@ def show(document: dict[str, Any], every: bool) -> None:
     shown = classes if every else classes[:SHOWN_CLASSES]
     for row in shown:
         figures = [console.percent(row[name]) for name in ("accuracy", "precision", "f1")]
-        drawn.add_row(row["class"], f"{row['pictures']:,}", *figures)
+        drawn.add_row(Text(row["class"]), f"{row['pictures']:,}", *figures)
     out.print(drawn)
     if len(shown) < len(classes):
         out.print(f"{counted(len(classes) - len(shown), 'class')} did better; --all shows them.", style="dim")
     if document["confusions"]:
         mistakes = console.table("true class", "taken for", "times", right=("times",))
         for row in document["confusions"]:
-            mistakes.add_row(row["true"], row["predicted"], str(row["count"]))
+            mistakes.add_row(Text(row["true"]), Text(row["predicted"]), str(row["count"]))
         out.print(mistakes)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.text import Text
 
 from clipadapt.cli import console
 from clipadapt.cli.console import counted, err, out
@@ -83,9 +84,9 @@ def show(rows: list[tuple[str, list[dict[str, Any]]]]) -> None:
     drawn.columns[0].overflow = "fold"
     for path, classes in rows:
         if not classes:
-            drawn.add_row(path, "none of the classes", "", style="dim")
+            drawn.add_row(Text(path), "none of the classes", "", style="dim")
         for place, guess in enumerate(classes):
             first = place == 0
-            name = path if first else ""
-            drawn.add_row(name, guess["class"], console.percent(guess["probability"]), style="bold" if first else "dim")
+            cells = Text(path if first else ""), Text(guess["class"]), console.percent(guess["probability"])
+            drawn.add_row(*cells, style="bold" if first else "dim")
     out.print(drawn)
