@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import secrets
 from functools import partial
 from pathlib import Path
 
@@ -13,10 +12,9 @@ from clipadapt.features.executors import Job, encode_shards
 from clipadapt.features.listing import Files
 from tests.features.conftest import CountingBackbone
 from tests.features.test_executors import Doomed, content
+from tests.ray_cluster import TOKEN
 
 ray = pytest.importorskip("ray")
-
-TOKEN = secrets.token_hex(32)  # so that Ray writes none into the home folder; it reads it once a process
 
 
 @pytest.fixture(autouse=True)

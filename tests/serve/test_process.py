@@ -27,6 +27,8 @@ def process(*arguments, **environment):
     running = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
+        # A shell that runs the tests in the background has them ignore Ctrl-C, and so would the server.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )  # fmt: skip
     try:
         line = running.stdout.readline()
