@@ -74,6 +74,7 @@ def test_what_hangs_or_dies_spoils_only_itself(folder, monkeypatch):
     workers = _OnRay("local", 1, 1)
     by_label = {cell.label: cell for cell in cells(load_suite(folder / "small.yaml"))}
     try:
+        workers(by_label["zero-shot"], folder, 180, 1)  # a worker is there: starting one can take longer than 3 seconds
         seconds = {"tip-adapter": 3, "coop": 180, "zero-shot": 180}
         rows = {label: workers(by_label[label], folder, seconds[label], 1) for label in seconds}
     finally:
