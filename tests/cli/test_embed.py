@@ -19,7 +19,7 @@ def out(tmp_path):
 
 def test_a_folder_becomes_embeddings(run, photos, backbone, out):
     result = run("embed", photos, "--backbone", backbone, "--out", out)
-    assert f"{out}: 32 pictures in 1 part of 1" in result.stdout.replace("\n", "")
+    assert f"{out}: 32 pictures in 1 part of 1" in result.stdout
     found = Embeddings(out)
     expected = encode_images(load_backbone(backbone), picture_files(photos), precision="float16", cache=False)
     np.testing.assert_array_equal(found.rows(range(32)), expected.features.numpy().astype(np.float16))

@@ -135,7 +135,8 @@ def report(rows: list[dict[str, Any]], target: str, total: int, seconds: float, 
     else:
         rate = f", {(pictures + skipped) / seconds:,.1f} pictures/s" if made else ""
         before = f"; {counted(document['done_before'], 'part')} done before" if document["done_before"] else ""
-        out.print(f"{target}: {counted(pictures, 'picture')} in {counted(len(made), 'part')} of {total:,}{before}")
+        line = f"{target}: {counted(pictures, 'picture')} in {counted(len(made), 'part')} of {total:,}{before}"
+        out.print(line, markup=False, soft_wrap=True)
         note(f"{duration(seconds)}{rate}" + (f"; {counted(skipped, 'picture')} skipped" if skipped else ""))
     if failed:
         err.print(

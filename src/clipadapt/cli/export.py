@@ -68,7 +68,7 @@ def export(
                 "--format onnx has the head, too."
             )
         fitted.export(folder)
-        out.print(f"{folder}: towers as a plain transformers folder")
+        out.print(f"{folder}: towers as a plain transformers folder", markup=False, soft_wrap=True)
         return
     from clipadapt.serve.onnx import export_onnx
 
@@ -82,7 +82,7 @@ def export(
         console.print_json(document)
         return
     for name, size in document["bytes"].items():
-        out.print(f"{folder / name}: {size / 1e6:.1f} MB")
+        out.print(f"{folder / name}: {size / 1e6:.1f} MB", markup=False, soft_wrap=True)
     if not (folder / "text.onnx").exists():
         note("no text.onnx: this model's texts go through learned prompts, whose classes are in the head")
     if pictures is not None:

@@ -39,10 +39,12 @@ def index(
     with progress_bar("Indexing pictures", total, True) as advance:
         built = build_index(embedded, store, to, report=advance)
     if store == "exact":
-        out.print(f"{embedded} is searched exactly, without a store.", markup=False)
+        out.print(f"{embedded} is searched exactly, without a store.", markup=False, soft_wrap=True)
     else:
         place = f"{embedded}/index-{store}" if to is None else to
         where = "" if "://" in place else f" in {place}"  # a URL can hold a password
         out.print(
-            f"{counted(total, 'picture')} {'indexed' if built else 'indexed already'}{where} ({store})", markup=False
+            f"{counted(total, 'picture')} {'indexed' if built else 'indexed already'}{where} ({store})",
+            markup=False,
+            soft_wrap=True,
         )
