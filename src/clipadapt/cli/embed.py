@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import time
 from functools import partial
@@ -12,7 +11,6 @@ from typing import Annotated, Any
 import typer
 
 from clipadapt.cli.console import AsJson, OnError, counted, duration, err, note, out, print_json
-from clipadapt.files import is_model
 
 
 def embed(
@@ -60,20 +58,18 @@ def embed(
     if model is not None and backbone is not None:
         raise typer.BadParameter("comes with a backbone of its own; leave --backbone away.", param_hint="--model")
     with err.status("Loading the model"):
-        from clipadapt.backbones import load_backbone
         from clipadapt.features.executors import Job, encode_shards, shards_of
         from clipadapt.features.listing import list_pictures
 
-        load = partial(load_tower, backbone, None if model is None else str(model.resolve()), device)
-        tower = load()
-        plain = tower if model is None else load_backbone(tower.source)
+        adapted = None if model is None else str(model.resolve())
+        tower, plain = load_both(backbone, adapted, device)
     if model is not None and tower.image_fingerprint == plain.image_fingerprint:
         note(f"{model} encodes pictures as its backbone does: embeddings made without --model serve it, too.")
     with err.status("Listing the pictures"):
         listing = list_pictures(photos)
         total = shards_of(listing, target, count if count is not None else shards)
     options: dict[str, Any] = {
-        "model": None if model is None else str(model.resolve()),
+        "model": adapted,
         "batch_size": batch_size,
         "fast_decode": fast_decode,
         "on_error": on_error.value,
@@ -81,7 +77,7 @@ def embed(
     }
     begun = time.perf_counter()
     rows = encode_shards(
-        Job(load, listing, target, total, options),
+        Job(partial(load_tower, backbone, adapted, device), listing, target, total, options),
         only=number,
         jobs=jobs,
         ray=ray,
@@ -104,15 +100,21 @@ def parse_shard(text: str | None) -> tuple[int | None, int | None]:
 
 def load_tower(backbone: str | None, model: str | None, device: str) -> Any:
     """What encodes the pictures: a backbone, or the image tower of an adapted model."""
+    return load_both(backbone, model, device)[0]
+
+
+def load_both(backbone: str | None, model: str | None, device: str) -> tuple[Any, Any]:
+    """What encodes the pictures, and the backbone that it was adapted from, or is."""
     from clipadapt.backbones import load_backbone
     from clipadapt.methods import load
+    from clipadapt.methods.artifact import origin_of
 
     if model is None:
-        return load_backbone(backbone, device)
-    config = Path(model) / "config.json"
-    origin = json.loads(config.read_text(encoding="utf-8"))["backbone"] if is_model(Path(model)) else None
+        plain = load_backbone(backbone, device)
+        return plain, plain
+    origin = origin_of(model)
     base = None if origin is None else load_backbone(origin["source"], device)
-    return load(model, base).image_tower()
+    return load(model, base).image_tower(), base
 
 
 def report(rows: list[dict[str, Any]], target: str, total: int, seconds: float, as_json: bool) -> None:

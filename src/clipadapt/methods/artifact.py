@@ -145,6 +145,18 @@ def load(folder: str | Path, backbone: Backbone | None = None) -> Method:
     return method
 
 
+def origin_of(folder: str | Path) -> dict[str, str] | None:
+    """The backbone that a saved model was adapted from, {"source", "fingerprint"}.
+
+    None where it was fitted on features, and where `load` would say what is wrong with the folder.
+    """
+    try:
+        origin = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))["backbone"]
+        return {name: origin[name] for name in ("source", "fingerprint")}
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
 def _read_weights(folder: Path, entry: dict[str, str]) -> dict[str, Tensor]:
     path = folder / entry["file"]
     if not path.is_file():

@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import base64
 import hashlib
-import json
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -27,6 +26,7 @@ from clipadapt.data.items import hash_bytes
 from clipadapt.errors import ArtifactError, ClipadaptError, unknown_name
 from clipadapt.features import encode_images
 from clipadapt.methods import Method, load
+from clipadapt.methods.artifact import origin_of
 from clipadapt.methods.prompt_method import PromptMethod
 from clipadapt.search.query import query_vector
 from clipadapt.serve.limits import check_picture, open_picture
@@ -357,16 +357,14 @@ class Models:
         return Served(name, model, revision, _tower(model), model.image_fingerprint)
 
     def _backbone_of(self, folder: Path) -> Backbone | None:
-        try:
-            origin = json.loads((folder / "config.json").read_text(encoding="utf-8"))["backbone"]
-            source, fingerprint = origin["source"], origin["fingerprint"]
-        except (OSError, ValueError, KeyError, TypeError):
+        origin = origin_of(folder)
+        if origin is None:
             return None  # `load` says what is wrong
-        if fingerprint not in self._backbones:
-            backbone = load_backbone(source)
+        if origin["fingerprint"] not in self._backbones:
+            backbone = load_backbone(origin["source"])
             self._backbones[backbone.fingerprint] = backbone
             return backbone
-        return self._backbones[fingerprint]
+        return self._backbones[origin["fingerprint"]]
 
 
 def _tower(model: Method) -> Tower | None:
