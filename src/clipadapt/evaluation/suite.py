@@ -9,6 +9,7 @@
       - {method: "*", sees: features}            # or towers: those that run the model itself
       - {method: "clip-lora", set: {steps_per_shot: 50}}
       - {method: "wise-ft", preset: tiny, label: wise-ft-quick}
+      - {method: "coop", steps_as: {classes: 10, shots: 8}}  # train as many steps as it would with so many pictures
     exclude: [cocoop]
     seeds: [1, 2, 3]
     timeout: 600                                 # seconds a cell may take
@@ -20,6 +21,7 @@ A cell is one method on one data set and backbone by one protocol with one set o
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from hashlib import blake2b
@@ -30,21 +32,22 @@ from typing import Any
 from clipadapt.data.definitions import Definition, definition, read_yaml
 from clipadapt.errors import ClipadaptError, DataError, unknown_name
 from clipadapt.evaluation.protocols import options, protocols
-from clipadapt.methods import FeatureMethod, create, list_methods, method_class
+from clipadapt.methods import FeatureMethod, Method, create, list_methods, method_class
 from clipadapt.methods.artifact import recipe
 
 HERE = Path(__file__).parent / "suites"
-_ENTRY = ("method", "sees", "set", "preset", "label")
+_ENTRY = ("method", "sees", "set", "preset", "label", "steps_as")
 _FIELDS = ("title", "data", "backbones", "protocols", "methods", "exclude", "seeds", "timeout", "tiny")
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A method as a suite runs it: `label` is what it is called in results."""
+    """A method as a suite runs it: `label` is what it is called in results, `steps_as` is given to `with_steps_of`."""
 
     label: str
     key: str
     hyperparameters: dict[str, Any]
+    steps_as: dict[str, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -76,9 +79,20 @@ class Cell:
     seed: int
 
     def identity(self, data_fingerprint: str, backbone_fingerprint: str) -> str:
-        """16 hex digits that change with whatever may change the result, but for the code."""
-        facts = [data_fingerprint, backbone_fingerprint, self.protocol, self.options, self.method]
-        text = json.dumps([*facts, self.hyperparameters, self.seed], sort_keys=True)
+        """16 hex digits that change with whatever may change the result, but for the code.
+
+        Shots and seed only draw a support set: methods that learn from no picture have one cell for all of them.
+        """
+        options: dict[str, Any] | None = self.options
+        seed: int | None = self.seed
+        if (
+            self.protocol == "few-shot"
+            and not self.options["search"]
+            and method_class(self.method).card.signal == "none"
+        ):
+            options = seed = None
+        facts = [data_fingerprint, backbone_fingerprint, self.protocol, options, self.method]
+        text = json.dumps([*facts, self.hyperparameters, seed], sort_keys=True)
         return blake2b(text.encode(), digest_size=8).hexdigest()
 
 
@@ -127,14 +141,34 @@ def cells(suite: Suite) -> list[Cell]:
             for values in product(*grid.values()):
                 chosen = dict(zip(grid, values, strict=True))
                 for entry, seed in product(suite.methods, suite.seeds):
-                    hyperparameters = _settings(entry, what, seed, published)
+                    hyperparameters = _settings(entry, what, chosen, seed, published)
                     found.append(
                         Cell(name, backbone, published, key, chosen, entry.label, entry.key, hyperparameters, seed)
                     )
     return found
 
 
-def _settings(entry: Entry, what: Definition, seed: int, published: bool) -> dict[str, Any]:
+def with_steps_of(method: Method, shots: int, classes: int, then: Mapping[str, int]) -> Method:
+    """The method with as many training steps on `classes` x `shots` pictures as it has on those of `then`.
+
+    Its epochs, at least one, follow from its batch size, and so do those of a method that it wraps; steps for each shot
+    follow from the shots. `then`: shots and classes. What learns from no pictures is given back as it is.
+    """
+    if method.card.signal == "none":
+        return method
+    values: dict[str, Any] = {name: getattr(method, name) for name in method.hyperparameters()}
+    if values.get("epochs") is not None:
+        before, now = then["classes"] * then["shots"], classes * shots
+        steps = values["epochs"] * math.ceil(before / values["batch_size"])
+        values["epochs"] = max(1, round(steps / math.ceil(now / values["batch_size"])))
+    if "steps_per_shot" in values:
+        values["steps_per_shot"] = max(1, round(values["steps_per_shot"] * then["shots"] / shots))
+    if isinstance(values.get("method"), Method):
+        values["method"] = with_steps_of(values["method"], shots, classes, then)
+    return create(method.card.key, **values)
+
+
+def _settings(entry: Entry, what: Definition, options: Mapping[str, Any], seed: int, published: bool) -> dict[str, Any]:
     """A method's hyper-parameters in a cell: the data set's templates and the cell's seed, unless the suite says."""
     names = method_class(entry.key).hyperparameters()
     values = dict(entry.hyperparameters)
@@ -142,7 +176,12 @@ def _settings(entry: Entry, what: Definition, seed: int, published: bool) -> dic
         values.setdefault("seed", seed)
     if not published:
         values.setdefault("templates", what.templates)
-    stored = recipe(create(entry.key, **values))["hyperparameters"]
+    method = create(entry.key, **values)
+    if entry.steps_as is not None:
+        if what.classes is None or "shots" not in options:
+            raise DataError(f"{entry.label}: steps_as needs shots and classes; {what.name} or its protocol has none.")
+        method = with_steps_of(method, options["shots"], what.classes, entry.steps_as)
+    stored = recipe(method)["hyperparameters"]
     return json.loads(json.dumps(stored))
 
 
@@ -199,6 +238,13 @@ def _methods(file: Path, content: list[Any], exclude: list[str]) -> list[Entry]:
             keys = [k for k in keys if issubclass(method_class(k), FeatureMethod) == (given["sees"] == "features")]
         if given.get("preset", "tiny") != "tiny":
             raise DataError(f"{file}: the preset of {given['method']} is {given['preset']!r}; the only one is tiny.")
+        then = given.get("steps_as")
+        if then is not None and not (
+            isinstance(then, dict)
+            and set(then) == {"classes", "shots"}
+            and all(type(n) is int and n > 0 for n in then.values())
+        ):
+            raise DataError(f"{file}: steps_as of {given['method']} is {{classes: ..., shots: ...}}, not {then!r}.")
         for key in keys:
             values = (method_class(key).tiny if "preset" in given else {}) | (given.get("set") or {})
             try:
@@ -206,6 +252,6 @@ def _methods(file: Path, content: list[Any], exclude: list[str]) -> list[Entry]:
             except ClipadaptError as error:
                 raise DataError(f"{file}: {error}") from None
             label = given.get("label", key)
-            found[label] = Entry(label, key, values)
+            found[label] = Entry(label, key, values, then)
     dropped = {key for pattern in exclude for key in list_methods(pattern)}
     return [entry for entry in found.values() if entry.key not in dropped]
