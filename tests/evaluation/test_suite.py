@@ -87,6 +87,8 @@ def test_shipped_suites_are_valid(name):
         ("points.yaml", "pointz", "Unknown data set"),
         ("title: Small", "title: [", "not valid YAML"),
         ("seeds: [1, 2]", "seeds: []", "seeds must be a list"),
+        ("set: {beta: 0.5}", "steps_as: {shots: 8}", "steps_as of proker is"),
+        ("set: {beta: 0.5}", "steps_as: {shots: 0, classes: 2}", "steps_as of proker is"),
     ],
 )
 def test_a_mistake_is_named_before_anything_runs(folder, old, new, says):
@@ -112,6 +114,35 @@ def test_runs_resumes_and_gives_the_same_again(folder):
     assert sum(line.startswith("[") for line in told) == 14, "ten were there, half a line is none"
     assert figures(again) == figures(rows)
     assert len(read_rows(folder / "out" / "results.jsonl")) == 24
+
+
+def test_what_learns_nothing_is_run_once_and_gives_what_each_cell_would(folder):
+    suite = load_suite(folder / "small.yaml")
+    rows = run_suite(suite, folder / "out", root=folder, threads=1)
+    for cell, row in zip(cells(suite), rows, strict=True):
+        if cell.method == "zero-shot":
+            plain = run_cell(cell, folder, 1)
+            assert (row["figures"], row["per_class"]) == (plain["figures"], plain["per_class"])
+            assert (row["seed"], row["options"]) == (cell.seed, cell.options)
+    assert len({row["seconds"] for row in rows if row["label"] == "zero-shot"}) == 2, "one run for each backbone"
+    assert len({row["cell"] for row in rows}) == len(read_rows(folder / "out" / "results.jsonl")) == 24
+
+
+def test_equal_training(folder):
+    """As many steps as with 10 x 8 = 80 pictures, whatever the shots; one epoch at least."""
+    (folder / "small.yaml").write_text(
+        "data: [playground-kinds]\nprotocols: {few-shot: {shots: [1, 8, 16]}}\nseeds: [1]\nmethods:\n"
+        "- {method: '*', sees: towers, preset: tiny, steps_as: {classes: 10, shots: 8}}\n"
+    )
+    found = {(c.label, c.options["shots"]): c.hyperparameters for c in cells(load_suite(folder / "small.yaml"))}
+    assert [found["full-fine-tune", shots]["epochs"] for shots in (1, 8, 16)] == [20, 4, 2]  # 40 / 2, 9, 18 steps
+    assert [found["wise-ft", shots]["method"]["hyperparameters"]["epochs"] for shots in (1, 16)] == [12, 1]
+    assert [found["clip-lora", shots]["steps_per_shot"] for shots in (1, 8, 16)] == [40, 5, 2]
+    assert found["tai-dpt", 1] == found["tai-dpt", 16], "it learns from sentences"
+    suite = folder / "small.yaml"
+    suite.write_text(suite.read_text().replace("few-shot: {shots: [1, 8, 16]}", "name-only"))
+    with pytest.raises(DataError, match="steps_as needs shots and classes"):
+        cells(load_suite(suite))
 
 
 def test_a_killed_run_goes_on(folder):

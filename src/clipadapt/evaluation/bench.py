@@ -23,7 +23,7 @@ from contextlib import closing
 from dataclasses import asdict
 from functools import lru_cache
 from hashlib import blake2b
-from itertools import islice
+from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
@@ -91,23 +91,30 @@ def run_suite(
         plan = [(identity, cell, None) for identity, cell, _ in plan if identity.startswith(only)]
         if not plan:
             raise ClipadaptError(f"{suite.name} has no cell {only!r}; results.jsonl and the report name them.")
-    waiting = {identity: cell for identity, cell, row in plan if row is None}
-    for data, backbone in dict.fromkeys((cell.data, cell.backbone) for cell in waiting.values()):
+    rows = {identity: known for identity, _, known in plan if known is not None}
+    waiting: dict[str, dict[str, Cell]] = {}  # cells with one result between them, by the identity of the one to run
+    for identity, cell, known in plan:
+        if known is None:
+            found = fingerprints[cell.data, cell.backbone]
+            assert isinstance(found, tuple)
+            waiting.setdefault(cell.stand_in.identity(*found), {})[identity] = cell
+    total, number = sum(map(len, waiting.values())), count(1)
+    stand_ins = {identity: next(iter(group.values())).stand_in for identity, group in waiting.items()}
+    for data, backbone in dict.fromkeys((cell.data, cell.backbone) for cell in stand_ins.values()):
         tell(f"encoding {data} with {backbone}")
-        _encode(next(c for c in waiting.values() if (c.data, c.backbone) == (data, backbone)), root)
+        _encode(next(c for c in stand_ins.values() if (c.data, c.backbone) == (data, backbone)), root)
     run = _OnRay(ray, threads, jobs) if ray else _Workers()
-    rows = {identity: row for identity, _, row in plan if row is not None}
     _drop_half_line(file)
     with open(file, "a", encoding="utf-8") as lines, closing(run):
-        for number, (identity, row) in enumerate(_side_by_side(run, waiting, root, suite.timeout, threads, jobs), 1):
-            found = fingerprints[waiting[identity].data, waiting[identity].backbone]
+        for one, result in _side_by_side(run, stand_ins, root, suite.timeout, threads, jobs):
+            found = fingerprints[stand_ins[one].data, stand_ins[one].backbone]
             assert isinstance(found, tuple)
             places = {"data_fingerprint": found[0], "backbone_fingerprint": found[1]}
-            row = facts | asdict(waiting[identity]) | places | {"cell": identity} | row
-            rows[identity] = row
-            lines.write(json.dumps(row, ensure_ascii=False) + "\n")
-            lines.flush()
-            tell(f"[{number}/{len(waiting)}] {one_line(row)}")
+            for identity, cell in waiting[one].items():
+                rows[identity] = facts | asdict(cell) | places | {"cell": identity} | result
+                lines.write(json.dumps(rows[identity], ensure_ascii=False) + "\n")
+                lines.flush()
+                tell(f"[{next(number)}/{total}] {one_line(rows[identity])}")
     return [rows[identity] | asdict(cell) for identity, cell, _ in plan]  # the same run may have two labels
 
 
