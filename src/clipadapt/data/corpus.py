@@ -11,7 +11,6 @@ and a tenth of the playground's kinds ("heldout-name"), and one playground style
 from __future__ import annotations
 
 import json
-import os
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -24,6 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from joblib import cpu_count
 from PIL import Image
 
 from clipadapt.data.corpus_sources import (
@@ -119,7 +119,7 @@ def write_corpus(
     )
     lines: list[dict[str, Any]] = []
     failed: Counter[str] = Counter()
-    with ProcessPoolExecutor(workers or os.cpu_count()) as pool:
+    with ProcessPoolExecutor(workers or cpu_count()) as pool:
         drawn: Iterator[bytes | None] = pool.map(draw_record, records, chunksize=64)
         for record, pixels in zip(records, drawn, strict=True):
             if pixels is None:

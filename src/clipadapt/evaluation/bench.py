@@ -27,6 +27,8 @@ from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
+from joblib import cpu_count
+
 from clipadapt.backbones import load_backbone
 from clipadapt.backbones.published import PublishedFeatures
 from clipadapt.data import Split
@@ -67,7 +69,7 @@ def run_suite(
     out.mkdir(parents=True, exist_ok=True)
     file = out / "results.jsonl"
     done = {row["cell"]: row for row in read_rows(file) if "error" not in row}
-    threads = threads or max(1, (os.cpu_count() or 1) // jobs)
+    threads = threads or max(1, cpu_count() // jobs)
     facts = versions() | {"suite": suite.name, "threads": threads}
     plan: list[tuple[str, Cell, Row | None]] = []  # a cell's identity, itself, and its row where it is known already
     fingerprints: dict[tuple[str, str], tuple[str, str] | ClipadaptError | OSError] = {}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
+from joblib import cpu_count
 
 from clipadapt.data import Item, as_items
 from clipadapt.data.items import FeatureItem
@@ -120,7 +120,7 @@ def encode_images(
         store = FeatureStore(root / "features" / f"{backbone.fingerprint}-{precision}", precision)
     plan: list[RandomView | None] = [RandomView(number, seed, min_scale) for number in range(views)]
     encoding = _Encoding(backbone, items, plan or [None], store, precision, on_error == "skip", fast_decode)
-    encoding.run(batch_size, workers or os.cpu_count() or 1, progress)
+    encoding.run(batch_size, workers or cpu_count(), progress)
     features, kept, skipped = encoding.results()
     digests = [encoding.contents[index] for index in kept]
     return Encoded(torch.from_numpy(features if views else features[:, 0]), kept, skipped, digests)

@@ -7,13 +7,14 @@ the others are made, and the next run makes those that are missing.
 from __future__ import annotations
 
 import multiprocessing
-import os
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any
+
+from joblib import cpu_count
 
 from clipadapt.errors import ClipadaptError
 from clipadapt.features.embeddings import check_same, describe, encode_shard, parts_in, read_marker
@@ -148,7 +149,7 @@ class _Processes:
 
     def __init__(self, job: Job, jobs: int) -> None:
         self._context = multiprocessing.get_context("spawn")
-        self._job, self._threads = job, max(1, (os.cpu_count() or 1) // jobs)
+        self._job, self._threads = job, max(1, cpu_count() // jobs)
         self._own = threading.local()
         self._started: list[Any] = []
 
@@ -194,7 +195,7 @@ class _OnRay:
             raise ClipadaptError('Running on Ray needs an extra: pip install "clipadapt[ray]".') from None
         self._ray, self._started = ray, not ray.is_initialized()
         if self._started:
-            cores = max(jobs, os.cpu_count() or 1)
+            cores = max(jobs, cpu_count())
             own: dict[str, Any] = {"num_cpus": cores, "include_dashboard": False} if address == "local" else {}
             try:
                 ray.init(address, log_to_driver=False, **own)

@@ -11,7 +11,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import mimetypes
-import os
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from functools import partial
@@ -23,6 +22,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import JSONResponse
 from fastapi.routing import APIRouter
+from joblib import cpu_count
 from pydantic import BaseModel, ValidationError
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
@@ -122,7 +122,7 @@ class Service:
         def batcher(size: int) -> Batcher:
             return Batcher(
                 size=size, wait=settings.wait, limit=settings.queue, deadline=settings.deadline,
-                threads=os.cpu_count() or 1, observe=self._observe,
+                threads=cpu_count(), observe=self._observe,
             )  # fmt: skip
 
         async with batcher(settings.batch_size) as self.batcher, batcher(settings.batch_size) as self.searcher:
