@@ -155,3 +155,13 @@ def test_the_command(tmp_path):
     bad = run(app, ["data", "check", "pets", str(tmp_path)])
     assert bad.exit_code == 1
     assert "split_zhou_OxfordPets.json" in bad.stdout.replace("\n", "")
+
+
+def test_the_playground_draws_other_pictures_from_other_seeds(tmp_path):
+    fields = {"layout": "playground", "settings": {"kinds": ["circle", "car"], "train": 3, "val": 1, "test": 2}}
+    usual = load(definition(written(tmp_path, **fields)))
+    fields["settings"]["seeds"] = {"test": 12}
+    other = load(definition(written(tmp_path, **fields)))
+    assert [i.digest() for i in other.split.train.items] == [i.digest() for i in usual.split.train.items]
+    assert not {i.digest() for i in other.split.test.items} & {i.digest() for i in usual.split.test.items}
+    assert other.split.test.labels == usual.split.test.labels

@@ -97,6 +97,15 @@ def test_a_mistake_is_named_before_anything_runs(folder, old, new, says):
         load_suite(folder / "small.yaml")
 
 
+def test_a_wrapped_method_is_set_as_recipes_name_it(folder):
+    inner = "{method: {method: fine-tune, hyperparameters: {lr: 0.001}}}"
+    (folder / "small.yaml").write_text(
+        f"data: [digits]\nprotocols: few-shot\nseeds: [1]\nmethods: [{{method: wise-ft, set: {inner}}}]\n"
+    )
+    found = cells(load_suite(folder / "small.yaml"))[0].hyperparameters["method"]
+    assert (found["method"], found["hyperparameters"]["lr"]) == ("fine-tune", 0.001)
+
+
 def test_runs_resumes_and_gives_the_same_again(folder):
     suite = load_suite(folder / "small.yaml")
     told: list[str] = []

@@ -33,7 +33,7 @@ from clipadapt.data.definitions import Definition, definition, read_yaml
 from clipadapt.errors import ClipadaptError, DataError, unknown_name
 from clipadapt.evaluation.protocols import options, protocols
 from clipadapt.methods import FeatureMethod, Method, create, list_methods, method_class
-from clipadapt.methods.artifact import recipe
+from clipadapt.methods.artifact import from_recipe, recipe
 
 HERE = Path(__file__).parent / "suites"
 _ENTRY = ("method", "sees", "set", "preset", "label", "steps_as")
@@ -173,7 +173,7 @@ def _settings(entry: Entry, what: Definition, options: Mapping[str, Any], seed: 
         values.setdefault("seed", seed)
     if not published:
         values.setdefault("templates", what.templates)
-    method = create(entry.key, **values)
+    method = from_recipe({"method": entry.key, "hyperparameters": values})
     if entry.steps_as is not None:
         if what.classes is None or "shots" not in options:
             raise DataError(f"{entry.label}: steps_as needs shots and classes; {what.name} or its protocol has none.")
@@ -245,7 +245,7 @@ def _methods(file: Path, content: list[Any], exclude: list[str]) -> list[Entry]:
         for key in keys:
             values = (method_class(key).tiny if "preset" in given else {}) | (given.get("set") or {})
             try:
-                create(key, **values)
+                from_recipe({"method": key, "hyperparameters": values})
             except ClipadaptError as error:
                 raise DataError(f"{file}: {error}") from None
             label = given.get("label", key)

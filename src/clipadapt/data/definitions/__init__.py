@@ -296,9 +296,11 @@ def _playground(what: Definition, found: dict[str, Path]) -> Loaded:
     colours = given.get("colours")
     styles = {part: tuple(given.get("styles", {}).get(part, TRAIN_STYLES)) for part in ("train", "val", "test")}
     size = int(given.get("size", 64))
+    seeds = {"train": 1, "val": 3, "test": 2} | given.get("seeds", {})
 
-    def part(name: str, seed: int) -> Dataset:
-        world, count = Playground(size=size, kinds=kinds, styles=styles[name], seed=seed), int(what.settings[name])
+    def part(name: str) -> Dataset:
+        world = Playground(size=size, kinds=kinds, styles=styles[name], seed=int(seeds[name]))
+        count = int(given[name])
         if colours is None:
             return world.dataset(count)
         names = [f"{colour} {kind}" for kind, colour in product(kinds, colours)]
@@ -312,7 +314,7 @@ def _playground(what: Definition, found: dict[str, Path]) -> Loaded:
             domains.append(style)
         return Dataset([*items], labels, names, domains, name=what.name)
 
-    return Loaded(Split(part("train", 1), part("val", 3), part("test", 2)))
+    return Loaded(Split(part("train"), part("val"), part("test")))
 
 
 def _scene(world: Playground, index: int, fixed: dict[str, Any]) -> Image.Image:
