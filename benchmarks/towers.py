@@ -81,7 +81,7 @@ def main() -> None:
         line: dict[str, Any] = {"method": entry.label}
         if tried[entry.label]:
             best = max(reversed(tried[entry.label]), key=lambda label: accuracy[label])
-            line |= {"preset": "tiny", "set": tried[entry.label][best], "steps_as": STEPS_AS}
+            line |= {"preset": "tiny", "set": tried[entry.label][best], "steps_as": dict(STEPS_AS)}
         elif entry.label != "zero-shot":
             line |= {"preset": "tiny"}
         methods.append(line)
