@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -22,6 +23,21 @@ def shared() -> Path:
             pytest.fail(f"{folder} is missing; tests on real data need it")
         pytest.skip(f"{folder} is missing: no real data to test on")
     return folder
+
+
+@pytest.fixture
+def claim(request, record_property):
+    """Takes the figures of a test marked `claim`, one for each seed, by what they are of; see benchmarks/claims.py.
+
+    The method's own come first, then those of what it is to be better than.
+    """
+    method, says = request.node.get_closest_marker("claim").args
+
+    def keep(figures: dict[str, list[float]]) -> None:
+        values = {name: [float(v) for v in np.atleast_1d(of)] for name, of in figures.items()}
+        record_property("claim", {"method": method, "claim": says, "figures": values})
+
+    return keep
 
 
 @pytest.fixture(autouse=True)

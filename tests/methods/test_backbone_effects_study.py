@@ -75,8 +75,11 @@ def test_perfect_evidence_does_not_push_scales_to_infinity():
     assert (weights < 2).all()
 
 
+@pytest.mark.claim(
+    "backbone-effects-study", "whu-rs19: two encoders are above the better one and their uniform average"
+)
 @pytest.mark.parametrize("shots", [4, 16])
-def test_two_encoders_on_whu(shared, shots):
+def test_two_encoders_on_whu(shared, shots, claim):
     """Zero-shot CLIP on WHU-RS19, mean of 3 seeds: above the better encoder and above their uniform average."""
     found: dict[str, list[float]] = {"best": [], "uniform": [], "fitted": [], "oracle": []}
     for seed in (1, 2, 3):
@@ -92,6 +95,8 @@ def test_two_encoders_on_whu(shared, shots):
         found["fitted"].append(cases[0].accuracy(fitted))
         found["uniform"].append(cases[0].accuracy(uniform))
     mean = {name: np.mean(values) for name, values in found.items()}
+    named = {"backbone-effects-study": "fitted", "better encoder": "best", "uniform average": "uniform"}
+    claim({name: np.array(found[key]) / 100 for name, key in named.items()})
     assert mean["fitted"] > mean["best"] + 0.4
     assert mean["fitted"] > mean["uniform"] + 0.8
     assert mean["oracle"] > mean["best"] + 4  # what an informed choice for each picture could add

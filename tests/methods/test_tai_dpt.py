@@ -162,7 +162,10 @@ def test_other_families(family):
     assert model.predict_proba(colours(1, seed=1)).shape == (4, 4)
 
 
-def test_beats_zero_shot_and_global_prompts_without_a_picture():
+@pytest.mark.claim(
+    "tai-dpt", "no picture seen, mAP of drawings of one to three things: above zero-shot and global prompts"
+)
+def test_beats_zero_shot_and_global_prompts_without_a_picture(claim):
     """The paper's two claims, on drawn pictures of one to three objects, over three seeds."""
     backbone = load_backbone()
     test, none = Playground(kinds=KNOWN, seed=7).multilabel(200), MultiLabelDataset([], [], list(KNOWN))
@@ -173,5 +176,6 @@ def test_beats_zero_shot_and_global_prompts_without_a_picture():
         double.append(model.score(test))
         model.local_share = 0.0
         whole.append(model.score(test))
+    claim({"tai-dpt": double, "global only": whole, "zero-shot": [zero_shot] * 3})
     assert min(double) > zero_shot + 0.03
     assert sum(double) > sum(whole)
