@@ -66,7 +66,8 @@ def paired(
     """Figures of `names`, which rows have under the key `who`, in the order of the blocks that all of them have."""
     found: dict[str, dict[Any, float]] = defaultdict(dict)
     for row in table:
-        found[row[who]][block(row)] = value(row)
+        if row[who] in names:
+            found[row[who]][block(row)] = value(row)
     common = sorted(set.intersection(*(set(found[name]) for name in names)), key=str)
     if not common:
         raise SystemExit(f"Nothing to compare: {', '.join(names)}.")
@@ -82,11 +83,11 @@ FEATURES: list[tuple[str, tuple[int, ...], tuple[str, ...]]] = [
     ("proker", SHOTS, ("tip-adapter",)),
     ("ape", (16,), ("tip-adapter",)),
     ("ape-t", (16,), ("tip-adapter-f",)),
+    ("linear-probe", (16,), ("zero-shot",)),
     ("clip-adapter", (16,), ("zero-shot",)),
     ("taskres", SHOTS, ("zero-shot", "clip-adapter")),
     ("cross-modal-probe", SHOTS, ("linear-probe",)),
     ("lp++", (1, 2, 4), ("linear-probe",)),
-    ("clap", (1, 2, 4), ("linear-probe",)),
     ("reco", SHOTS, ("zero-shot",)),
 ]
 # Base to new on drawn things (`prompts.py`), harmonic mean: method, what it is compared with.
@@ -102,10 +103,12 @@ PROMPTS: list[tuple[str, tuple[str, ...]]] = [
     ("gopro", ("coop",)),
     ("sync-clip", ("ivlp",)),
     ("map", ("coop",)),
+    ("ivlp", ("coop",)),
     ("vpt", ("zero-shot",)),
 ]
 # Under a shift of style (`robust.py`): method, figure, what it is compared with.
 ROBUST: list[tuple[str, str, tuple[str, ...]]] = [
+    ("fine-tune", "learned_styles", ("zero-shot",)),
     ("full-fine-tune", "learned_styles", ("zero-shot",)),
     ("flyp", "other_styles", ("full-fine-tune",)),
     ("clipood", "other_kinds", ("full-fine-tune",)),

@@ -23,6 +23,7 @@ import typer
 
 from clipadapt.cli.app import app
 from clipadapt.data import Playground
+from clipadapt.methods import list_methods
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -166,3 +167,9 @@ def test_the_catalogue_is_that_of_the_cards(tmp_path):
     run_apart(ROOT / "docs" / "make_catalogue.py", tmp_path, "methods.md")
     made, kept = (tmp_path / "methods.md").read_text(), (ROOT / "docs" / "methods.md").read_text()
     assert made == kept, "docs/methods.md is not up to date; run: python docs/make_catalogue.py"
+
+
+def test_every_method_has_a_row_of_evidence():
+    """`zero-shot` is what the others are compared with."""
+    rows = re.findall(r"^\| `([^`]+)` \|", (ROOT / "docs" / "evidence.md").read_text(), re.MULTILINE)
+    assert set(rows) == set(list_methods()) - {"zero-shot"}

@@ -58,7 +58,11 @@ def bench(
     chosen = load_suite(suite, tiny=tiny)
     if report:
         check_installed()  # now, not after the run
-    rows = run_suite(chosen, out_folder, root=data, jobs=jobs, threads=threads, ray=ray, only=only, tell=err.print)
+
+    def tell(line: str) -> None:
+        err.print(line, markup=False, soft_wrap=True)
+
+    rows = run_suite(chosen, out_folder, root=data, jobs=jobs, threads=threads, ray=ray, only=only, tell=tell)
     failed, results = [row for row in rows if "error" in row], out_folder / "results.jsonl"
     if report and only is None:
         page = write_report(rows, out_folder, title=chosen.title, command=_command(suite, out_folder, tiny))
