@@ -11,7 +11,8 @@ learned styles   of these kinds in the styles that were learned,
 other styles     of these kinds in the four others ("sketch" is one that the embedded model never saw),
 other kinds      of six kinds that the model knew before, in those four styles, by their names, where the method can,
 
-as it is, and half-way between its weights and those of zero-shot (`wise-ft`, alpha 0.5, without fitting again). Each
+as it is, and in between its weights and those of zero-shot (`wise-ft`, without fitting again; "half" is alpha 0.5, and
+"curve" all of `ALPHAS`, which older lines lack). Each
 (method, seed) is a process of its own and a JSON line; lines that are there are not run again, but failed ones are.
 
 How the task was chosen. Styles are those of the task "styles" of prompts.py. With nine kinds of pre-training, the first
@@ -47,15 +48,13 @@ import torch
 from prompts import LEARNED, percent, print_row, revision, say, side_by_side
 
 import clipadapt
-from clipadapt.backbones import Backbone
 from clipadapt.data import Dataset
 from clipadapt.data.items import ImageItem
 from clipadapt.data.playground import HELDOUT_KINDS, STYLES, TRAIN_KINDS, Playground
-from clipadapt.features import encode_classes
+from clipadapt.evaluation.wise_ft_curve import wise_ft_curve
 from clipadapt.methods import method_class
 from clipadapt.methods.artifact import recipe
-from clipadapt.methods.base import WeightMethod, with_weights
-from clipadapt.methods.finetuning.wise_ft import interpolate
+from clipadapt.methods.base import WeightMethod
 
 HERE = Path(__file__).resolve().parent
 FAMILIES = ("robust-fine-tuning", "peft-weights")
@@ -63,6 +62,7 @@ KINDS, OTHER_KINDS = HELDOUT_KINDS, TRAIN_KINDS[4::9]
 OTHERS = tuple(style for style in STYLES if style not in LEARNED)
 SHOTS, EPOCHS, BATCH, PICTURES = 16, 6, 16, 12  # the last: test pictures of a kind in a style
 FACTORS, TUNE_SEED = (10, 30, 100), 0
+ALPHAS = (0.0, 0.25, 0.5, 0.75, 1.0)  # of the way from zero-shot to what was fitted
 FIGURES = ("learned_styles", "other_styles", "other_kinds")
 
 # What else is set; how long a method runs that counts otherwise than in epochs.
@@ -142,31 +142,13 @@ def judge(key: str, more: dict[str, Any], seed: int, lr: float | None) -> dict[s
     begun = time.process_time()
     model = configured(key, seed, lr, more).fit(backbone, support)
     seconds = time.process_time() - begun
-    found: dict[str, Any] = {"learned_styles": 0.0, "other_styles": 0.0}
     new = type(model).card.new_classes
-    for name, data in tests.items():
-        if new or name != "other_kinds":
-            found[name] = (model.with_classes(data.class_names) if name == "other_kinds" else model).score(data)
-    found |= {f"half_{name}": value for name, value in half_way(model, backbone, tests, new).items()}
+    data = {name: data for name, data in tests.items() if new or name != "other_kinds"}
+    line = wise_ft_curve(model, backbone, data, ALPHAS).weights
+    found: dict[str, Any] = {name: values[-1] for name, values in line.items()}
+    found |= {f"half_{name}": values[ALPHAS.index(0.5)] for name, values in line.items()}
+    found["curve"] = line
     return found | {"trained_parameters": model.trained_parameters, "cpu_seconds": seconds}
-
-
-def half_way(model: WeightMethod, backbone: Backbone, tests: dict[str, Dataset], new: bool) -> dict[str, float]:
-    """What `wise-ft` with alpha 0.5 makes of a model that is fitted already."""
-    tuned = model.changed()
-    middle = with_weights(backbone, interpolate({k: backbone.model.state_dict()[k] for k in tuned}, tuned, 0.5))
-    found = {}
-    for name, data in tests.items():
-        if name == "other_kinds" and not new:
-            continue
-        texts = encode_classes(middle, data.class_names)
-        if not model.head_from_text:
-            texts = (backbone.logit_scale * texts + model.weight_) / 2
-        pixels = torch.stack([middle.preprocess(item.open()) for item in data.items])
-        with torch.no_grad():
-            guesses = (middle.encode_images(pixels) @ texts.T).argmax(1)
-        found[name] = float((guesses == torch.tensor(data.labels)).float().mean())
-    return found
 
 
 # -- the runs --------------------------------------------------------------------------------------------------------
