@@ -159,6 +159,10 @@ def from_cells() -> Iterator[Claim]:
         figures = paired(new, (method, "zero-shot"), "label", run_of, harmonic)
         yield Claim(method, "real CLIP features, base to new, 4 and 16 shots: H", figures, "base_to_new.jsonl")
 
+    towers = [row for row in rows("playground_towers.jsonl") if row["options"]["shots"] in (1, 4, 16)]
+    figures = paired(towers, ("clip-lora", "coop", "maple"), "label", run_of, accuracy)
+    yield Claim("clip-lora", "18 drawn kinds, 1, 4, 16 shots, one setting", figures, "playground_towers.jsonl")
+
     def of_task(row: Row) -> Any:
         return row["task"], row["seed"]
 
