@@ -20,7 +20,7 @@ def show(document: dict[str, Any], next_command: str) -> None:
         reasons = dict.fromkeys(skipped["reason"] for skipped in document["not_tried"])
         for reason in reasons:
             methods = ", ".join(s["method"] for s in document["not_tried"] if s["reason"] == reason)
-            out.print(f"Not tried: {methods}: {reason}.", style="dim", markup=False)
+            out.print(f"Not tried: {methods}: {reason.rstrip('.')}.", style="dim", markup=False)
     else:
         seconds, parameters = console.duration(document["fit_seconds"]), document["trained_parameters"]
         out.print(f"{document['method']}: fitted in {seconds}, {counted(parameters, 'trained parameter')}.")
