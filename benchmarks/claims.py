@@ -24,14 +24,13 @@ import pytest
 
 from clipadapt.backbones import load_backbone
 from clipadapt.data.playground import TRAIN_KINDS, TRAIN_STYLES, Playground, Scene
-from clipadapt.evaluation.bench import versions
+from clipadapt.evaluation.bench import Row, read_rows, versions
 from clipadapt.evaluation.statistics import compare
 from clipadapt.features.viewpoints import turned
 from clipadapt.methods import create, list_methods
 
 HERE = Path(__file__).resolve().parent
 PAGE = HERE.parent / "docs" / "evidence.md"
-Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -57,7 +56,7 @@ class Claim:
 
 
 def rows(name: str) -> list[Row]:
-    return [json.loads(line) for line in (HERE / name).read_text(encoding="utf-8").splitlines()]
+    return read_rows(HERE / name)
 
 
 def paired(

@@ -12,8 +12,8 @@ other styles     of these kinds in the four others ("sketch" is one that the emb
 other kinds      of six kinds that the model knew before, in those four styles, by their names, where the method can,
 
 as it is, and in between its weights and those of zero-shot (`wise-ft`, without fitting again; "half" is alpha 0.5, and
-"curve" all of `ALPHAS`, which older lines lack). Each
-(method, seed) is a process of its own and a JSON line; lines that are there are not run again, but failed ones are.
+"curve" all of `ALPHAS`, which older lines lack). Each (method, seed) is a process of its own and a JSON line; lines
+that are there are not run again, but failed ones are.
 
 How the task was chosen. Styles are those of the task "styles" of prompts.py. With nine kinds of pre-training, the first
 try, there was little to gain: zero-shot had 54 to 63 % on test pictures, and the rates below 51 to 65 % on held-out

@@ -30,7 +30,6 @@ HERE = Path(__file__).parent
 SUITE = suites.HERE / "playground-towers.yaml"
 FACTORS = (1.0, 0.2, 0.04)
 SHOTS = 4
-STEPS_AS = {"classes": 10, "shots": 8}
 HEAD = """\
 # Methods that run the towers, with their quick settings but for the learning rates, which benchmarks/towers.py chose on
 # other drawings of the same kinds. Each trains at every shot as many steps as its quick setting with 8 shots of digits.
@@ -64,7 +63,7 @@ def main() -> None:
             label = f"{entry.label} x{factor:g}"
             if changed:
                 tried[entry.label][label] = changed
-                entries.append(suites.Entry(label, entry.key, entry.hyperparameters | changed, STEPS_AS))
+                entries.append(suites.Entry(label, entry.key, entry.hyperparameters | changed, entry.steps_as))
     suite = replace(
         quick,
         name="towers-rates",
@@ -79,9 +78,9 @@ def main() -> None:
     methods: list[Any] = []
     for entry in quick.methods:
         line: dict[str, Any] = {"method": entry.label}
-        if tried[entry.label]:
+        if tried[entry.label] and entry.steps_as is not None:
             best = max(reversed(tried[entry.label]), key=lambda label: accuracy[label])
-            line |= {"preset": "tiny", "set": tried[entry.label][best], "steps_as": dict(STEPS_AS)}
+            line |= {"preset": "tiny", "set": tried[entry.label][best], "steps_as": dict(entry.steps_as)}
         elif entry.label != "zero-shot":
             line |= {"preset": "tiny"}
         methods.append(line)
