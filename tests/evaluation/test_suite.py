@@ -113,7 +113,9 @@ def test_runs_resumes_and_gives_the_same_again(folder):
     assert len(rows) == 24
     assert all("figures" in row for row in rows)
     assert {"clipadapt", "torch", "git", "data_fingerprint", "backbone_fingerprint", "peak_mib"} <= rows[0].keys()
+    environment = dict(os.environ)
     plain = [run_cell(cell, folder, 1) for cell in cells(suite)[:3]]
+    assert dict(os.environ) == environment, "the caller's data root is put back"
     assert [row["figures"] for row in rows[:3]] == [row["figures"] for row in plain], "in a worker as here"
 
     lines = (folder / "out" / "results.jsonl").read_text().splitlines()

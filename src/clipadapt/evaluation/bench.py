@@ -19,7 +19,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import asdict
 from functools import lru_cache
 from hashlib import blake2b
@@ -173,14 +173,13 @@ def run_cell(cell: Cell, root: Path | None, threads: int) -> Row:
     import torch
 
     torch.set_num_threads(threads)
-    if root is not None:
-        os.environ[DATA] = str(root)  # for protocols that read other data sets
     _peak_mib(reset=True)
     try:
         loaded, backbone = _loaded(cell, root)
         method = from_recipe({"method": cell.method, "hyperparameters": cell.hyperparameters})
         begun = time.perf_counter()
-        outcome = protocol(cell.protocol)(method, backbone, loaded.split, cell.seed, **cell.options)
+        with _data_in(root):
+            outcome = protocol(cell.protocol)(method, backbone, loaded.split, cell.seed, **cell.options)
     except NotApplicable as error:
         return {"skipped": str(error)}
     except Exception as error:
@@ -194,6 +193,21 @@ def run_cell(cell: Cell, root: Path | None, threads: int) -> Row:
         "peak_mib": _peak_mib(),
         "trained_parameters": outcome.model.trained_parameters,
     }
+
+
+@contextmanager
+def _data_in(root: Path | None) -> Iterator[None]:
+    """Protocols that read other data sets find them in `root`; the caller's own environment is put back."""
+    before = os.environ.get(DATA)
+    if root is not None:
+        os.environ[DATA] = str(root)
+    try:
+        yield
+    finally:
+        if before is not None:
+            os.environ[DATA] = before
+        else:
+            os.environ.pop(DATA, None)
 
 
 def _peak_mib(reset: bool = False) -> float:
