@@ -23,8 +23,8 @@ import numpy as np
 import pytest
 
 from clipadapt.backbones import load_backbone
-from clipadapt.data.playground import TRAIN_KINDS, TRAIN_STYLES, Playground, Scene
-from clipadapt.evaluation.bench import Row, read_rows, versions
+from clipadapt.data.playground.drawing import TRAIN_KINDS, TRAIN_STYLES, Playground, Scene
+from clipadapt.evaluation.bench.run import Row, read_rows, versions
 from clipadapt.evaluation.statistics import compare
 from clipadapt.features.viewpoints import turned
 from clipadapt.methods import create, list_methods

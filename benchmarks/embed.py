@@ -33,7 +33,8 @@ from PIL import Image
 from clipadapt.backbones import Backbone, load_backbone
 from clipadapt.backbones.preprocess import Preprocess
 from clipadapt.data import as_items, picture_files
-from clipadapt.features import encode_images, encode_shard
+from clipadapt.embeddings import encode_shard
+from clipadapt.features import encode_images
 
 Row = dict[str, Any]
 RESULTS = Path(__file__).with_suffix(".jsonl")

@@ -19,8 +19,8 @@ import torch
 from transformers import CLIPModel, CLIPTokenizer
 
 from clipadapt.backbones.scratch import save_clip
-from clipadapt.data.corpus import Corpus
-from clipadapt.evaluation.pretraining import corpus_hooks
+from clipadapt.data.corpus.pairs import Corpus
+from clipadapt.evaluation.studies.pretraining import corpus_hooks
 
 ROOT = Path(__file__).resolve().parents[1]
 EMBEDDED = ROOT / "src/clipadapt/backbones/embedded"

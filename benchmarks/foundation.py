@@ -36,10 +36,10 @@ import numpy as np
 import clipadapt
 from clipadapt.data.digits import handwritten_digits
 from clipadapt.data.splits import sample_shots
-from clipadapt.evaluation.metrics import accuracy, macro_accuracy
-from clipadapt.evaluation.select import select
+from clipadapt.evaluation.selection import select
 from clipadapt.methods import FeatureMethod, method_class
 from clipadapt.methods.artifact import recipe
+from clipadapt.metrics.classification import accuracy, macro_accuracy
 
 SEEDS = (1, 2, 3)
 SHOTS = (1, 2, 4, 8, 16)

@@ -12,7 +12,7 @@ import platform
 import sys
 import time
 
-from clipadapt.data.playground import STYLES, Playground
+from clipadapt.data.playground.drawing import STYLES, Playground
 
 
 def per_minute(world: Playground, pictures: int) -> int:

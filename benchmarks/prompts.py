@@ -84,7 +84,7 @@ import clipadapt
 from clipadapt.backbones import Backbone
 from clipadapt.data import Dataset
 from clipadapt.data.items import GeneratedItem, ImageItem
-from clipadapt.data.playground import STYLES, TRAIN_KINDS, TRAIN_STYLES, VERSION, Playground
+from clipadapt.data.playground.drawing import STYLES, TRAIN_KINDS, TRAIN_STYLES, VERSION, Playground
 from clipadapt.evaluation.base_to_new import (
     average_of_harmonics,
     base_support,
@@ -92,10 +92,10 @@ from clipadapt.evaluation.base_to_new import (
     harmonic,
     harmonic_of_averages,
 )
-from clipadapt.evaluation.metrics import accuracy
 from clipadapt.features import encode_images
 from clipadapt.methods import Method, method_class
 from clipadapt.methods.artifact import recipe
+from clipadapt.metrics.classification import accuracy
 
 HERE = Path(__file__).resolve().parent
 SETTINGS = HERE / "prompts_settings.json"

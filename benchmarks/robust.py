@@ -50,8 +50,8 @@ from prompts import LEARNED, percent, print_row, revision, say, side_by_side
 import clipadapt
 from clipadapt.data import Dataset
 from clipadapt.data.items import ImageItem
-from clipadapt.data.playground import HELDOUT_KINDS, STYLES, TRAIN_KINDS, Playground
-from clipadapt.evaluation.wise_ft_curve import wise_ft_curve
+from clipadapt.data.playground.drawing import HELDOUT_KINDS, STYLES, TRAIN_KINDS, Playground
+from clipadapt.evaluation.studies.wise_ft_curve import wise_ft_curve
 from clipadapt.methods import method_class
 from clipadapt.methods.artifact import recipe
 from clipadapt.methods.base import WeightMethod

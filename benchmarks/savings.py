@@ -41,10 +41,10 @@ from torch import Tensor
 from torch.nn.functional import normalize, one_hot
 
 from clipadapt.methods import create
-from clipadapt.methods.few_shot.ape import class_means, similarity
-from clipadapt.methods.few_shot.proker import kernel, ridge, ridge_path
-from clipadapt.methods.few_shot.tip_adapter import search
-from clipadapt.methods.few_shot.transclip import gaussians, log_density
+from clipadapt.methods.training_free_few_shot.ape import class_means, similarity
+from clipadapt.methods.training_free_few_shot.proker import kernel, ridge, ridge_path
+from clipadapt.methods.training_free_few_shot.tip_adapter import search
+from clipadapt.methods.training_free_few_shot.transclip import gaussians, log_density
 
 LOG = Path(__file__).with_suffix(".jsonl")
 SETTINGS = [(i * 6.9 / 200 + 0.1, j * 2.9 / 20 + 0.1) for i in range(200) for j in range(20)]  # (beta, alpha)
@@ -159,7 +159,7 @@ def proker(side: str, small: bool) -> Result:
 
 
 def tip_x(side: str, small: bool) -> Result:
-    from clipadapt.methods.few_shot.sus_x import divergence
+    from clipadapt.methods.training_free_few_shot.sus_x import divergence
 
     keys, _, texts = clustered(100, 16, 512, seed=1)
     x = clustered(100, 2, 512, seed=2)[0]
@@ -264,7 +264,7 @@ def main() -> None:
         torch.save(measure(case, side, small == "1"), file)
         return
     for case in args.cases:
-        if case in NEEDS_SUS_X and find_spec("clipadapt.methods.few_shot.sus_x") is None:
+        if case in NEEDS_SUS_X and find_spec("clipadapt.methods.training_free_few_shot.sus_x") is None:
             print(f"{case}: skipped, this version has no sus-x", file=sys.stderr)
             continue
         line = json.dumps(compare(case))

@@ -23,9 +23,9 @@ from typing import Any
 
 import numpy as np
 
-from clipadapt.features import Embeddings
+from clipadapt.embeddings import Embeddings
 from clipadapt.features.store import checksum
-from clipadapt.search.stores import open_store
+from clipadapt.search.stores.registry import open_store
 
 PART_ROWS = 250_000
 CENTRES = 1000

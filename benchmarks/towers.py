@@ -21,8 +21,8 @@ from typing import Any
 
 import yaml
 
-from clipadapt.evaluation import suite as suites
-from clipadapt.evaluation.bench import run_suite
+from clipadapt.evaluation.bench import suite as suites
+from clipadapt.evaluation.bench.run import run_suite
 from clipadapt.methods import Method, create
 from clipadapt.methods.artifact import recipe
 

@@ -14,7 +14,7 @@ from typing import Any
 from PIL import Image, ImageDraw, ImageFont
 
 from clipadapt.data.playground import HELDOUT_STYLE, Playground
-from clipadapt.data.playground_styles import STYLES
+from clipadapt.data.playground.styles import STYLES
 
 SIDE, GAP, LEFT, TOP = 64, 4, 84, 18  # pixels
 COLUMNS: list[tuple[str, dict[str, Any]]] = [

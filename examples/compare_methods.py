@@ -8,7 +8,7 @@ The pictures are scikit-learn's handwritten digits, 16 of each. `clipadapt adapt
 from sklearn.datasets import load_digits
 
 import clipadapt
-from clipadapt.evaluation.select import select
+from clipadapt.evaluation.selection import select
 
 NAMES = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
 TEMPLATE = "a picture of the digit {}."

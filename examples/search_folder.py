@@ -11,7 +11,7 @@ from pathlib import Path
 
 import clipadapt
 from clipadapt.data import picture_files
-from clipadapt.features import encode_shard
+from clipadapt.embeddings import encode_shard
 from clipadapt.search import Hit, Index, near_duplicates, query_vector
 
 

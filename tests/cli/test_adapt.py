@@ -51,7 +51,7 @@ def test_tables_name_the_figures_the_place_and_the_next_command(adapt, tmp_path,
 
 
 def test_auto_compares_and_marks_the_best(run, photos, backbone, tmp_path, monkeypatch):
-    monkeypatch.setattr("clipadapt.evaluation.select.list_methods", lambda: ["tip-adapter", "linear-probe"])
+    monkeypatch.setattr("clipadapt.evaluation.selection.list_methods", lambda: ["tip-adapter", "linear-probe"])
     command = ("adapt", photos, "--backbone", backbone, "--shots", 4, "--out", tmp_path / "m", "--budget", 30)
     document = json.loads(run(*command, "--json").stdout)
     trials = {trial["method"]: trial for trial in document["trials"]}

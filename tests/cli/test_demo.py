@@ -16,7 +16,7 @@ def test_digits_are_dark_ink_on_white_paper():
 
 
 def test_the_demo_is_better_than_zero_shot(run, tmp_path, monkeypatch):
-    monkeypatch.setattr("clipadapt.evaluation.select.list_methods", lambda: ["gda-clip", "tip-adapter"])
+    monkeypatch.setattr("clipadapt.evaluation.selection.list_methods", lambda: ["gda-clip", "tip-adapter"])
     document = json.loads(run("demo", "--out", tmp_path / "digits", "--json").stdout)
     held_out = document["held_out"]
     assert document["data"]["support"] == 160

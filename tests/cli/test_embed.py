@@ -9,7 +9,8 @@ import pytest
 
 from clipadapt import load, load_backbone
 from clipadapt.data import picture_files
-from clipadapt.features import Embeddings, encode_images
+from clipadapt.embeddings import Embeddings
+from clipadapt.features import encode_images
 
 
 @pytest.fixture

@@ -36,7 +36,7 @@ def corpus(tmp_path):
 
 @pytest.fixture
 def no_evaluation(monkeypatch):
-    monkeypatch.setattr("clipadapt.evaluation.pretraining.corpus_hooks", lambda *_: {})
+    monkeypatch.setattr("clipadapt.evaluation.studies.pretraining.corpus_hooks", lambda *_: {})
 
 
 def pretrain(*arguments):

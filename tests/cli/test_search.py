@@ -10,7 +10,7 @@ import pytest
 
 import clipadapt
 from clipadapt.data import picture_files
-from clipadapt.features import Embeddings, encode_shard
+from clipadapt.embeddings import Embeddings, encode_shard
 from clipadapt.search import Index, query_vector
 
 

@@ -18,7 +18,7 @@ from clipadapt.backbones import Backbone, load_backbone
 from clipadapt.data import Dataset
 from clipadapt.data.digits import handwritten_digits
 from clipadapt.errors import ClipadaptError
-from clipadapt.evaluation.select import select
+from clipadapt.evaluation.selection import select
 from clipadapt.methods import FeatureMethod, Method, create, list_methods, method_class
 from clipadapt.methods.artifact import recipe
 from clipadapt.methods.base import WeightMethod

@@ -12,8 +12,8 @@ import clipadapt
 from clipadapt.backbones import Backbone, load_backbone
 from clipadapt.data import MultiLabelDataset, Playground
 from clipadapt.errors import ClipadaptError
-from clipadapt.evaluation.multilabel import best_threshold, f1_scores, mean_average_precision
 from clipadapt.methods import FeatureMethod, Method, create, list_methods, method_class
+from clipadapt.metrics.multilabel import best_threshold, f1_scores, mean_average_precision
 from tests.tiny import tiny_clip
 
 KEYS = [key for key in list_methods() if method_class(key).card.multi_label]

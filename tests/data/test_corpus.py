@@ -9,8 +9,8 @@ import tarfile
 import numpy as np
 import pytest
 
-from clipadapt.data.corpus import Corpus, augment, build_corpus
-from clipadapt.data.corpus_sources import (
+from clipadapt.data.corpus.pairs import Corpus, augment, build_corpus
+from clipadapt.data.corpus.sources import (
     HELDOUT_SETS,
     NPM_PACKAGES,
     Annotations,
@@ -178,7 +178,7 @@ def test_splits(corpus):
 
 
 def test_playground_splits(corpus):
-    from clipadapt.data.playground import HELDOUT_KINDS, HELDOUT_STYLE, Playground
+    from clipadapt.data.playground.drawing import HELDOUT_KINDS, HELDOUT_STYLE, Playground
 
     scenes = [pair for pair in corpus.pairs if pair["kind"] == "playground"]
     for index, pair in enumerate(scenes):

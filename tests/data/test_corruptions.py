@@ -13,7 +13,7 @@ from PIL import Image
 
 from clipadapt.backbones import load_backbone
 from clipadapt.data import Playground
-from clipadapt.data.corruptions import (
+from clipadapt.data.corruptions.kinds import (
     _FUNCTIONS,
     GROUPS,
     KINDS,

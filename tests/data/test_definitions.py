@@ -11,7 +11,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from clipadapt.cli.app import app
-from clipadapt.data.definitions import LAYOUTS, check, definition, definitions, load
+from clipadapt.data.definitions.definition import LAYOUTS, check, definition, definitions, load
 from clipadapt.errors import ClipadaptError, DataError
 
 

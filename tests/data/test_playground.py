@@ -12,7 +12,7 @@ import sys
 import numpy as np
 import pytest
 
-from clipadapt.data.playground import (
+from clipadapt.data.playground.drawing import (
     COLOURS,
     CONTAINERS,
     COUNTS,
@@ -26,7 +26,7 @@ from clipadapt.data.playground import (
     TRAIN_STYLES,
     Playground,
 )
-from clipadapt.data.playground_styles import distance
+from clipadapt.data.playground.styles import distance
 from clipadapt.errors import ClipadaptError, DataError
 
 SCENES = [Playground(seed=5).scene(index) for index in range(300)]
@@ -39,7 +39,7 @@ def pixels_hash(indices):
 
 def test_scenes_are_the_same_in_another_process_and_in_any_order():
     code = (
-        "import hashlib, json; from clipadapt.data.playground import Playground; w = Playground(seed=7);"
+        "import hashlib, json; from clipadapt.data.playground.drawing import Playground; w = Playground(seed=7);"
         "print(json.dumps({i: hashlib.sha256(w.scene(i).image.tobytes()).hexdigest() for i in reversed(range(40))}))"
     )
     environment = {**os.environ, "PYTHONHASHSEED": "123"}

@@ -40,7 +40,7 @@ AT_HAND = {
 
 # A page's process is forked from one that has these already; they take most of its time.
 PROCESSES = get_context("forkserver")
-PROCESSES.set_forkserver_preload(["clipadapt.methods", "clipadapt.evaluation.select", "sklearn.datasets", "pytest"])
+PROCESSES.set_forkserver_preload(["clipadapt.methods", "clipadapt.evaluation.selection", "sklearn.datasets", "pytest"])
 
 
 def blocks(page: Path, language: str) -> Iterator[tuple[int, str]]:

@@ -10,9 +10,9 @@ import pytest
 import clipadapt
 from clipadapt.backbones.published import PublishedFeatures
 from clipadapt.data import Dataset, Split
-from clipadapt.data.playground import Playground
+from clipadapt.data.playground.drawing import Playground
 from clipadapt.errors import DataError
-from clipadapt.evaluation.protocols import NotApplicable, protocol
+from clipadapt.evaluation.protocol import NotApplicable, protocol
 from clipadapt.evaluation.protocols.bias_audit import audit, candidate_lists, disparity
 from clipadapt.methods import create
 

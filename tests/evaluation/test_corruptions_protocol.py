@@ -9,10 +9,10 @@ import torch
 from clipadapt.backbones import load_backbone
 from clipadapt.backbones.published import PublishedFeatures
 from clipadapt.data import Dataset, Split
-from clipadapt.data.corruptions import KINDS, corrupted
+from clipadapt.data.corruptions.kinds import KINDS, corrupted
 from clipadapt.data.items import FeatureItem
 from clipadapt.errors import ClipadaptError
-from clipadapt.evaluation.protocols import NotApplicable, options, protocol
+from clipadapt.evaluation.protocol import NotApplicable, options, protocol
 from clipadapt.methods import create
 from tests.pictures import colours
 from tests.tiny import tiny_clip

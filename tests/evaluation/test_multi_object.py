@@ -12,7 +12,7 @@ from torch.nn.functional import normalize
 import clipadapt
 from clipadapt.backbones.published import PublishedFeatures
 from clipadapt.errors import DataError
-from clipadapt.evaluation.protocols import NotApplicable, protocol
+from clipadapt.evaluation.protocol import NotApplicable, protocol
 from clipadapt.evaluation.protocols.multi_object import (
     KINDS,
     Picture,

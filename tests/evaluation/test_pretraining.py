@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from clipadapt.data.corpus import Corpus
-from clipadapt.evaluation.pretraining import corpus_hooks
+from clipadapt.data.corpus.pairs import Corpus
+from clipadapt.evaluation.studies.pretraining import corpus_hooks
 from clipadapt.training.pairs import PIXEL_MEAN, PIXEL_STD
 
 COLOURS = {

@@ -11,7 +11,7 @@ from clipadapt.backbones.published import PublishedFeatures
 from clipadapt.data import Dataset, Split
 from clipadapt.data.items import FeatureItem
 from clipadapt.errors import ClipadaptError, DataError
-from clipadapt.evaluation.protocols import NotApplicable, figures_of, options, protocol, protocols
+from clipadapt.evaluation.protocol import NotApplicable, figures_of, options, protocol, protocols
 from clipadapt.evaluation.protocols.label_noise import with_wrong_labels
 from clipadapt.evaluation.protocols.long_tailed import long_tail
 from clipadapt.evaluation.protocols.out_of_distribution import auroc, fpr95

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from clipadapt.evaluation.published import beside, published
+from clipadapt.evaluation.bench.published import beside, published
 
 
 def test_every_figure_has_a_source_and_a_sensible_value():

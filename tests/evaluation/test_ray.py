@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from clipadapt.errors import ClipadaptError
-from clipadapt.evaluation.bench import _OnRay, run_suite
-from clipadapt.evaluation.suite import cells, load_suite
+from clipadapt.evaluation.bench.run import _OnRay, run_suite
+from clipadapt.evaluation.bench.suite import cells, load_suite
 from tests.ray_cluster import TOKEN
 
 ray = pytest.importorskip("ray")
@@ -70,7 +70,7 @@ def test_same_rows_as_local_workers(folder):
 
 
 def test_what_hangs_or_dies_spoils_only_itself(folder, monkeypatch):
-    monkeypatch.setattr("clipadapt.evaluation.bench.run_cell", hangs_or_dies)
+    monkeypatch.setattr("clipadapt.evaluation.bench.run.run_cell", hangs_or_dies)
     workers = _OnRay("local", 1, 1)
     by_label = {cell.label: cell for cell in cells(load_suite(folder / "small.yaml"))}
     try:

@@ -11,7 +11,7 @@ import torch
 
 from clipadapt.backbones import load_backbone
 from clipadapt.errors import ClipadaptError
-from clipadapt.evaluation.robustness import adversarial_accuracy
+from clipadapt.evaluation.studies.robustness import adversarial_accuracy
 from clipadapt.methods import create
 from clipadapt.training.attacks import LEVEL, PixelSpace, pgd
 from tests.pictures import colours

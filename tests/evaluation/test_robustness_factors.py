@@ -8,8 +8,8 @@ import torch
 
 from clipadapt.backbones import load_backbone
 from clipadapt.data import Playground, Split
-from clipadapt.data.playground import KINDS
-from clipadapt.data.playground_factors import (
+from clipadapt.data.playground.drawing import KINDS
+from clipadapt.data.playground.factors import (
     FACTORS,
     STYLES_SHOWN,
     cloths,
@@ -18,10 +18,10 @@ from clipadapt.data.playground_factors import (
     unknown_kinds,
 )
 from clipadapt.errors import ClipadaptError, DataError
-from clipadapt.evaluation.calibration import confidences, expected_calibration_error
-from clipadapt.evaluation.protocols import protocol
+from clipadapt.evaluation.protocol import protocol
 from clipadapt.evaluation.protocols.robustness_factors import TEST_SEED
 from clipadapt.methods import create
+from clipadapt.metrics.calibration import confidences, expected_calibration_error
 from tests.pictures import colours
 
 SOME = ["heart", "ring", "tree", "car", "ladder", "flag"]

@@ -17,8 +17,8 @@ from typer.testing import CliRunner
 
 from clipadapt.cli.app import app
 from clipadapt.errors import ClipadaptError, DataError
-from clipadapt.evaluation.bench import read_rows, run_cell, run_suite
-from clipadapt.evaluation.suite import cells, load_suite, suites
+from clipadapt.evaluation.bench.run import read_rows, run_cell, run_suite
+from clipadapt.evaluation.bench.suite import cells, load_suite, suites
 
 SMALL = """
 title: Small
@@ -158,8 +158,8 @@ def test_equal_training(folder):
 
 def test_a_killed_run_goes_on(folder):
     code = (
-        "from pathlib import Path\nfrom clipadapt.evaluation.suite import load_suite\n"
-        "from clipadapt.evaluation.bench import run_suite\n"
+        "from pathlib import Path\nfrom clipadapt.evaluation.bench.suite import load_suite\n"
+        "from clipadapt.evaluation.bench.run import run_suite\n"
         f"if __name__ == '__main__':\n    f = Path({str(folder)!r})\n"
         "    run_suite(load_suite(f / 'small.yaml'), f / 'out', root=f, threads=1)\n"
     )

@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch.nn.functional import normalize
 
-from clipadapt.evaluation.suite import load_suite
-from clipadapt.evaluation.survey import domain_gaps, factors, main, mean_distance, proxy_a_distance
+from clipadapt.evaluation.bench.suite import load_suite
+from clipadapt.evaluation.studies.survey import domain_gaps, factors, main, mean_distance, proxy_a_distance
 from clipadapt.methods import method_class
 
 GAPS = {("near", "m"): 0.1, ("middle", "m"): 0.5, ("far", "m"): 0.9}

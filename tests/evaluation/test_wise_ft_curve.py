@@ -9,7 +9,7 @@ import torch
 import clipadapt
 from clipadapt.backbones import load_backbone
 from clipadapt.errors import ClipadaptError
-from clipadapt.evaluation.wise_ft_curve import output_ensemble, wise_ft_curve
+from clipadapt.evaluation.studies.wise_ft_curve import output_ensemble, wise_ft_curve
 from clipadapt.methods import create
 from tests.pictures import colours
 from tests.tiny import tiny_clip

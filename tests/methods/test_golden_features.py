@@ -11,9 +11,9 @@ import torch
 from torch.nn.functional import cross_entropy, normalize
 
 from clipadapt.methods import create
-from clipadapt.methods.few_shot.clip_adapter import adapt
-from clipadapt.methods.few_shot.gda_clip import GRID, discriminant
-from clipadapt.methods.few_shot.tip_adapter import cache_logits, search
+from clipadapt.methods.feature_adapter.clip_adapter import adapt
+from clipadapt.methods.training_free_few_shot.gda_clip import GRID, discriminant
+from clipadapt.methods.training_free_few_shot.tip_adapter import cache_logits, search
 from clipadapt.training.loop import train
 from clipadapt.training.schedules import cosine
 

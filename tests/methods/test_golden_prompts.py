@@ -13,9 +13,9 @@ from torch.nn.functional import cross_entropy, normalize
 
 from clipadapt.backbones import Backbone, load_backbone
 from clipadapt.methods.base import with_weights
-from clipadapt.methods.few_shot.clip_adapter import adapt
-from clipadapt.methods.finetuning.clip_lora import inject, merged
-from clipadapt.methods.finetuning.wise_ft import interpolate
+from clipadapt.methods.feature_adapter.clip_adapter import adapt
+from clipadapt.methods.peft_weights.clip_lora import inject, merged
+from clipadapt.methods.robust_fine_tuning.wise_ft import interpolate
 from clipadapt.training.loop import train
 
 TOLERANCE = 5e-5  # relative to the largest value of an array: what the golden page calls comfortable

@@ -11,7 +11,7 @@ from clipadapt.backbones import load_backbone
 from clipadapt.losses.ranking import pairwise_ranking
 from clipadapt.methods import create
 from clipadapt.methods.prompt_method import Batch
-from clipadapt.metrics import mean_average_precision
+from clipadapt.metrics.multilabel import mean_average_precision
 from tests.tiny import tiny_clip
 
 

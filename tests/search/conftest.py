@@ -8,7 +8,7 @@ import pytest
 
 from clipadapt.backbones import Backbone, load_backbone
 from clipadapt.data import Playground
-from clipadapt.features import encode_shard
+from clipadapt.embeddings import encode_shard
 from tests.features.conftest import CountingBackbone, write_pictures
 
 COLOURS = ("red", "green", "blue")

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from clipadapt.embeddings import Embeddings
 from clipadapt.errors import ClipadaptError, DataError
-from clipadapt.features import Embeddings
 from clipadapt.search import clusters, find_clusters, name_clusters, read_words
 from tests.search.conftest import COLOURS, PER_COLOUR
 

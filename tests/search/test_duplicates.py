@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from clipadapt.embeddings import Embeddings, encode_shard
 from clipadapt.errors import ClipadaptError
-from clipadapt.features import Embeddings, encode_shard
 from clipadapt.search import duplicates, near_duplicates
 
 

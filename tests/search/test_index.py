@@ -12,8 +12,9 @@ import torch
 
 from clipadapt.backbones import load_backbone
 from clipadapt.data import image_list
+from clipadapt.embeddings import Embeddings, encode_shard
 from clipadapt.errors import ArtifactError, ClipadaptError
-from clipadapt.features import Embeddings, encode_images, encode_shard
+from clipadapt.features import encode_images
 from clipadapt.methods import create
 from clipadapt.search import Index, build_index, query_vector
 from clipadapt.search import index as index_module

@@ -17,10 +17,10 @@ import pyarrow
 import pytest
 import qdrant_client
 
+from clipadapt.embeddings import Embeddings
 from clipadapt.errors import ArtifactError, ClipadaptError
-from clipadapt.features import Embeddings
-from clipadapt.search.store import VectorStore
 from clipadapt.search.stores import STORES, exact, open_store
+from clipadapt.search.stores.store import VectorStore
 from clipadapt.search.where import Where
 
 DIM = 16

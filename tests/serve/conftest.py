@@ -14,7 +14,7 @@ import pytest
 
 import clipadapt
 from clipadapt.backbones import Backbone
-from clipadapt.features import encode_shard
+from clipadapt.embeddings import encode_shard
 from clipadapt.serve.app import create_app
 from clipadapt.serve.indexes import Indexes
 from clipadapt.serve.limits import Settings

@@ -17,7 +17,7 @@ from PIL import Image
 
 import clipadapt
 from clipadapt.data import Playground
-from clipadapt.features.embeddings import encode_shard
+from clipadapt.embeddings.format import encode_shard
 from clipadapt.search import Index, query_vector
 from clipadapt.serve.app import create_app
 from clipadapt.serve.indexes import Indexes

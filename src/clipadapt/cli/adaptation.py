@@ -190,8 +190,8 @@ def compare(
 ) -> tuple[Method, dict[str, Any]]:
     """The best method inside the support set, unfitted, and the comparison for the document."""
     from clipadapt.data import MultiLabelDataset
-    from clipadapt.evaluation.select import select
     from clipadapt.evaluation.select_multi_label import select_multi_label
+    from clipadapt.evaluation.selection import select
 
     common: Any = {"budget": plan.budget, "seed": plan.seed, "templates": plan.templates, "progress": note}
     with err.status(f"Comparing methods by cross-validation, at most {plan.budget:.0f} s"):
@@ -231,7 +231,7 @@ def check(
 
 
 def _measured(model: Method, held_out: Dataset) -> dict[str, Any]:
-    from clipadapt.evaluation.metrics import accuracy, wilson
+    from clipadapt.metrics.classification import accuracy, wilson
 
     predicted = model.predict(held_out)
     correct = int((predicted == held_out.labels).sum())
@@ -239,7 +239,7 @@ def _measured(model: Method, held_out: Dataset) -> dict[str, Any]:
 
 
 def _measured_sets(model: Method, held_out: MultiLabelDataset) -> dict[str, Any]:
-    from clipadapt.evaluation.multilabel import f1_scores, mean_average_precision
+    from clipadapt.metrics.multilabel import f1_scores, mean_average_precision
 
     scores = model.image_logits(held_out)[0]
     f1 = f1_scores(held_out.targets, model.probabilities(scores) >= 0.5)

@@ -40,9 +40,9 @@ def bench(
     as_json: AsJson = False,
 ) -> None:
     """Run SUITE and report on it. What is in DIR already is not run again, so the same command goes on after a stop."""
-    from clipadapt.evaluation.bench import run_suite
-    from clipadapt.evaluation.report import check_installed, write_report
-    from clipadapt.evaluation.suite import cells, load_suite, suites
+    from clipadapt.evaluation.bench.run import run_suite
+    from clipadapt.evaluation.bench.suite import cells, load_suite, suites
+    from clipadapt.evaluation.report.page import check_installed, write_report
 
     if list_suites:
         drawn = table("suite", "title", "cells", "data", right=("cells",))

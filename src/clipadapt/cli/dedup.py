@@ -37,7 +37,7 @@ def dedup(
     the page of --html before you delete anything: what counts as nearly the same differs from model to model.
     """
     with err.status("Opening the embeddings"):
-        from clipadapt.features import Embeddings
+        from clipadapt.embeddings import Embeddings
         from clipadapt.features.progress import progress_bar
         from clipadapt.search.duplicates import near_duplicates
 

@@ -58,8 +58,8 @@ def embed(
     if model is not None and backbone is not None:
         raise typer.BadParameter("comes with a backbone of its own; leave --backbone away.", param_hint="--model")
     with err.status("Loading the model"):
-        from clipadapt.features.executors import Job, encode_shards, shards_of
-        from clipadapt.features.listing import list_pictures
+        from clipadapt.embeddings.executors import Job, encode_shards, shards_of
+        from clipadapt.embeddings.listing import list_pictures
 
         adapted = None if model is None else str(model.resolve())
         tower, plain = load_both(backbone, adapted, device)

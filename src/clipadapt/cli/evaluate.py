@@ -59,7 +59,7 @@ def evaluate(
 
 def evaluate_sets(model: Path, fitted: Any, data: MultiLabelDataset, every: bool, on_error: str, as_json: bool) -> None:
     """mAP, OF1, CF1, and each class's average precision, the worst first."""
-    from clipadapt.evaluation.multilabel import average_precision, f1_scores, mean_average_precision
+    from clipadapt.metrics.multilabel import average_precision, f1_scores, mean_average_precision
 
     targets, names = data.targets, fitted.class_names_
     unknown = [name for name in data.class_names if name not in names]
@@ -107,7 +107,7 @@ def labels_among(class_names: list[str], data: Dataset) -> list[int]:
 
 def measure(labels: list[int], predicted: Any, class_names: list[str]) -> dict[str, Any]:
     """The figures of the document; classes with pictures only, the worst first."""
-    from clipadapt.evaluation.metrics import accuracy, confusion_pairs, macro_accuracy, per_class, wilson
+    from clipadapt.metrics.classification import accuracy, confusion_pairs, macro_accuracy, per_class, wilson
 
     correct = int((predicted == labels).sum())
     scores = [score for score in per_class(labels, predicted, class_names) if score.recall is not None]

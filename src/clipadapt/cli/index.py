@@ -31,7 +31,7 @@ def index(
     goes back.
     """
     with err.status("Opening the embeddings"):
-        from clipadapt.features import Embeddings
+        from clipadapt.embeddings import Embeddings
         from clipadapt.features.progress import progress_bar
         from clipadapt.search.index import build_index
 

@@ -21,7 +21,7 @@ def corpus(
     workers: Annotated[int | None, typer.Option(help="Processes that draw; default: one per core.")] = None,
 ) -> None:
     """Fetch icon sets, annotations and clip art, and draw them into OUT (about 1.2 GB)."""
-    from clipadapt.data.corpus import build_corpus
+    from clipadapt.data.corpus.pairs import build_corpus
 
     build_corpus(out, archives=archives, playground=playground, workers=workers, report=typer.echo)
 
@@ -39,8 +39,8 @@ def run(
     """Train a CLIP on CORPUS by a recipe; the weights are in OUT/model at any time (a plain transformers folder)."""
     from clipadapt.backbones.scratch import scratch_clip
     from clipadapt.backbones.vocabulary import train_tokenizer
-    from clipadapt.data.corpus import Corpus
-    from clipadapt.evaluation.pretraining import corpus_hooks
+    from clipadapt.data.corpus.pairs import Corpus
+    from clipadapt.evaluation.studies.pretraining import corpus_hooks
     from clipadapt.training.contrastive import train_contrastive
     from clipadapt.training.recipe import Recipe
 

@@ -5,20 +5,20 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from clipadapt.data.coop import coop_split
-from clipadapt.data.dataset import Dataset, Occurrence, Split, as_items, find_duplicates
-from clipadapt.data.folders import image_folder, picture_files
-from clipadapt.data.hub import hub_dataset
+from clipadapt.data.examples import Dataset, Occurrence, Split, as_items, find_duplicates
 from clipadapt.data.items import BytesItem, EncodedItem, FileItem, GeneratedItem, ImageItem, Item
-from clipadapt.data.lists import image_list
 from clipadapt.data.multilabel import MultiLabelDataset
 from clipadapt.data.pairs import Pairs, image_pairs
-from clipadapt.data.shards import webdataset
-from clipadapt.data.tables import image_table
-from clipadapt.data.templates import class_texts, template_sets, with_published_names
+from clipadapt.data.readers.coop import coop_split
+from clipadapt.data.readers.folders import image_folder, picture_files
+from clipadapt.data.readers.hub import hub_dataset
+from clipadapt.data.readers.lists import image_list
+from clipadapt.data.readers.shards import webdataset
+from clipadapt.data.readers.tables import image_table
+from clipadapt.data.templates.sets import class_texts, template_sets, with_published_names
 
 if TYPE_CHECKING:
-    from clipadapt.data.playground import Playground as Playground
+    from clipadapt.data.playground.drawing import Playground as Playground
 
 __all__ = [
     "BytesItem",
@@ -52,4 +52,4 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name != "Playground":  # imported on first use: most callers need no drawing code
         raise AttributeError(f"module 'clipadapt.data' has no attribute {name!r}")
-    return import_module("clipadapt.data.playground").Playground
+    return import_module("clipadapt.data.playground.drawing").Playground

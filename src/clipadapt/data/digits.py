@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from clipadapt.data.dataset import Dataset
-from clipadapt.data.lists import image_list
+from clipadapt.data.examples import Dataset
+from clipadapt.data.readers.lists import image_list
 
 DIGITS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
 

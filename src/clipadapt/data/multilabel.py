@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from clipadapt.data.dataset import Pictures
+from clipadapt.data.examples import Pictures
 from clipadapt.errors import DataError
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from clipadapt.data.dataset import Dataset, as_items
+from clipadapt.data.examples import Dataset, as_items
 from clipadapt.errors import DataError
 
 

@@ -21,9 +21,9 @@ from statistics import fmean
 from clipadapt.backbones import Backbone
 from clipadapt.data import Dataset
 from clipadapt.errors import ClipadaptError, DataError
-from clipadapt.evaluation.metrics import accuracy
 from clipadapt.methods import Method, create
 from clipadapt.methods.base import Report
+from clipadapt.metrics.classification import accuracy
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ import numpy as np
 from clipadapt.backbones import Backbone
 from clipadapt.data import MultiLabelDataset
 from clipadapt.errors import ClipadaptError
-from clipadapt.evaluation.select import OverBudget, Selection, Trial, duration, order_of, settings, stop_when_late
+from clipadapt.evaluation.selection import OverBudget, Selection, Trial, duration, order_of, settings, stop_when_late
 from clipadapt.methods import create, list_methods, method_class
 
 

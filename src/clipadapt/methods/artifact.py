@@ -17,12 +17,12 @@ from torch import Tensor
 
 import clipadapt
 from clipadapt.backbones import Backbone, load_backbone
-from clipadapt.data.dataset import Pictures
+from clipadapt.data.examples import Pictures
 from clipadapt.errors import ArtifactError
-from clipadapt.features.sources import ImageSource
 from clipadapt.files import is_model, written_aside
 from clipadapt.methods.base import Method
 from clipadapt.methods.registry import create
+from clipadapt.sources.images import ImageSource
 
 FORMAT = 1  # raised when an older version of the library could not read the folder any more
 

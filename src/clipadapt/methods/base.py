@@ -29,7 +29,7 @@ from torch.nn.functional import normalize, one_hot
 from clipadapt.data import Dataset, MultiLabelDataset, as_items
 from clipadapt.errors import ClipadaptError, unknown_name
 from clipadapt.features import encode_classes, encode_images, other_tower
-from clipadapt.metrics import best_threshold, mean_average_precision
+from clipadapt.metrics.multilabel import best_threshold, mean_average_precision
 from clipadapt.training.loop import Report, Run
 
 if TYPE_CHECKING:

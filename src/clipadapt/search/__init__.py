@@ -18,7 +18,7 @@ _HOMES = {
     "find_clusters": "clipadapt.search.clusters",
     "name_clusters": "clipadapt.search.clusters",
     "near_duplicates": "clipadapt.search.duplicates",
-    "open_store": "clipadapt.search.stores",
+    "open_store": "clipadapt.search.stores.registry",
     "query_vector": "clipadapt.search.query",
     "read_words": "clipadapt.search.clusters",
     "write_sheet": "clipadapt.search.sheet",
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from clipadapt.search.index import build_index as build_index
     from clipadapt.search.query import query_vector as query_vector
     from clipadapt.search.sheet import write_sheet as write_sheet
-    from clipadapt.search.stores import open_store as open_store
+    from clipadapt.search.stores.registry import open_store as open_store
     from clipadapt.search.where import Where as Where
 
 

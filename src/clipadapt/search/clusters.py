@@ -13,7 +13,7 @@ import torch
 from clipadapt.errors import ClipadaptError, DataError
 
 if TYPE_CHECKING:
-    from clipadapt.features import Embeddings
+    from clipadapt.embeddings import Embeddings
 
 _LEARNED = 50_000  # pictures that the centres are learned from, which bounds time and memory
 _STARTS = 3

@@ -17,7 +17,7 @@ from clipadapt.errors import ClipadaptError
 from clipadapt.features.retrieval import nearest
 
 if TYPE_CHECKING:
-    from clipadapt.features import Embeddings
+    from clipadapt.embeddings import Embeddings
 
 _ROWS = 4096  # of a block: 64 MB of products at once
 _PENDING = 1 << 22  # links kept before they are merged

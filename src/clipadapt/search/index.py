@@ -24,17 +24,17 @@ import numpy as np
 import torch
 
 from clipadapt.backbones import load_backbone
+from clipadapt.embeddings import Embeddings
 from clipadapt.errors import ArtifactError, ClipadaptError, unknown_name
-from clipadapt.features import Embeddings
 from clipadapt.features.retrieval import top
 from clipadapt.files import written_aside
 from clipadapt.methods import Method, load
-from clipadapt.search.stores import STORES, open_store
+from clipadapt.search.stores.registry import STORES, open_store
 from clipadapt.search.where import Where
 
 if TYPE_CHECKING:
     from clipadapt.backbones import Backbone
-    from clipadapt.search.store import VectorStore
+    from clipadapt.search.stores.store import VectorStore
 
 FORMAT = 1  # raised when an older version of the library could not read index.json any more
 _BLOCK = 1 << 14  # rows that are added or classified at once
@@ -218,7 +218,7 @@ def build_index(
 
     Args:
         folder: what `clipadapt embed` wrote.
-        kind: a key of `clipadapt.search.stores.STORES`; "exact" drops what there was, except on a server.
+        kind: a key of `clipadapt.search.stores.registry.STORES`; "exact" drops what there was, except on a server.
         location: a folder, or the URL of a server; without it a folder in `folder`.
         report: called with the number of rows just added.
 

@@ -7,8 +7,8 @@ import tarfile
 from functools import lru_cache
 
 from clipadapt.data import EncodedItem, FileItem
+from clipadapt.embeddings.remote import RemoteItem, is_url
 from clipadapt.errors import DataError
-from clipadapt.features.remote import RemoteItem, is_url
 
 
 def named_picture(name: str) -> EncodedItem:

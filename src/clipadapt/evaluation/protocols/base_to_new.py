@@ -5,7 +5,7 @@ from __future__ import annotations
 from clipadapt.backbones import Backbone
 from clipadapt.data import Split
 from clipadapt.evaluation.base_to_new import base_to_new
-from clipadapt.evaluation.protocols import NotApplicable, Outcome
+from clipadapt.evaluation.protocol import NotApplicable, Outcome
 from clipadapt.methods import Method
 
 

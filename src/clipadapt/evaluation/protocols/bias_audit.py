@@ -31,7 +31,7 @@ from numpy.typing import ArrayLike
 from clipadapt.backbones import Backbone
 from clipadapt.data import Split
 from clipadapt.errors import DataError
-from clipadapt.evaluation.protocols import NotApplicable, Outcome, fit, judged
+from clipadapt.evaluation.protocol import NotApplicable, Outcome, fit, judged
 from clipadapt.methods import Method
 
 

@@ -16,9 +16,9 @@ import numpy as np
 
 from clipadapt.backbones import Backbone
 from clipadapt.data import Split
-from clipadapt.data.corruptions import SEVERITIES, corrupted, kinds_of
+from clipadapt.data.corruptions.kinds import SEVERITIES, corrupted, kinds_of
 from clipadapt.data.items import FeatureItem
-from clipadapt.evaluation.protocols import NotApplicable, Outcome, fit, judged
+from clipadapt.evaluation.protocol import NotApplicable, Outcome, fit, judged
 from clipadapt.methods import Method
 
 

@@ -10,9 +10,9 @@ from statistics import fmean
 
 from clipadapt.backbones import Backbone
 from clipadapt.data import Split
-from clipadapt.data.definitions import load
+from clipadapt.data.definitions.definition import load
 from clipadapt.errors import DataError
-from clipadapt.evaluation.protocols import NotApplicable, Outcome, fit, judged
+from clipadapt.evaluation.protocol import NotApplicable, Outcome, fit, judged
 from clipadapt.methods import Method
 
 

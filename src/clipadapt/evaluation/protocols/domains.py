@@ -14,7 +14,7 @@ import numpy as np
 from clipadapt.backbones import Backbone
 from clipadapt.data import Split
 from clipadapt.errors import DataError
-from clipadapt.evaluation.protocols import Outcome, fit
+from clipadapt.evaluation.protocol import Outcome, fit
 from clipadapt.methods import Method
 
 

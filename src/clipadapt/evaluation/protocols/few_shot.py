@@ -12,8 +12,8 @@ from typing import Any
 
 from clipadapt.backbones import Backbone
 from clipadapt.data import Split
-from clipadapt.evaluation.protocols import Outcome, fit, judged
-from clipadapt.evaluation.select import select
+from clipadapt.evaluation.protocol import Outcome, fit, judged
+from clipadapt.evaluation.selection import select
 from clipadapt.methods import Method, create
 from clipadapt.methods.artifact import recipe
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from clipadapt.backbones import Backbone
 from clipadapt.data import Dataset, Split
-from clipadapt.evaluation.protocols import NotApplicable, Outcome, fit, judged
+from clipadapt.evaluation.protocol import NotApplicable, Outcome, fit, judged
 from clipadapt.methods import Method
 
 

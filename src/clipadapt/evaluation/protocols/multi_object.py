@@ -38,10 +38,10 @@ from torch import Tensor
 from clipadapt.backbones import Backbone
 from clipadapt.data import Split
 from clipadapt.data.items import GeneratedItem, Item
-from clipadapt.data.playground import VERSION
-from clipadapt.data.playground_styles import COLOURS, STYLES, cut_out
+from clipadapt.data.playground.drawing import VERSION
+from clipadapt.data.playground.styles import COLOURS, STYLES, cut_out
 from clipadapt.errors import DataError
-from clipadapt.evaluation.protocols import NotApplicable, Outcome, fit
+from clipadapt.evaluation.protocol import NotApplicable, Outcome, fit
 from clipadapt.features import encode_images
 from clipadapt.methods import Method
 

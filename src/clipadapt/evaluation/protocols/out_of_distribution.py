@@ -20,7 +20,7 @@ from torch import Tensor
 from clipadapt.backbones import Backbone
 from clipadapt.data import Split
 from clipadapt.evaluation.base_to_new import base_support
-from clipadapt.evaluation.protocols import Outcome, fit, judged
+from clipadapt.evaluation.protocol import Outcome, fit, judged
 from clipadapt.methods import Method
 
 SCORES = ("probability", "logit", "energy")

@@ -29,13 +29,13 @@ import torch
 from clipadapt.backbones import Backbone
 from clipadapt.data import Split
 from clipadapt.data.items import GeneratedItem
-from clipadapt.data.playground import KINDS
-from clipadapt.data.playground_factors import FACTORS, cue_conflicts, factor_pictures, unknown_kinds
+from clipadapt.data.playground.drawing import KINDS
+from clipadapt.data.playground.factors import FACTORS, cue_conflicts, factor_pictures, unknown_kinds
 from clipadapt.errors import DataError
-from clipadapt.evaluation.calibration import confidences, expected_calibration_error
-from clipadapt.evaluation.protocols import Outcome, figures_of, fit
+from clipadapt.evaluation.protocol import Outcome, figures_of, fit
 from clipadapt.evaluation.protocols.out_of_distribution import auroc, scores
 from clipadapt.methods import Method
+from clipadapt.metrics.calibration import confidences, expected_calibration_error
 
 TEST_SEED = 1_000_003  # far from the seeds of cells, so that no test picture is learned from
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from clipadapt.backbones import Backbone
 from clipadapt.data import Split
-from clipadapt.evaluation.protocols import NotApplicable, Outcome, fit, judged
+from clipadapt.evaluation.protocol import NotApplicable, Outcome, fit, judged
 from clipadapt.methods import Method
 
 

@@ -19,7 +19,7 @@ from clipadapt.search.stores.rows import as_ids, as_queries, as_rows, no_facts, 
 if TYPE_CHECKING:
     import pyarrow
 
-    from clipadapt.features import Embeddings
+    from clipadapt.embeddings import Embeddings
     from clipadapt.search.where import Where
 
 BLOCK_NUMBERS = 1 << 20  # 4 MB in float32; at 16 MB a search takes three times as long

@@ -23,7 +23,7 @@ from clipadapt.search.stores.rows import answer, as_ids, as_queries, as_rows, no
 if TYPE_CHECKING:
     import pyarrow
 
-    from clipadapt.features import Embeddings
+    from clipadapt.embeddings import Embeddings
     from clipadapt.search.where import Where
 
 CONNECTIVITY = 16  # neighbours of a node; usearch's default, as the next

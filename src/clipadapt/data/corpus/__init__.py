@@ -1,0 +1,1 @@
+"""The corpus of drawn images and captions that the embedded model was pre-trained on."""

@@ -1,0 +1,5 @@
+"""Fifteen corruptions of images, in five strengths each."""
+
+from clipadapt.data.corruptions.kinds import GROUPS, KINDS, SEVERITIES, corrupt, corrupted, kinds_of
+
+__all__ = ["GROUPS", "KINDS", "SEVERITIES", "corrupt", "corrupted", "kinds_of"]

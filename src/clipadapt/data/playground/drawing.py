@@ -1,0 +1,454 @@
+"""Pictures drawn by our own code, with everything about them known: a world for trying every protocol without any data.
+
+A scene shows one object, several of a kind, two in a spatial relation, or one of each of several kinds; kind, colour,
+size, texture, place, count and relation vary, and its style is its domain. Captions, masks and boxes are exact. A scene
+depends on nothing but the playground's settings, its index and what was fixed, so scenes can be drawn in any order and
+in any process.
+
+    playground = Playground(size=64, kinds=TRAIN_KINDS, styles=TRAIN_STYLES, seed=0)
+    image, caption = next(playground.pairs(1))
+    data = Playground(kinds=HELDOUT_KINDS, seed=1).dataset(20)  # labelled by kind, styles as domains
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+import numpy as np
+from PIL import Image, ImageChops
+
+from clipadapt.data.items import GeneratedItem, Item
+from clipadapt.data.playground.kinds import SHAPES, Point
+from clipadapt.data.playground.styles import COLOURS, STYLES, TEXTURES, Cutout, cut_out, distance
+from clipadapt.errors import DataError, unknown_name
+
+if TYPE_CHECKING:
+    from clipadapt.data.examples import Dataset
+    from clipadapt.data.multilabel import MultiLabelDataset
+
+VERSION = 1  # of the drawing code: raise it when a scene changes, so that no cached feature outlives its picture
+
+KINDS = tuple(SHAPES)
+HELDOUT_KINDS = ("anchor", "bell", "boat", "cactus", "hat", "key")  # never in the embedded model's training
+HELDOUT_STYLE = "sketch"  # nor this style
+TRAIN_KINDS = tuple(kind for kind in KINDS if kind not in HELDOUT_KINDS)
+TRAIN_STYLES = tuple(style for style in STYLES if style != HELDOUT_STYLE)
+
+COUNTS = {"one": 1, "two": 2, "three": 3, "four": 4, "five": 5}
+
+# Each relation with its words, and the words for it when the two objects are named the other way round.
+RELATIONS = {
+    "left of": ("to the left of", "to the right of"),
+    "right of": ("to the right of", "to the left of"),
+    "above": ("above", "below"),
+    "below": ("below", "above"),
+    "inside": ("inside", "around"),
+}
+CONTAINERS = ("circle", "square", "hexagon", "diamond", "heart", "ring")  # what another object can be inside of
+
+# Extent of an object's larger side, as a share of the picture's.
+SIZES = {"small": (0.28, 0.35), "medium": (0.44, 0.56), "large": (0.76, 0.92)}
+_SMALL_BELOW, _LARGE_FROM = 0.36, 0.66
+
+# Where a single object lies: its words, and the direction from the middle.
+_PLACES: dict[str, Point] = {
+    "in the middle": (0, 0),
+    "on the left": (-1, 0),
+    "on the right": (1, 0),
+    "at the top": (0, -1),
+    "at the bottom": (0, 1),
+}
+_MOST_KINDS = 9  # that a scene has room for
+_PLURALS = {"butterfly": "butterflies", "fish": "fish", "leaf": "leaves"}
+
+By = Literal["kind", "colour", "texture", "count", "relation"]
+_CLASSES: dict[By, Iterable[str]] = {
+    "colour": COLOURS,
+    "texture": TEXTURES,
+    "count": COUNTS,
+    "relation": RELATIONS,
+}
+
+
+class Obj(NamedTuple):
+    """One object of a scene."""
+
+    kind: str
+    colour: str
+    size: str  # small, medium or large
+    texture: str
+    box: tuple[int, int, int, int]  # left, top, right, bottom of the mask; right and bottom exclusive, pixels
+    mask: np.ndarray  # (H, W) bool: the part of its silhouette that nothing covers
+
+
+class Scene(NamedTuple):
+    """A picture and the truth about it."""
+
+    image: Image.Image  # RGB, size x size
+    caption: str  # one of `captions`, drawn at random
+    captions: list[str]  # several true ones: with and without colour, size, texture, place
+    objects: list[Obj]
+    style: str
+    relation: str | None  # of the first object to the second
+
+
+class _Plan(NamedTuple):
+    """An object to be drawn; centre and extent are shares of the picture's side."""
+
+    kind: str
+    colour: str
+    texture: str
+    centre: Point
+    extent: float
+
+
+@dataclass(frozen=True)
+class Playground:
+    """A world of scenes.
+
+    Args:
+        size: side of the square pictures in pixels, at least 32.
+        kinds: object kinds that occur, from `KINDS`.
+        styles: styles that occur, from `STYLES`.
+        seed: another seed is another world with the same kinds and styles.
+
+    Raises:
+        ClipadaptError: a kind or style is not known, or there is none.
+    """
+
+    size: int = 64
+    kinds: tuple[str, ...] = KINDS
+    styles: tuple[str, ...] = tuple(STYLES)
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "kinds", tuple(dict.fromkeys(self.kinds)))
+        object.__setattr__(self, "styles", tuple(dict.fromkeys(self.styles)))
+        if self.size < 32:
+            raise DataError(f"A playground's size is at least 32 pixels, not {self.size}.")
+        for word, given, known in (("kind", self.kinds, KINDS), ("style", self.styles, STYLES)):
+            if not given:
+                raise DataError(f"A playground needs at least one {word}.")
+            for name in given:
+                _check(f"playground {word}", name, known)
+
+    def scene(
+        self,
+        index: int,
+        *,
+        kind: str | None = None,
+        colour: str | None = None,
+        texture: str | None = None,
+        count: str | None = None,
+        relation: str | None = None,
+        style: str | None = None,
+        kinds: Iterable[str] | None = None,
+    ) -> Scene:
+        """Scene number `index` (0, 1, …); what is None is drawn at random.
+
+        A fixed `kind`, `colour` or `texture` alone gives a single object; with `count` it holds for all of them and
+        with `relation` for the first of the two. `count` is a word of `COUNTS`, `relation` one of `RELATIONS`.
+        `kinds`, 1 to 9 different ones, gives one object of each, apart from one another; only `style` goes with it.
+        """
+        for word, name, known in (
+            ("kind", kind, KINDS),
+            ("colour", colour, COLOURS),
+            ("texture", texture, TEXTURES),
+            ("count", count, COUNTS),
+            ("relation", relation, RELATIONS),
+            ("style", style, STYLES),
+        ):
+            if name is not None:
+                _check(f"playground {word}", name, known)
+        if count and relation:
+            raise DataError("A playground scene has a count or a relation, not both.")
+        if kinds is not None:
+            kinds = tuple(kinds)
+            for name in kinds:
+                _check("playground kind", name, KINDS)
+            if kind or colour or texture or count or relation:
+                raise DataError("A playground scene of given kinds leaves all but the style to chance.")
+            if not 1 <= len(set(kinds)) == len(kinds) <= _MOST_KINDS:
+                raise DataError(
+                    f"A playground scene shows 1 to {_MOST_KINDS} different kinds, not {', '.join(kinds) or 'none'}."
+                )
+        if index < 0:
+            raise DataError(f"Playground scenes are numbered from 0; there is no scene {index}.")
+        rng = np.random.default_rng([self.seed, index])
+        style = style or _pick(rng, self.styles)
+        roll = rng.random()
+        if kinds is not None:
+            plans, captions = self._each(rng, kinds)
+        elif relation or not (kind or colour or texture or count or roll < 0.75 or len(self.kinds) < 2):
+            plans, captions, relation = self._two(rng, kind, colour, texture, relation)
+        elif count or not (kind or colour or texture or roll < 0.55):
+            plans, captions = self._several(rng, kind, colour, texture, count)
+        else:
+            plans, captions = self._single(rng, kind, colour, texture)
+        caption = _pick(rng, captions)
+        cuts = self._place(rng, plans)
+        # The first object lies on the second where it is inside it; nothing else overlaps.
+        image = STYLES[style].render(cuts[::-1], 2 * self.size, rng)
+        objects = [
+            Obj(plan.kind, plan.colour, _size_word(plan.extent), plan.texture, _bounds(mask), mask)
+            for plan, mask in zip(plans, self._masks(cuts), strict=True)
+        ]
+        return Scene(image, caption, captions, objects, style, relation)
+
+    def pairs(self, n: int, seed: int | None = None) -> Iterator[tuple[Image.Image, str]]:
+        """The pictures of scenes 0 to n - 1, each with a true caption; `seed` replaces the playground's own."""
+        world = self if seed is None else replace(self, seed=seed)
+        for index in range(n):
+            scene = world.scene(index)
+            yield scene.image, scene.caption
+
+    def dataset(
+        self,
+        n_per_class: int,
+        by: By = "kind",
+        *,
+        kinds: Iterable[str] | None = None,
+        styles: Iterable[str] | None = None,
+        seed: int | None = None,
+    ) -> Dataset:
+        """Pictures labelled `by` kind, colour, texture, count or relation; drawn when they are opened.
+
+        Every class has `n_per_class` pictures, spread evenly over the styles, which are the data set's domains.
+        Asking for more keeps those one had. Relation names are made for a prompt such as "one thing {} another".
+        `kinds`, `styles` and `seed` replace the playground's own.
+        """
+        from clipadapt.data.examples import Dataset
+
+        world = self._with(kinds, styles, seed)
+        _check("way to label playground pictures", by, ("kind", *_CLASSES))
+        names = list(world.kinds if by == "kind" else _CLASSES[by])
+        if by == "relation":
+            for name in names:
+                world._partners(name)  # refuses kinds that lack a container now, not when a picture is opened
+        items: list[Item] = []
+        labels, domains = [], []
+        for label, name in enumerate(names):
+            for i in range(n_per_class):
+                index, style = i * len(names) + label, world.styles[i % len(world.styles)]
+                fixed = {by: name, "style": style}
+                items.append(world._item(name, i, index, fixed))
+                labels.append(label)
+                domains.append(style)
+        return Dataset(items, labels, names, domains, name=f"playground by {by}")
+
+    def multilabel(
+        self,
+        n: int,
+        *,
+        kinds: Iterable[str] | None = None,
+        styles: Iterable[str] | None = None,
+        seed: int | None = None,
+        most: int = 3,
+    ) -> MultiLabelDataset:
+        """`n` pictures that each show 1 to `most` different kinds, labelled with them; drawn when they are opened.
+
+        How many kinds a picture shows, and which, is drawn evenly. The pictures are spread evenly over the styles,
+        which are the data set's domains. Asking for more keeps those one had. `kinds`, `styles` and `seed` replace the
+        playground's own.
+
+        Raises:
+            DataError: `most` exceeds the number of kinds, or 9.
+        """
+        from clipadapt.data.multilabel import MultiLabelDataset
+
+        world = self._with(kinds, styles, seed)
+        limit = min(len(world.kinds), _MOST_KINDS)
+        if not 1 <= most <= limit:
+            raise DataError(f"most must lie between 1 and {limit}, the kinds there are or fit in, not {most}.")
+        items: list[Item] = []
+        labels, domains = [], []
+        for i in range(n):
+            rng = np.random.default_rng([world.seed, i, 1])  # not the stream that draws the scene
+            label = rng.permutation(len(world.kinds))[: int(rng.integers(1, most + 1))].tolist()
+            shown, style = tuple(world.kinds[c] for c in label), world.styles[i % len(world.styles)]
+            items.append(world._item("+".join(shown), i, i, {"kinds": shown, "style": style}))
+            labels.append(frozenset(label))
+            domains.append(style)
+        return MultiLabelDataset(items, labels, list(world.kinds), domains, name="playground of several kinds")
+
+    def _with(self, kinds: Iterable[str] | None, styles: Iterable[str] | None, seed: int | None) -> Playground:
+        return replace(
+            self,
+            kinds=self.kinds if kinds is None else tuple(kinds),
+            styles=self.styles if styles is None else tuple(styles),
+            seed=self.seed if seed is None else seed,
+        )
+
+    def _item(self, what: str, number: int, index: int, fixed: dict[str, Any]) -> Item:
+        """Scene `index` with what is `fixed`, to be drawn later; called picture `number` of `what`."""
+        return GeneratedItem(
+            name=f"playground-{self.seed}/{fixed['style']}/{what}/{number}",
+            key=f"playground {VERSION} {self} {index} {fixed}",
+            draw=partial(_picture, self, index, fixed),
+        )
+
+    def _single(
+        self, rng: np.random.Generator, kind: str | None, colour: str | None, texture: str | None
+    ) -> tuple[list[_Plan], list[str]]:
+        kind, colour = kind or _pick(rng, self.kinds), colour or _pick(rng, COLOURS)
+        texture = texture or (_pick(rng, TEXTURES) if rng.random() < 0.4 else "plain")
+        size = _pick(rng, ["small", "medium", "large", "large"] if texture == "plain" else ["medium", "large"])
+        extent = rng.uniform(*SIZES[size])
+        place = "in the middle" if size == "large" else _pick(rng, _PLACES)
+        reach = {"small": 0.29, "medium": 0.2, "large": 0.0}[size]
+        x, y = (0.5 + reach * direction for direction in _PLACES[place])
+        plan = _Plan(kind, colour, texture, _shaken(rng, x, y), extent)
+        captions = [_a(kind), _a(colour, kind), _a(colour, kind), f"{_a(colour, kind)} {place}"]
+        words = [size] if size != "medium" else []
+        words += [texture] if texture != "plain" else []
+        if words:
+            captions += [_a(*words, kind), _a(*words, colour, kind)]
+        return [plan], list(dict.fromkeys(captions))
+
+    def _several(
+        self, rng: np.random.Generator, kind: str | None, colour: str | None, texture: str | None, count: str | None
+    ) -> tuple[list[_Plan], list[str]]:
+        kind, colour = kind or _pick(rng, self.kinds), colour or _pick(rng, COLOURS)
+        count = count or _pick(rng, list(COUNTS)[1:])
+        cells = rng.permutation(9)[: COUNTS[count]]  # of a 3 x 3 grid; equal sizes, so that only counting tells
+        plans = [
+            _Plan(
+                kind,
+                colour,
+                texture or "plain",
+                _shaken(rng, 0.18 + 0.32 * (cell % 3), 0.18 + 0.32 * (cell // 3)),
+                rng.uniform(0.25, 0.28),
+            )
+            for cell in cells.tolist()
+        ]
+        if count == "one":
+            return plans, [_a(kind), _a(colour, kind)]
+        plural = _PLURALS.get(kind) or kind + ("es" if kind.endswith("s") else "s")
+        return plans, [f"{count} {plural}", f"{count} {colour} {plural}"]
+
+    def _two(
+        self,
+        rng: np.random.Generator,
+        kind: str | None,
+        colour: str | None,
+        texture: str | None,
+        relation: str | None,
+    ) -> tuple[list[_Plan], list[str], str]:
+        if relation is None:
+            contains = any(name in CONTAINERS for name in self.kinds)
+            relation = _pick(rng, [name for name in RELATIONS if contains or name != "inside"])
+        other = _pick(rng, self._partners(relation, kind))
+        kind = kind or _pick(rng, [name for name in self.kinds if name != other])
+        colour = colour or _pick(rng, COLOURS)
+        contrasting = [name for name, paint in COLOURS.items() if distance(paint, COLOURS[colour]) >= 180]
+        other_colour = _pick(rng, contrasting)
+        if relation == "inside":
+            places = [(0.5, 0.5), (0.5, 0.5)]
+            extents = [rng.uniform(0.26, 0.32), rng.uniform(0.82, 0.92)]
+        else:
+            near, far = (0.27, 0.73) if relation in ("left of", "above") else (0.73, 0.27)
+            drift = [0.5 + rng.uniform(-0.12, 0.12) for _ in range(2)]
+            places = [(near, drift[0]), (far, drift[1])]
+            if relation in ("above", "below"):
+                places = [(y, x) for x, y in places]
+            extents = [rng.uniform(0.37, 0.42) for _ in range(2)]
+        first = _Plan(kind, colour, texture or "plain", _shaken(rng, *places[0]), extents[0])
+        second = _Plan(other, other_colour, "plain", _shaken(rng, *places[1]), extents[1])
+        words, converse = RELATIONS[relation]
+        captions = [f"{_a(colour, kind)} and {_a(other_colour, other)}", f"{_a(kind)} and {_a(other)}"]
+        for a, b in ((_a(colour, kind), _a(other_colour, other)), (_a(kind), _a(other))):
+            captions += [f"{a} {words} {b}", f"{b} {converse} {a}"]
+            if relation in ("left of", "right of"):
+                captions += [f"{a} next to {b}", f"{b} next to {a}"]
+        return [first, second], captions, relation
+
+    def _each(self, rng: np.random.Generator, kinds: Sequence[str]) -> tuple[list[_Plan], list[str]]:
+        """One plain object of each kind, in cells of a grid, so that none touches another."""
+        side, extent = (2, (0.34, 0.42)) if len(kinds) <= 4 else (3, (0.22, 0.28))
+        first, step = (0.27, 0.46) if side == 2 else (0.18, 0.32)
+        plans = [
+            _Plan(
+                kind,
+                _pick(rng, COLOURS),
+                "plain",
+                _shaken(rng, first + step * (cell % side), first + step * (cell // side)),
+                rng.uniform(*extent),
+            )
+            for kind, cell in zip(kinds, rng.permutation(side * side).tolist(), strict=False)
+        ]
+        return plans, [
+            _listed([_a(plan.colour, plan.kind) for plan in plans]),
+            _listed([_a(plan.kind) for plan in plans]),
+        ]
+
+    def _partners(self, relation: str, kind: str | None = None) -> list[str]:
+        """The kinds that the second object of a relation can be of; `kind` is the first one's, None if it is open."""
+        fitting = CONTAINERS if relation == "inside" else self.kinds
+        partners = [name for name in self.kinds if name in fitting and name != kind]
+        if not partners or (kind is None and len(self.kinds) < 2):
+            among = f", the second among {', '.join(CONTAINERS)}" if relation == "inside" else ""
+            raise DataError(f"The relation {relation!r} needs two different kinds{among}.")
+        return partners
+
+    def _place(self, rng: np.random.Generator, plans: list[_Plan]) -> list[Cutout]:
+        """The objects' cutouts on a canvas of twice the picture's size, each a little turned, stretched and tinted."""
+        canvas = 2 * self.size
+        cuts = []
+        for plan in plans:
+            tint = np.clip(np.add(COLOURS[plan.colour], rng.integers(-10, 11, 3)), 0, 255).tolist()
+            turn, stretch = rng.uniform(-9, 9), rng.uniform(0.93, 1.07) * (1 if rng.random() < 0.5 else -1)
+            centre = (plan.centre[0] * canvas, plan.centre[1] * canvas)
+            cuts.append(
+                cut_out(plan.kind, tuple(tint), plan.texture, centre, plan.extent * canvas, turn, stretch, canvas)
+            )
+        return cuts
+
+    def _masks(self, cuts: list[Cutout]) -> list[np.ndarray]:
+        """Of each object the visible silhouette, (H, W) bool: pixels it fills more than half of."""
+        layers = []
+        for cut in cuts:
+            layer = Image.new("L", (2 * self.size, 2 * self.size))
+            layer.paste(cut.mask, cut.origin)
+            layers.append(layer)
+        visible = [layers[0], *(ImageChops.subtract(layer, layers[0]) for layer in layers[1:])]
+        return [np.asarray(layer.reduce(2)) > 128 for layer in visible]
+
+
+def _picture(world: Playground, index: int, fixed: dict[str, Any]) -> Image.Image:
+    return world.scene(index, **fixed).image
+
+
+def _bounds(mask: np.ndarray) -> tuple[int, int, int, int]:
+    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+    return int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1
+
+
+def _check(what: str, name: str, known: Iterable[str]) -> None:
+    if name not in known:
+        raise unknown_name(what, name, known)
+
+
+def _pick(rng: np.random.Generator, choices: Iterable[str]) -> str:
+    options = list(choices)
+    return options[int(rng.integers(len(options)))]
+
+
+def _shaken(rng: np.random.Generator, x: float, y: float) -> Point:
+    return x + rng.uniform(-0.015, 0.015), y + rng.uniform(-0.015, 0.015)
+
+
+def _size_word(extent: float) -> str:
+    return "small" if extent < _SMALL_BELOW else "medium" if extent < _LARGE_FROM else "large"
+
+
+def _a(*words: str) -> str:
+    """The words as a noun phrase with its article."""
+    return " ".join((("an" if words[0][0] in "aeiou" else "a"), *words))
+
+
+def _listed(phrases: Sequence[str]) -> str:
+    """The phrases as a list in words: "a, b and c"."""
+    return " and ".join([", ".join(phrases[:-1]), phrases[-1]] if len(phrases) > 1 else phrases)

@@ -1,0 +1,72 @@
+"""Data sets from folders of picture files."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from clipadapt.data.examples import Dataset
+from clipadapt.data.items import FileItem, Item
+from clipadapt.errors import DataError
+
+# What counts as a picture file; case is ignored.
+PICTURE_SUFFIXES = {
+    *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".jp2", ".avif", ".tga"),
+    *(".ppm", ".pgm", ".pbm", ".pnm"),
+}
+_PARTS = {"train", "training", "val", "valid", "validation", "test", "testing"}
+_ARCHIVES = {".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".7z", ".rar"}
+
+
+def image_folder(root: str | os.PathLike[str]) -> Dataset:
+    """The pictures under `root`, which has one sub-folder per class, named after it.
+
+    Classes are sorted by name, and so are the pictures of a class, which may lie in deeper folders. Hidden files
+    and folders (".…", "__MACOSX") and files whose ending is not in `PICTURE_SUFFIXES` are skipped, as are files
+    that lie in `root` itself.
+
+    Raises:
+        DataError: `root` is missing or not a folder, has no sub-folders, or a sub-folder holds no picture.
+    """
+    root = Path(root)
+    if not root.exists():
+        raise DataError(f"{root} does not exist; a folder with one sub-folder per class is needed.")
+    if root.suffix.lower() in _ARCHIVES and root.is_file():
+        raise DataError(f"{root} is an archive; unpack it and give the folder.")
+    if not root.is_dir():
+        raise DataError(f"{root} is a file; a folder with one sub-folder per class is needed.")
+    folders = sorted(entry for entry in root.iterdir() if entry.is_dir() and not _hidden(entry.name))
+    if not folders:
+        loose = len(picture_files(root))
+        raise DataError(
+            f"{root} holds {loose} pictures and no sub-folders; "
+            "put the pictures of each class into a sub-folder named after the class."
+        )
+    if {folder.name.lower() for folder in folders} <= _PARTS:
+        parts = " and ".join(folder.name for folder in folders)
+        raise DataError(f"{root} is divided into {parts}, which are not classes; read each of them on its own.")
+
+    items: list[Item] = []
+    labels: list[int] = []
+    for label, folder in enumerate(folders):
+        files = picture_files(folder)
+        if not files:
+            raise DataError(f"The class folder {folder} holds no pictures; add some or remove it.")
+        items += map(FileItem, files)
+        labels += [label] * len(files)
+    return Dataset(items, labels, [folder.name for folder in folders], name=root.resolve().name)
+
+
+def picture_files(folder: str | os.PathLike[str]) -> list[str]:
+    """Paths of the pictures in `folder` and below, sorted; what is skipped is said in `image_folder`."""
+    found = []
+    for parent, folders, files in os.walk(folder):
+        folders[:] = [name for name in folders if not _hidden(name)]
+        for name in files:
+            if not _hidden(name) and os.path.splitext(name)[1].lower() in PICTURE_SUFFIXES:
+                found.append(os.path.join(parent, name))
+    return sorted(found)
+
+
+def _hidden(name: str) -> bool:
+    return name.startswith(".") or name == "__MACOSX"

@@ -1,0 +1,404 @@
+"""Embeddings of many pictures: a folder of parts, in a format that any program can read.
+
+    part-00002-of-00010.npy      (n, D) float16, rows of unit norm, C order: `numpy.load(file, mmap_mode="r")`
+    part-00002-of-00010.parquet  n rows: `name`, `digest` (of the content), then whatever else is known of the pictures
+    part-00002-of-00010.json     written last, it marks the part as done and says what it is of
+
+The parts in the order of their numbers are the whole; they are never joined, so that a part can be written, checked,
+copied or made again on its own, on any machine. `encode_shard` writes one part, `Embeddings` reads them all.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from clipadapt.data import EncodedItem, Item, as_items
+from clipadapt.data.items import hash_bytes, header
+from clipadapt.embeddings import remote
+from clipadapt.embeddings.listing import Given, Listing, arrow, hash_lines
+from clipadapt.errors import ArtifactError, ClipadaptError
+from clipadapt.features.encode import encode_images
+from clipadapt.features.store import cache_root, checksum
+from clipadapt.files import written_aside
+
+if TYPE_CHECKING:
+    import pyarrow
+    from PIL import Image
+
+    from clipadapt.backbones import Backbone
+
+FORMAT = 1  # raised when an older version of the library could not read the folder any more
+
+# What the parts of a folder have in common, and what to say where one has not.
+_COMMON = {
+    "image_fingerprint": "by another model",
+    "pictures": "of another list of pictures",
+    "shards": "in another number of shards",
+    "fast_decode": "with the other choice of fast_decode",
+}
+
+
+def encode_shard(
+    backbone: Backbone,
+    images: Any,
+    out: Path | str,
+    shard: tuple[int, int] = (0, 1),
+    *,
+    columns: Mapping[str, Sequence[Any]] | None = None,
+    model: str | None = None,
+    fast_decode: bool = False,
+    **options: Any,
+) -> Path | str:
+    """Write the i-th of n stretches of `images` into the folder `out`; any launcher may run the n calls anywhere.
+
+    Calling again for a part that is done changes nothing and takes no time, and one that was interrupted continues
+    where it was. `width`, `height`, `taken` (EXIF) and its `year` are noted of each picture, null where it does not
+    tell.
+
+    Args:
+        backbone: encodes the pictures: a `Backbone`, or `Method.image_tower()` of an adapted model.
+        images: all pictures, the same in every call: what `as_items` or `list_pictures` gives.
+        out: folder that the n calls share, or its URL; parts for a URL are made on this machine and then copied.
+        shard: (i, n) with 0 <= i < n.
+        columns: what else is known of each picture of `images`, by name; kept in the Parquet file.
+        model: the folder of the adapted model that the tower belongs to, to be remembered.
+        fast_decode: see `encode_images`.
+        options: `batch_size`, `workers`, `progress` and `on_error` of `encode_images`.
+
+    Returns:
+        The part's `.json` file.
+
+    Raises:
+        ClipadaptError: the numbers of the shard or the lengths of the columns are wrong, pyarrow is missing, or the
+            disk is full.
+        ArtifactError: `out` has this part already, of other pictures or by another tower.
+    """
+    arrow()
+    index, count = shard
+    if not 0 <= index < count:
+        raise ClipadaptError(f"Shard {index} of {count} does not exist; shards are numbered from 0 to count - 1.")
+    listing = _listing(images, columns or {})
+    made_of = describe(backbone, listing, count, fast_decode)
+    stem = f"part-{index:05d}-of-{count:05d}"
+    marker = remote.joined(str(out), f"{stem}.json")
+    if (text := remote.read_text(marker)) is not None:
+        check_same(_marker(text, marker), made_of, marker)
+    elif remote.is_url(out):
+        # A folder for what is made of the same: an upload that was interrupted goes on with the finished part.
+        place = cache_root() / "embeddings" / hash_lines([str(out), json.dumps(made_of)])
+        if not (place / f"{stem}.json").exists():
+            _write_part(backbone, listing, place, index, made_of, model, options)
+        files = [place / f"{stem}.{ending}" for ending in ("npy", "parquet", "json")]
+        remote.upload(files, str(out))
+        for file in reversed(files):
+            file.unlink()
+    else:
+        _write_part(backbone, listing, Path(out), index, made_of, model, options)
+    return marker if remote.is_url(out) else Path(marker)
+
+
+def describe(backbone: Any, listing: Listing, shards: int, fast_decode: bool = False) -> dict[str, Any]:
+    """What a part is of, besides its number: parts that agree in this belong together."""
+    return {
+        "format": FORMAT,
+        "image_fingerprint": backbone.image_fingerprint,
+        "pictures": listing.identity,
+        "shards": shards,
+        "fast_decode": fast_decode,
+    }
+
+
+def check_same(state: Mapping[str, Any], made_of: Mapping[str, Any], where: str) -> None:
+    """Raise `ArtifactError` naming `where` if a part is of something else than `made_of`."""
+    for key, other in _COMMON.items():
+        if state[key] != made_of[key]:
+            raise ArtifactError(f"{where} was made {other}; use a new folder, or make the same as before.")
+
+
+def parts_in(out: Path | str) -> dict[tuple[int, int], str]:
+    """The markers of the parts that are done in a folder, by (number, count); paths, or URLs."""
+    found = [(name, re.fullmatch(r"part-(\d+)-of-(\d+)\.json", name)) for name in remote.names_in(str(out))]
+    return {(int(m[1]), int(m[2])): remote.joined(str(out), name) for name, m in sorted(found) if m}
+
+
+def read_marker(path: Path | str) -> dict[str, Any]:
+    """What a part's `.json` says; raises `ArtifactError` where it is missing, damaged or of a newer version."""
+    text = remote.read_text(str(path))
+    if text is None:
+        raise ArtifactError(f"{path} does not exist; embed that shard.")
+    return _marker(text, str(path))
+
+
+def _marker(text: str, path: str) -> dict[str, Any]:
+    try:
+        state = {"fast_decode": False} | json.loads(text)
+        version = int(state["format"])
+    except (ValueError, KeyError, TypeError):
+        raise ArtifactError(f"{path} is damaged; delete it and embed that shard again.") from None
+    if version > FORMAT:
+        raise ArtifactError(
+            f"{path} has format {version}; this version reads formats up to {FORMAT}: upgrade clipadapt."
+        )
+    return state
+
+
+def _listing(images: Any, columns: Mapping[str, Sequence[Any]]) -> Listing:
+    if isinstance(images, Listing):
+        return images
+    items = as_items(images)
+    for name, values in columns.items():
+        if len(values) != len(items) or name in _OWN:
+            raise ClipadaptError(
+                f"The column {name!r} must have one value a picture, and not be called name or digest."
+            )
+    return Given(items, columns)
+
+
+def _write_part(
+    backbone: Any,
+    listing: Listing,
+    out: Path,
+    index: int,
+    made_of: dict[str, Any],
+    model: str | None,
+    options: dict[str, Any],
+) -> None:
+    pa, count = arrow(), made_of["shards"]
+    stem = f"part-{index:05d}-of-{count:05d}"
+    work = out / f".{stem}"  # what an interrupted run goes on with
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        items, known = listing.stretch(listing.count * index // count, listing.count * (index + 1) // count, work)
+        noted = [_Noted(item) for item in items]
+        encoded = encode_images(
+            backbone, noted, cache=work, precision="float16", fast_decode=made_of["fast_decode"], **options
+        )
+        matrix = np.ascontiguousarray(encoded.features.numpy(), np.float16)  # (n, D), exact: rounded already
+        kept = [noted[position] for position in encoded.kept]
+        table = _table(kept, encoded.digests, known.take(pa.array(encoded.kept, pa.int64())))
+        state = made_of | {
+            "backbone": {"source": backbone.source, "fingerprint": backbone.fingerprint},
+            "model": model,
+            "shard": index,
+            "rows": len(matrix),
+            "dim": backbone.dim,
+            "checksum": checksum(matrix),
+            "skipped": encoded.skipped,
+        }
+        # All three are on the disk before the first gets its name, and the marker, entered first, gets it last.
+        with (
+            written_aside(out / f"{stem}.json") as marker,
+            written_aside(out / f"{stem}.parquet") as facts,
+            written_aside(out / f"{stem}.npy") as features,
+        ):
+            with features.open("wb") as file:
+                np.save(file, matrix)
+            pa.parquet.write_table(table, facts)
+            marker.write_text(json.dumps(state, ensure_ascii=False), encoding="utf-8")
+    except OSError as error:
+        raise ClipadaptError(
+            f"{out / stem} cannot be written: {error.strerror or error}; what is done so far is kept, and the same "
+            "command goes on from there."
+        ) from None
+    shutil.rmtree(work, ignore_errors=True)
+
+
+@dataclass(frozen=True)
+class _Noted(Item):
+    """A picture of which the head is looked at when its bytes are read anyway, for the digest."""
+
+    item: Item
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        return self.item.name
+
+    def open(self) -> Image.Image:
+        return self.item.open()
+
+    def open_reduced(self, least: int) -> Image.Image:
+        return self.item.open_reduced(least)
+
+    def fetched(self) -> Item:
+        item = self.item.fetched()
+        return self if item is self.item else _Noted(item, self.facts)
+
+    def digest(self) -> str:
+        if not isinstance(self.item, EncodedItem):
+            return self.item.digest()
+        data = self.item.read()
+        self.facts.update(header(data))
+        return hash_bytes(data)
+
+
+_OWN = ("name", "digest")  # columns that are the library's; a source's own of these names are called source_…
+
+
+def _table(kept: Sequence[_Noted], digests: Sequence[str], known: pyarrow.Table) -> pyarrow.Table:
+    """A row a picture: its name and digest, what its head says, and what was `known` of it, which goes before that."""
+    pa = arrow()
+    taken = [item.facts.get("taken") for item in kept]
+    columns = {
+        "name": pa.array([item.name for item in kept], pa.string()),
+        "digest": pa.array(digests, pa.string()),
+        "width": pa.array([item.facts.get("width") for item in kept], pa.int32()),
+        "height": pa.array([item.facts.get("height") for item in kept], pa.int32()),
+        "taken": pa.array(taken, pa.timestamp("ms")),
+        "year": pa.array([moment and moment.year for moment in taken], pa.int32()),
+    }
+    for name in known.column_names:
+        columns[f"source_{name}" if name in _OWN else name] = known[name]
+    return pa.table(columns)
+
+
+class Embeddings:
+    """All parts of a folder, mapped, not read.
+
+    Attributes:
+        folder: where they are on this machine.
+        parts: matrices (n, D) float16, in order; together N rows.
+        dim: D.
+        backbone: {"source", "fingerprint"} of the backbone.
+        model: the folder of the adapted model whose image tower it was, or None.
+        image_fingerprint: of the image tower; queries must come from a model with the same.
+        skipped: (name, reason) of the pictures that could not be read.
+    """
+
+    def __init__(self, folder: Path | str) -> None:
+        """Open a folder; what lies at a URL is copied to this machine first, once.
+
+        Raises:
+            ArtifactError: parts are missing (it names them), damaged, or do not belong together.
+        """
+        self.folder = _at_hand(str(folder)) if remote.is_url(folder) else Path(folder)
+        states = [read_marker(path) for path in parts_in(self.folder).values()]
+        if not states:
+            raise ArtifactError(f"{folder} holds no finished embeddings; `clipadapt embed` makes them.")
+        first = states[0]
+        for key in _COMMON:
+            if any(state[key] != first[key] for state in states):
+                raise ArtifactError(f"The parts in {folder} differ in their {key}; use one folder per embedding.")
+        missing = sorted(set(range(first["shards"])) - {state["shard"] for state in states})
+        if missing:
+            listed = ", ".join(map(str, missing[:20])) + (", …" if len(missing) > 20 else "")
+            raise ArtifactError(f"{folder} is incomplete: part {listed} of {first['shards']} is not done yet.")
+        self._states = states
+        self.dim: int = first["dim"]
+        self.backbone: dict[str, str] = first["backbone"]
+        self.model: str | None = first["model"]
+        self.image_fingerprint: str = first["image_fingerprint"]
+        self.skipped: list[tuple[str, str]] = [(name, why) for state in states for name, why in state["skipped"]]
+        self.parts = [self._mapped(state) for state in states]
+
+    def __len__(self) -> int:
+        return sum(len(part) for part in self.parts)
+
+    def blocks(self, rows: int = 1 << 16) -> Iterator[tuple[int, np.ndarray]]:
+        """(number of the first row, at most `rows` rows (n, D) float16) from first to last; nothing is copied."""
+        first = 0
+        for part in self.parts:
+            for start in range(0, len(part), rows):
+                yield first + start, part[start : start + rows]
+            first += len(part)
+
+    def rows(self, numbers: Sequence[int]) -> np.ndarray:
+        """Some rows (len(numbers), D), copied."""
+        ends = np.cumsum([len(part) for part in self.parts])
+        wanted = np.asarray(numbers, dtype=np.int64)
+        which = np.searchsorted(ends, wanted, side="right")
+        found = np.empty((len(wanted), self.dim), np.float16)
+        for number in np.unique(which):
+            here = which == number
+            part = self.parts[number]
+            found[here] = part[wanted[here] - (ends[number] - len(part))]
+        return found
+
+    @cached_property
+    def table(self) -> pyarrow.Table:
+        """What is known of the pictures, N rows in the order of the matrix."""
+        pa = arrow()
+        tables = [pa.parquet.read_table(self._path(state, "parquet")) for state in self._states]
+        for state, table in zip(self._states, tables, strict=True):
+            if table.num_rows != state["rows"]:
+                raise ArtifactError(f"{self._path(state, 'parquet')} has {table.num_rows} rows, not {state['rows']}.")
+        try:
+            return pa.concat_tables(tables, promote_options="permissive")
+        except pa.ArrowException:  # a column that is of numbers in one part and of text in another
+            return pa.concat_tables([_as_text(table, _mixed(tables)) for table in tables], promote_options="permissive")
+
+    @cached_property
+    def names(self) -> list[str]:
+        """The pictures' names: paths, where they are files."""
+        return self.table["name"].to_pylist()
+
+    def check(self) -> None:
+        """Read everything once and compare it with what was written; raises `ArtifactError` naming a damaged part."""
+        for state, part in zip(self._states, self.parts, strict=True):
+            if checksum(np.ascontiguousarray(part)) != state["checksum"]:
+                raise self._damaged(state, "its checksum differs")
+
+    def _mapped(self, state: dict[str, Any]) -> np.ndarray:
+        try:
+            part = np.load(self._path(state, "npy"), mmap_mode="r", allow_pickle=False)
+        except (OSError, ValueError, EOFError) as error:
+            raise self._damaged(state, str(error)) from None
+        if part.shape != (state["rows"], state["dim"]) or part.dtype != np.float16:
+            raise self._damaged(state, f"it holds {part.shape} {part.dtype}")
+        return part
+
+    def _path(self, state: dict[str, Any], ending: str) -> Path:
+        return self.folder / f"part-{state['shard']:05d}-of-{state['shards']:05d}.{ending}"
+
+    def _damaged(self, state: dict[str, Any], why: str) -> ArtifactError:
+        path = self._path(state, "npy")
+        return ArtifactError(f"{path} is missing or damaged ({why}); delete its .json and embed that shard again.")
+
+
+def _mixed(tables: Sequence[pyarrow.Table]) -> set[str]:
+    """The columns whose types in different parts have none in common."""
+    pa, schemas = arrow(), [table.schema for table in tables]
+    mixed = set()
+    for name in {name for schema in schemas for name in schema.names}:
+        kinds = {schema.field(name).type for schema in schemas if name in schema.names}
+        try:
+            pa.unify_schemas([pa.schema([(name, kind)]) for kind in kinds], promote_options="permissive")
+        except pa.ArrowException:
+            mixed.add(name)
+    return mixed
+
+
+def _as_text(table: pyarrow.Table, columns: set[str]) -> pyarrow.Table:
+    for place, name in enumerate(table.column_names):
+        if name in columns:
+            table = table.set_column(place, name, table[name].cast(arrow().string()))
+    return table
+
+
+def _at_hand(url: str) -> Path:
+    """A local copy of the parts at a URL; parts that did not change since the last time are not copied again."""
+    place, markers = cache_root() / "embeddings" / hash_lines([url]), parts_in(url)
+    place.mkdir(parents=True, exist_ok=True)
+    for key, path in parts_in(place).items():
+        if key not in markers:
+            Path(path).unlink()
+    for (index, count), marker in markers.items():
+        stem = f"part-{index:05d}-of-{count:05d}"
+        text, copy = remote.read_text(marker), place / f"{stem}.json"
+        if text is None or (copy.is_file() and copy.read_text(encoding="utf-8") == text):
+            continue
+        for ending in ("npy", "parquet"):
+            with written_aside(place / f"{stem}.{ending}") as aside:
+                remote.download(remote.joined(url, f"{stem}.{ending}"), aside)
+        with written_aside(copy) as aside:
+            aside.write_text(text, encoding="utf-8")
+    return place

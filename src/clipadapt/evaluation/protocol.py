@@ -1,0 +1,112 @@
+"""How a method is judged: each protocol is one module of this package, named after its key.
+
+A protocol is a function `run(method, backbone, split, seed, *, options) -> Outcome`: it draws what is learned from,
+fits an unfitted method, judges it on the test part, and gives its figures by name. Its keyword-only options are those
+that a suite may set; nothing else knows them. Adding one means adding a file here.
+"""
+
+from __future__ import annotations
+
+import inspect
+import pkgutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from importlib import import_module
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from clipadapt.backbones import Backbone
+from clipadapt.data import Dataset
+from clipadapt.errors import ClipadaptError, unknown_name
+from clipadapt.evaluation import protocols as package
+from clipadapt.methods import Method
+from clipadapt.metrics.calibration import confidences, expected_calibration_error, risk_coverage
+from clipadapt.metrics.classification import accuracy, macro_accuracy, per_class
+
+
+class NotApplicable(ClipadaptError):
+    """The method cannot be judged so, whatever the data: it is skipped, and not counted as failed."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a protocol found.
+
+    Attributes:
+        figures: what is compared and averaged, by name; shares in [0, 1] unless the name says otherwise.
+        model: the fitted method.
+        seconds: how long it learned.
+        per_class: accuracy of each class that has test pictures.
+        details: whatever else a report can show, in JSON values.
+    """
+
+    figures: dict[str, float]
+    model: Method
+    seconds: float
+    per_class: dict[str, float] = field(default_factory=dict)
+    details: dict[str, Any] = field(default_factory=dict)
+
+
+Protocol = Callable[..., Outcome]
+
+
+def protocols() -> list[str]:
+    """The keys of all protocols, sorted."""
+    return sorted(module.name.replace("_", "-") for module in pkgutil.iter_modules(package.__path__))
+
+
+def protocol(key: str) -> Protocol:
+    """The protocol's function `run`."""
+    if key not in protocols():
+        raise unknown_name("protocol", key, protocols())
+    return import_module(f"{package.__name__}.{key.replace('-', '_')}").run
+
+
+def options(key: str) -> dict[str, Any]:
+    """The options of a protocol with their defaults."""
+    parameters = inspect.signature(protocol(key)).parameters.values()
+    return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
+
+
+def fit(method: Method, backbone: Backbone, support: Dataset | None, **more: Any) -> tuple[Method, float]:
+    """The fitted method, and the seconds that it learned; what learns nothing gets the support's class names alone."""
+    missing = method.card.requires - backbone.capabilities
+    if missing:
+        raise NotApplicable(f"{method.card.key} needs a backbone with {', '.join(sorted(missing))}.")
+    if method.card.signal == "unlabelled" and more.get("unlabelled") is None:
+        raise NotApplicable(f"{method.card.key} learns from unlabelled pictures, and here are none.")
+    if method.card.signal == "none" and support is not None:
+        more = {"class_names": support.class_names}
+        support = None
+    start = time.perf_counter()
+    model = method.fit(backbone, support, **more)
+    return model, time.perf_counter() - start
+
+
+def judged(model: Method, test: Dataset) -> tuple[dict[str, float], dict[str, float], dict[str, Any]]:
+    """(figures, per class, details) of a model on labelled pictures of its own classes, in its own order."""
+    return figures_of(model.image_logits(test)[0][:, : len(test.class_names)], test)
+
+
+def figures_of(logits: Tensor, test: Dataset) -> tuple[dict[str, float], dict[str, float], dict[str, Any]]:
+    """The same of logits (N, C).
+
+    accuracy   top-1
+    macro      mean of the classes' accuracies
+    top5       the label is among the five highest; left out with fewer than 10 classes
+    ece        expected calibration error, 15 equal-width bins
+    aurc       area under the risk-coverage curve: the mean error where the least confident are refused, 0 is best
+    """
+    labels = np.array(test.labels)
+    predicted = logits.argmax(dim=1).numpy()
+    confidence, hits = confidences(logits, labels)
+    ece, bins = expected_calibration_error(confidence, hits)
+    figures = {"accuracy": accuracy(labels, predicted), "macro": macro_accuracy(labels, predicted)}
+    if len(test.class_names) >= 10:
+        figures["top5"] = float((logits.topk(5).indices.numpy() == labels[:, None]).any(1).mean())
+    figures |= {"ece": ece, "aurc": risk_coverage(confidence, hits)[0]}
+    classes = {s.name: s.recall for s in per_class(labels, predicted, test.class_names) if s.recall is not None}
+    return figures, classes, {"reliability": bins}

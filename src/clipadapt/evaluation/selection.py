@@ -1,0 +1,260 @@
+"""Which method suits these pictures? Cross-validation inside the support set; no other picture is looked at.
+
+Every registered method that fits the data and the backbone is tried with each setting of its `search_space`. All
+settings of a method run over the folds side by side, and one that is clearly behind the leader on the same pictures
+(paired, two standard errors) is dropped, so most of the time goes to those that matter. A method that would exceed
+the budget is stopped as soon as its own progress reports show it, and named.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+
+from clipadapt.backbones import Backbone
+from clipadapt.data import Dataset
+from clipadapt.data.splits import stratified_folds
+from clipadapt.errors import ClipadaptError
+from clipadapt.features import encode_classes, encode_images
+from clipadapt.methods import FeatureMethod, Method, create, list_methods, method_class
+from clipadapt.methods.base import Report
+from clipadapt.metrics.classification import wilson
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A method with its best setting, judged on pictures of the support set that it had not seen.
+
+    `accuracy` is in [0, 1] with its 95 % `interval`; both are None where one picture a class allows no judgement.
+    `seconds` is the time of all its fits and predictions.
+    """
+
+    key: str
+    hyperparameters: dict[str, Any]
+    accuracy: float | None
+    interval: tuple[float, float] | None
+    seconds: float
+    trained_parameters: int
+
+    def create(self) -> Method:
+        """The method with this setting, not fitted."""
+        return create(self.key, **self.hyperparameters)
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What `select` found: zero-shot first, then each method that was judged; `skipped` names the others and why."""
+
+    trials: list[Trial]
+    best: Trial
+    reason: str
+    skipped: list[tuple[str, str]]
+
+
+class OverBudget(Exception):
+    """Raised out of a method's training when its own progress shows that it cannot end in time."""
+
+
+def settings(cls: type[Method]) -> list[dict[str, Any]]:
+    """Every combination of a method's `search_space`; one empty setting where there is nothing to search."""
+    return [dict(zip(cls.search_space, values, strict=True)) for values in product(*cls.search_space.values())]
+
+
+def contenders(hits: dict[int, np.ndarray]) -> list[int]:
+    """Of settings with their hits (V,) on the same pictures, those not clearly behind the leader.
+
+    A setting goes when its paired deficit exceeds two standard errors (McNemar: |losses - wins| > 2 sqrt(l + w)).
+    """
+    leader = hits[max(hits, key=lambda c: hits[c].sum())]
+    deficits = {c: ((leader & ~h).sum(), (h & ~leader).sum()) for c, h in hits.items()}
+    return [c for c, (losses, wins) in deficits.items() if losses - wins <= 2 * np.sqrt(losses + wins)]
+
+
+def select(
+    backbone: Backbone,
+    support: Dataset,
+    *,
+    keys: list[str] | None = None,
+    budget: float = 60.0,
+    folds: int = 5,
+    seed: int = 1,
+    templates: Any = "photo",
+    frequencies: Sequence[float] | None = None,
+    overrides: Mapping[str, dict[str, Any]] = MappingProxyType({}),
+    progress: Callable[[str], None] | None = None,
+) -> Selection:
+    """Judge methods (all, or those in `keys`) on `support` within `budget` seconds, and choose the best.
+
+    `frequencies` (C,) says how often each class occurs where the model will be used: accuracies are then those to
+    expect there, while without it every picture of the support set counts the same. `overrides` fixes hyper-parameters
+    by method; the others take the values of their search space. Each method may take a few times its equal share of the
+    time; those that need more are tried again with what is left at the end. Ties go to the earlier one in the order of
+    the table: what trains nothing comes first. With one picture a class nothing can be held out, and Tip-Adapter with
+    its published setting is taken unjudged.
+    """
+    tell = progress or (lambda line: None)
+    k = min(folds, max(support.counts))
+    if k < 2:
+        trials = [Trial(key, {"templates": templates}, None, None, 0.0, 0) for key in ("zero-shot", "tip-adapter")]
+        reason = "one picture a class leaves none to judge by, so Tip-Adapter runs with its published setting"
+        return Selection(trials, trials[-1], reason, [])
+
+    end = time.perf_counter() + budget
+    judge = _Judge(backbone, support, k, seed, templates, overrides, frequencies)
+    found = {"zero-shot": judge("zero-shot", until=math.inf)}  # whatever the budget: it is what the others must beat
+    order = [key for key in order_of(keys) if key != "zero-shot"]
+    refused: dict[str, str] = {}
+    late: dict[str, str] = {}
+    groups = [[key for key in order if sees_features(key) == features] for features in (True, False)]
+    for group, generosity in product(groups, (3, 1)):  # what runs the towers gets what the others leave
+        waiting = [key for key in group if key not in found and key not in refused]
+        for number, key in enumerate(waiting):
+            late.pop(key, None)
+            now = time.perf_counter()
+            share = (end - now) * min(1.0, generosity / (len(waiting) - number))
+            try:
+                found[key] = judge(key, until=now + share)
+                tell(f"{key}: {100 * (found[key].accuracy or 0):.1f} % in {found[key].seconds:.1f} s")
+            except OverBudget as error:
+                late[key] = str(error)
+            except (ClipadaptError, FloatingPointError) as error:  # this data or this backbone does not suit it
+                refused[key] = str(error)
+                tell(f"{key}: skipped, {error}")
+    if late:
+        tell(f"not tried for lack of time: {', '.join(late)}")
+
+    skipped = refused | late
+    trials = [found[key] for key in ["zero-shot", *order] if key in found]
+    best, zero_shot = max(trials, key=lambda t: t.accuracy or 0), trials[0]
+    reason = f"{best.key} is best on {len(support):,} pictures of the support set, each held out once in {k} folds"
+    if best is zero_shot:
+        reason = f"no method did better than zero-shot on {len(support):,} pictures of the support set"
+    elif best.interval and zero_shot.interval and best.interval[0] <= zero_shot.interval[1]:
+        reason += "; its lead over zero-shot may be chance, so few pictures tell little"
+    return Selection(trials, best, reason, [(key, skipped[key]) for key in order if key in skipped])
+
+
+class _Judge:
+    """Cross-validates one method after the other on the same folds of one support set, encoded once."""
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        support: Dataset,
+        k: int,
+        seed: int,
+        templates: Any,
+        overrides: Mapping[str, dict[str, Any]],
+        frequencies: Sequence[float] | None = None,
+    ) -> None:
+        self.backbone, self.support, self.templates, self.overrides = backbone, support, templates, overrides
+        self.features = encode_images(backbone, support).features.numpy()  # (N, D)
+        self.texts = encode_classes(backbone, support.class_names, templates)  # (C, D)
+        self.labels = np.array(support.labels)  # (N,)
+        self.folds = [np.array(rows) for rows in stratified_folds(support.labels, k, seed)]
+        judged = self.labels[np.concatenate(self.folds)]  # (N,) in the order of judgement
+        counts = np.bincount(judged, minlength=len(support.class_names))
+        self.weights = np.ones(len(judged)) if frequencies is None else (np.array(frequencies) / counts.clip(1))[judged]
+
+    def __call__(self, key: str, until: float) -> Trial:
+        """All settings of a method through the folds, side by side; the best one's trial.
+
+        Raises `OverBudget` when not even one setting can be judged, and the winner refitted, before `until`.
+        """
+        cls = method_class(key)
+        missing = cls.card.requires - self.backbone.capabilities
+        if missing:
+            raise ClipadaptError(f"needs a backbone with {', '.join(sorted(missing))}")
+        begun = time.perf_counter()
+        if begun >= until:
+            raise OverBudget("no time was left")
+        tried = [s | self.overrides.get(key, {}) for s in settings(cls)]
+        combos = [s for i, s in enumerate(tried) if s not in tried[:i]]
+        hits = {c: np.zeros(0, dtype=bool) for c in range(len(combos))}
+        parameters, longest = 0, 0.0
+        for fold, held_out in enumerate(self.folds):
+            fits_after = len(self.folds) - fold  # one setting through the other folds, and the winner on everything
+            for c in hits:
+                fit_begun = time.perf_counter()
+                model = self._fit(key, combos[c], held_out, stop_when_late(fits_after, until))
+                hits[c] = np.append(hits[c], self._predict(model, held_out) == self.labels[held_out])
+                parameters = model.trained_parameters
+                longest = max(longest, time.perf_counter() - fit_begun)
+                if time.perf_counter() + longest * (fits_after + 1) > until:
+                    reached = len(hits[c])
+                    hits = {s: h for s, h in hits.items() if len(h) == reached}
+                    break  # no time for the settings that were not reached
+            hits = {c: hits[c] for c in contenders(hits)}
+            if time.perf_counter() + longest * (len(hits) * (fits_after - 1) + 1) > until:
+                leader = max(hits, key=lambda c: self.weights[: len(hits[c])] @ hits[c])
+                hits = {leader: hits[leader]}
+        w = self.weights
+        best = max(hits, key=lambda c: w @ hits[c])
+        total = w.sum() ** 2 / (w @ w)  # as many pictures of equal weight would tell as much (Kish)
+        correct = (w @ hits[best]) * total / w.sum()
+        return Trial(
+            key,
+            {"templates": self.templates} | combos[best],
+            correct / total,
+            wilson(correct, total),
+            time.perf_counter() - begun,
+            parameters,
+        )
+
+    def _fit(self, key: str, setting: dict[str, Any], held_out: np.ndarray, watch: Report) -> Method:
+        rows = np.setdiff1d(np.arange(len(self.labels)), held_out)
+        method = create(key, **{"templates": self.templates} | setting)
+        if isinstance(method, FeatureMethod):
+            x, y = self.features[rows], self.labels[rows]
+            return method.fit_features(x, y, self.texts, self.backbone.logit_scale, report=watch)
+        return method.fit(self.backbone, self.support.select(rows), report=watch)
+
+    def _predict(self, model: Method, rows: np.ndarray) -> np.ndarray:
+        if isinstance(model, FeatureMethod):
+            return np.asarray(model.logits(self.features[rows])).argmax(1)
+        return model.predict(self.support.select(rows))
+
+
+def stop_when_late(fits_after: int, until: float) -> Report:
+    """A report that stops a training run when it and `fits_after` more like it would not end before `until`."""
+
+    def watch(step: dict[str, Any]) -> None:
+        if step["step"] >= 4 and step["step"] % 4 == 0:
+            one = step["seconds"] * step["steps"] / step["step"]
+            if time.perf_counter() - step["seconds"] + one * (1 + fits_after) > until:
+                left = max(until - time.perf_counter(), 0)
+                needed = duration(one * (1 + fits_after))
+                raise OverBudget(f"it needs about {needed}, and {duration(left)} were left for it")
+
+    return watch
+
+
+def order_of(keys: list[str] | None) -> list[str]:
+    """zero-shot first, then what trains nothing, feature methods, and last what runs the towers.
+
+    Without `keys`, all methods but those that need more than a labelled support set.
+    """
+
+    def cost(key: str) -> tuple[bool, bool, bool, str]:
+        cls = method_class(key)
+        return key != "zero-shot", not issubclass(cls, FeatureMethod), cls.card.trains != "nothing", key
+
+    if keys is None:
+        keys = [key for key in list_methods() if method_class(key).card.signal != "unlabelled"]
+    return sorted({"zero-shot", *keys}, key=cost)
+
+
+def sees_features(key: str) -> bool:
+    """Whether a method needs only features, which are there already."""
+    return issubclass(method_class(key), FeatureMethod)
+
+
+def duration(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"

@@ -1,0 +1,1 @@
+"""Methods that change few weights of the towers."""

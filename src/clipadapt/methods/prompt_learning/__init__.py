@@ -1,0 +1,1 @@
+"""Methods that learn prompt tokens in frozen towers."""

@@ -1,0 +1,1 @@
+"""Methods that fine-tune towers and stay robust."""

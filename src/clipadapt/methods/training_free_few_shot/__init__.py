@@ -1,0 +1,1 @@
+"""Few-shot methods in closed form: caches, kernels, Gaussians."""
