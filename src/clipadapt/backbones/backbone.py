@@ -72,6 +72,7 @@ class Backbone:
     dim           D, length of a feature
     """
 
+    aligned: ClassVar[bool] = True  # image and text features live in one space
     _image_weights: ClassVar[tuple[str, ...]] = ("vision_model.", "visual_projection.")  # how their names begin
 
     def __init__(self, source: str, pretrained: Pretrained, device: str | torch.device = "cpu") -> None:
@@ -189,6 +190,14 @@ class Backbone:
         prompted = self.prompted.get("vision")
         taken = rows[:, :0] if prompted is None or prompted.taken is None else prompted.taken
         return ImageTokens(_unit(pooled, normalize), _unit(patches, normalize), grid, norm(taken))
+
+    def prepare(self, item: Any) -> torch.Tensor:
+        """A `clipadapt.data` item -> pixels (3, H, W): decoded and transformed."""
+        return self.preprocess(item.open())
+
+    def encode(self, batch: torch.Tensor) -> torch.Tensor:
+        """As `encode_images`, under the name that every encoder has."""
+        return self.encode_images(batch)
 
     def project_rows(self, rows: torch.Tensor) -> torch.Tensor:
         """Rows of the image tower behind its last norm (B, N, W), such as `ImageTokens.inserted`, -> (B, N, D).

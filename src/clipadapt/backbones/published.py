@@ -25,6 +25,7 @@ class PublishedFeatures:
     """
 
     capabilities: frozenset[str] = frozenset()
+    aligned = True
     device = torch.device("cpu")
 
     def __init__(self, source: str, class_features: Mapping[str, Any], logit_scale: float = 100.0) -> None:
@@ -50,4 +51,4 @@ class PublishedFeatures:
     def _absent(self, *args: Any, **kwargs: Any) -> Any:
         raise ClipadaptError(f"{self.source} is published features: there is no model to encode anything else with.")
 
-    encode_images = encode_texts = encode_tokens = preprocess = _absent
+    encode = prepare = encode_images = encode_texts = encode_tokens = preprocess = _absent

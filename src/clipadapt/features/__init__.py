@@ -1,6 +1,7 @@
-"""Frozen features: encoded once per content and backbone, and kept on disk."""
+"""Frozen features: encoded once per content and encoder, and kept on disk."""
 
 from clipadapt.features.classes import encode_classes
-from clipadapt.features.encode import Encoded, encode_images, other_tower
+from clipadapt.features.encode import Encoded, encode_images
+from clipadapt.features.encoder import Adapted, Encoder
 
-__all__ = ["Encoded", "encode_classes", "encode_images", "other_tower"]
+__all__ = ["Adapted", "Encoded", "Encoder", "encode_classes", "encode_images"]

@@ -11,22 +11,19 @@ from dataclasses import dataclass, field
 from hashlib import blake2b
 from itertools import islice
 from pathlib import Path
-from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
 from joblib import cpu_count
 
-from clipadapt.data import Item, as_items
+from clipadapt.data import ImageItem, Item, as_items
 from clipadapt.data.items import FeatureItem
 from clipadapt.errors import ClipadaptError, DataError, unknown_name
+from clipadapt.features.encoder import Encoder
 from clipadapt.features.progress import progress_bar
 from clipadapt.features.store import KEY_BYTES, FeatureStore, cache_root
 from clipadapt.features.views import RandomView
-
-if TYPE_CHECKING:
-    from clipadapt.backbones import Backbone
 
 # Part of every key: raise it when decoding or `RandomView` change, and with them the features of a picture.
 VERSION = 1
@@ -53,7 +50,7 @@ class Encoded:
 
 
 def encode_images(
-    backbone: Backbone,
+    encoder: Encoder,
     images: Any,
     *,
     cache: bool | Path = True,
@@ -74,7 +71,7 @@ def encode_images(
     `backbone.inserted(...)` or `backbone.attention(...)`, which it does not cover, pass `cache=False`.
 
     Args:
-        backbone: gives `encode_images`, `preprocess`, `dim`, `device`, `image_size` and `fingerprint`.
+        encoder: a backbone, or what wraps one; see `Encoder`.
         images: whatever `clipadapt.data.as_items` takes; or pixels (N, 3, H, W), which are encoded but not kept. Of
             `FeatureItem`s the features are given back.
         cache: keep features under $CLIPADAPT_CACHE (~/.cache/clipadapt), in the given folder, or nowhere.
@@ -103,8 +100,8 @@ def encode_images(
         raise ClipadaptError("fast_decode is for whole pictures; views are cropped from all of a picture's pixels.")
 
     if isinstance(images, torch.Tensor):
-        batches = [_features(backbone, pixels) for pixels in images.split(batch_size)] if len(images) else []
-        features = np.concatenate([np.empty((0, backbone.dim), np.float32), *batches])
+        batches = [_features(encoder, pixels) for pixels in images.split(batch_size)] if len(images) else []
+        features = np.concatenate([np.empty((0, encoder.dim), np.float32), *batches])
         return Encoded(torch.from_numpy(features), list(range(len(images))), [])
 
     items = as_items(images)
@@ -117,25 +114,13 @@ def encode_images(
     store = None
     if cache:
         root = cache_root() if cache is True else Path(cache)
-        store = FeatureStore(root / "features" / f"{backbone.fingerprint}-{precision}", precision)
+        store = FeatureStore(root / "features" / f"{encoder.fingerprint}-{precision}", precision)
     plan: list[RandomView | None] = [RandomView(number, seed, min_scale) for number in range(views)]
-    encoding = _Encoding(backbone, items, plan or [None], store, precision, on_error == "skip", fast_decode)
+    encoding = _Encoding(encoder, items, plan or [None], store, precision, on_error == "skip", fast_decode)
     encoding.run(batch_size, workers or cpu_count(), progress)
     features, kept, skipped = encoding.results()
     digests = [encoding.contents[index] for index in kept]
     return Encoded(torch.from_numpy(features if views else features[:, 0]), kept, skipped, digests)
-
-
-def other_tower(
-    backbone: Backbone, encode: Callable[[torch.Tensor], torch.Tensor], dim: int, fingerprint: str | None = None
-) -> Any:
-    """What `encode_images` needs of a backbone, with `encode`: (B, 3, H, W) -> (B, dim).
-
-    Without a `fingerprint` its features cannot be kept: pass `cache=False`.
-    """
-    facts = {name: getattr(backbone, name) for name in ("source", "preprocess", "device", "image_size")}
-    names = {} if fingerprint is None else {"fingerprint": fingerprint, "image_fingerprint": fingerprint}
-    return SimpleNamespace(encode_images=encode, dim=dim, **facts, **names)
 
 
 class _Cell(NamedTuple):
@@ -161,7 +146,7 @@ _Loaded = tuple[str, list[tuple[_Cell, torch.Tensor]] | DataError]  # content; p
 class _Encoding:
     """One call of `encode_images`: contents get rows of a table in the order in which they are first seen."""
 
-    backbone: Backbone
+    encoder: Encoder
     items: list[Item]
     plan: list[RandomView | None]  # V columns; None: the picture as it is
     store: FeatureStore | None
@@ -175,7 +160,7 @@ class _Encoding:
 
     def run(self, batch_size: int, workers: int, progress: bool) -> None:
         columns = len(self.plan)
-        self.table = np.empty((len(self.items), columns, self.backbone.dim), np.float32)  # (N, V, D)
+        self.table = np.empty((len(self.items), columns, self.encoder.dim), np.float32)  # (N, V, D)
         # Enough pictures in flight to fill a batch while the model runs on another, and no more: each holds its pixels.
         ahead = max(2 * batch_size // columns, workers)
         pool = ThreadPoolExecutor(workers, thread_name_prefix="decode")
@@ -232,12 +217,15 @@ class _Encoding:
             return content, item
         self.may_decode.wait()
         try:
-            image = item.open_reduced(2 * max(self.backbone.image_size)) if self.fast else item.open()
+            if self.plan == [None] and not self.fast:
+                return content, [(cell, self.encoder.prepare(item)) for cell in cells]
+            image = item.open_reduced(2 * max(self.encoder.image_size)) if self.fast else item.open()
         except DataError as error:
             return content, error
         views = [self.plan[cell.column] for cell in cells]
-        shown = [image if view is None else view.of(image, content, self.backbone.image_size) for view in views]
-        return content, [(cell, self.backbone.preprocess(each)) for cell, each in zip(cells, shown, strict=True)]
+        crops = [image if view is None else view.of(image, content, self.encoder.image_size) for view in views]
+        prepared = (self.encoder.prepare(ImageItem(item.name, crop)) for crop in crops)
+        return content, list(zip(cells, prepared, strict=True))
 
     def _readable(self, loaded: Iterable[_Loaded]) -> Iterator[tuple[_Cell, torch.Tensor]]:
         for content, pixels in loaded:
@@ -255,9 +243,9 @@ class _Encoding:
     def _encode(self, batch: list[tuple[_Cell, torch.Tensor]]) -> None:
         cells = [cell for cell, _ in batch]
         # On a CPU, decoding would take cores from the model, whose threads wait for the slowest of them.
-        if torch.device(self.backbone.device).type == "cpu":
+        if torch.device(self.encoder.device).type == "cpu":
             self.may_decode.clear()
-        features = _features(self.backbone, torch.stack([pixels for _, pixels in batch])).astype(self.precision)
+        features = _features(self.encoder, torch.stack([pixels for _, pixels in batch])).astype(self.precision)
         self.may_decode.set()
         self.table[[cell.row for cell in cells], [cell.column for cell in cells]] = features
         if self.store:
@@ -265,11 +253,11 @@ class _Encoding:
         self.advance(len(cells))
 
 
-def _features(backbone: Backbone, pixels: torch.Tensor) -> np.ndarray:
+def _features(encoder: Encoder, pixels: torch.Tensor) -> np.ndarray:
     """(B, 3, H, W) -> (B, D), in full precision even under a caller's autocast: kept features must not depend on it."""
-    device = torch.device(backbone.device)
+    device = torch.device(encoder.device)
     with torch.no_grad(), torch.autocast(device.type, enabled=False):
-        return backbone.encode_images(pixels.to(device)).float().cpu().numpy()
+        return encoder.encode(pixels.to(device)).float().cpu().numpy()
 
 
 def _key(content: str, view: RandomView | None, fast: bool) -> bytes:

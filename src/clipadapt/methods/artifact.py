@@ -1,12 +1,11 @@
 """The adapted model on disk: a folder with `config.json` and one safetensors file, readable without this library.
 
 `config.json` names the weights file and its checksum and is renamed into place last, so a reader sees either the
-old model or the new one, whole, whatever interrupts a save.
+old model or the new one, whole, whatever interrupts a save. A method that wraps others nests what these learned.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 from pathlib import Path
@@ -15,43 +14,21 @@ from typing import Any
 import safetensors.torch
 from torch import Tensor
 
-import clipadapt
-from clipadapt.backbones import Backbone, load_backbone
-from clipadapt.data.examples import Pictures
+from clipadapt import __version__
 from clipadapt.errors import ArtifactError
 from clipadapt.files import is_model, written_aside
-from clipadapt.methods.base import Method
-from clipadapt.methods.registry import create
-from clipadapt.sources.images import ImageSource
+from clipadapt.methods.recipe import recipe
 
-FORMAT = 1  # raised when an older version of the library could not read the folder any more
-
-
-def recipe(method: Method) -> dict[str, Any]:
-    """A method's key and hyper-parameters as JSON values; a wrapped method nests, data sets and sources are named."""
-    values = {f.name: _json(getattr(method, f.name)) for f in dataclasses.fields(method)}
-    return {"method": method.card.key, "hyperparameters": values}
+FORMAT = 2  # raised when an older version of the library could not read the folder any more
+NESTED = "nested methods"  # marks an attribute that holds fitted methods
 
 
-def _json(value: Any) -> Any:
-    if isinstance(value, Method):
-        return recipe(value)
-    if isinstance(value, Pictures | ImageSource) or callable(value):
-        return getattr(value, "name", None) or getattr(value, "__name__", type(value).__name__)
-    return str(value) if isinstance(value, Path) else value
+def learned(method: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """What `fit` left in attributes that end in an underscore: tensors and plain values, by name.
 
-
-def from_recipe(config: dict[str, Any]) -> Method:
-    """The unfitted method that `recipe` described."""
-    values = {
-        k: from_recipe(v) if isinstance(v, dict) and v.keys() == {"method", "hyperparameters"} else v
-        for k, v in config["hyperparameters"].items()
-    }
-    return create(config["method"], **values)
-
-
-def learned(method: Method) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """What `fit` left in attributes that end in an underscore: tensors (also in dicts) and plain values."""
+    A dict of tensors gives one "NAME.KEY" each. A fitted method, or a list of such, gives its tensors under
+    "NAME.I.", and in the plain values its recipe, backbone and own plain values.
+    """
     tensors: dict[str, Tensor] = {}
     plain: dict[str, Any] = {}
     for name, value in vars(method).items():
@@ -61,14 +38,19 @@ def learned(method: Method) -> tuple[dict[str, Tensor], dict[str, Any]]:
             tensors[name] = value
         elif isinstance(value, dict) and all(isinstance(v, Tensor) for v in value.values()):
             tensors |= {f"{name}.{key}": v for key, v in value.items()}
+        elif isinstance(value, list) and value and all(hasattr(v, "card") for v in value):
+            plain[name] = {NESTED: []}
+            for number, inner in enumerate(value):
+                own, more = learned(inner)
+                tensors |= {f"{name}.{number}.{key}": v for key, v in own.items()}
+                plain[name][NESTED].append({**recipe(inner), "backbone": inner.origin_, "learned": more})
         else:
             plain[name] = value
     return {k: v.detach().cpu().contiguous() for k, v in tensors.items()}, plain
 
 
-def save(method: Method, folder: str | Path) -> Path:
+def save(method: Any, folder: str | Path) -> Path:
     """Write a fitted method; see the module's docstring for why an interrupted save loses nothing."""
-    origin = method._fitted("origin_")
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
         raise ArtifactError(f"{folder} is a file; a model is saved as a folder.")
@@ -82,9 +64,9 @@ def save(method: Method, folder: str | Path) -> Path:
     weights = f"weights-{digest[:12]}.safetensors"
     config = {
         "format": FORMAT,
-        "clipadapt": clipadapt.__version__,
+        "clipadapt": __version__,
         **recipe(method),
-        "backbone": origin,
+        "backbone": method.origin_,
         "learned": plain,
         "weights": {"file": weights, "sha256": digest},
     }
@@ -98,11 +80,11 @@ def save(method: Method, folder: str | Path) -> Path:
     return folder
 
 
-def load(folder: str | Path, backbone: Backbone | None = None) -> Method:
-    """A saved model, ready to predict; the backbone it names is loaded unless one is given.
+def read(folder: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The configuration and the tensors of a saved model, checked.
 
-    Raises `ArtifactError` where the folder is no model, is damaged, comes from a newer version, or was made on
-    another backbone than the one at hand.
+    Raises:
+        ArtifactError: the folder is not a saved model, is damaged, or comes from a newer version.
     """
     folder = Path(folder)
     path = folder / "config.json"
@@ -118,31 +100,9 @@ def load(folder: str | Path, backbone: Backbone | None = None) -> Method:
     if version > FORMAT:
         raise ArtifactError(
             f"{folder} was saved by clipadapt {config.get('clipadapt', '?')} in format {version}; this is clipadapt "
-            f"{clipadapt.__version__}, which reads formats up to {FORMAT}: upgrade clipadapt."
+            f"{__version__}, which reads formats up to {FORMAT}: upgrade clipadapt."
         )
-    method = from_recipe(config)
-    for name, tensor in _read_weights(folder, config["weights"]).items():
-        name, dot, key = name.partition(".")
-        if dot:
-            vars(method).setdefault(name, {})[key] = tensor
-        else:
-            setattr(method, name, tensor)
-    for name, value in config["learned"].items():
-        setattr(method, name, value)
-
-    method.origin_ = config["backbone"]
-    if config["backbone"] is not None:
-        source, fingerprint = config["backbone"]["source"], config["backbone"]["fingerprint"]
-        backbone = backbone or load_backbone(source)
-        if backbone.fingerprint != fingerprint:
-            raise ArtifactError(
-                f"{folder} was adapted from the backbone {source!r} ({fingerprint[:12]}), and {backbone.source!r} "
-                f"({backbone.fingerprint[:12]}) is another one: its weights, preprocessing or tokenizer differ."
-            )
-        method._restore(backbone)
-    else:
-        method._restore(None)
-    return method
+    return config, _read_weights(folder, config["weights"])
 
 
 def origin_of(folder: str | Path) -> dict[str, str] | None:

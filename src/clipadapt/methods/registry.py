@@ -1,49 +1,61 @@
-"""Every method by its key. A file in a family folder that defines a class with `@register` is all it takes."""
+"""Every method by its key. A file in a family folder that defines a class with `@method` is all it takes."""
 
 from __future__ import annotations
 
 import dataclasses
-import pkgutil
+from collections.abc import Callable
 from fnmatch import fnmatchcase
-from functools import cache
 from importlib import import_module
-from typing import Any, TypeVar
+from typing import Any, TypeVar, dataclass_transform
 
 from clipadapt.errors import ClipadaptError, unknown_name
-from clipadapt.methods.base import Method
+from clipadapt.methods.card import Card, card_of, hyper
+from clipadapt.methods.catalogue import cards, module_of
 
-_METHODS: dict[str, type[Method]] = {}
-M = TypeVar("M", bound=type[Method])
-
-
-def register(cls: M) -> M:
-    """Class decorator: make a method known under its card's key."""
-    key = cls.card.key
-    if key in _METHODS and _METHODS[key].__module__ != cls.__module__:
-        raise ValueError(f"Two methods are called {key!r}: {_METHODS[key].__module__} and {cls.__module__}.")
-    _METHODS[key] = cls
-    return cls
+M = TypeVar("M", bound=type)
+_METHODS: dict[str, Any] = {}  # the classes that have been imported, by key
 
 
-@cache
-def _discover() -> None:
-    import clipadapt.methods as package
+@dataclass_transform(kw_only_default=True, field_specifiers=(hyper,))
+def method(key: str, **facts: Any) -> Callable[[M], M]:
+    """Class decorator: a method called `key` with the facts of its `Card`; its `hyper` fields become keyword arguments.
 
-    for module in pkgutil.walk_packages(package.__path__, package.__name__ + "."):
-        import_module(module.name)
+    `family`, `task` and `kind` follow from the file and the bases; `signal` and `requires` are those of the kind
+    unless they are given.
+    """
+
+    def decorate(cls: M) -> M:
+        known = _METHODS.get(key)
+        if known is not None and known.__module__ != cls.__module__:
+            raise ValueError(f"Two methods are called {key!r}: {known.__module__} and {cls.__module__}.")
+        family = facts.get("family", cls.__module__.rpartition(".")[0].rpartition(".")[2])
+        names = [base.__name__ for base in cls.__mro__[1:]]
+        cls.card = card_of(key, family, names, {k: v for k, v in facts.items() if k != "family"})  # type: ignore[attr-defined]
+        _METHODS[key] = dataclasses.dataclass(kw_only=True)(cls)
+        return cls
+
+    return decorate
 
 
 def list_methods(pattern: str = "*") -> list[str]:
     """Sorted keys of the methods that match a glob, such as "*adapter*"."""
-    _discover()
-    return sorted(key for key in _METHODS if fnmatchcase(key, pattern))
+    return sorted(key for key in {*cards(), *_METHODS} if fnmatchcase(key, pattern))
 
 
-def method_class(key: str) -> type[Method]:
+def card(key: str) -> Card:
+    """The card of a method, which is not imported for it; an unknown key names the nearest known ones."""
+    if key in _METHODS:
+        return _METHODS[key].card
+    if key not in cards():
+        raise unknown_name("method", key, list_methods())
+    return cards()[key]
+
+
+def method_class(key: str) -> Any:
     """The class behind a key; an unknown key names the nearest known ones."""
-    _discover()
     if key not in _METHODS:
-        raise unknown_name("method", key, _METHODS)
+        card(key)
+        import_module(module_of(key) or "")
     return _METHODS[key]
 
 

@@ -35,6 +35,7 @@ class Run:
     folder: Path | None = None
     every: float = field(default_factory=lambda: SAVE_EVERY)
     calls: int = field(default=0, init=False)
+    trained: int = field(default=0, init=False)  # numbers that the latest training run chose
 
     def next_file(self) -> Path | None:
         """Where the next training run of this fit is kept."""
@@ -73,6 +74,7 @@ def train(
     such a run is not kept.
     """
     base = [group["lr"] for group in optimizer.param_groups]
+    run.trained = sum(p.numel() for group in optimizer.param_groups for p in group["params"])
     file = run.next_file() if after_step is None or state else None
     kept = [*(p for group in optimizer.param_groups for p in group["params"]), *state]
     losses, earlier = load_progress(file, kept, optimizer) if file is not None and file.exists() else ([], 0.0)

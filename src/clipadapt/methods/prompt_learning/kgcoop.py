@@ -9,20 +9,12 @@ as its author confirms there (issue 6); squared, it is twice the term above, so 
 Departure: image features are encoded once, without random crops (`views` gives a fixed number of them).
 """
 
-from __future__ import annotations
-
-from collections.abc import Sequence
-from dataclasses import dataclass
-
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from clipadapt.backbones import Backbone
-from clipadapt.methods.base import Card, hyper
-from clipadapt.methods.prompt_learning.prograd import TaughtLearner
-from clipadapt.methods.prompt_method import Batch, PromptLearner, PromptMethod
-from clipadapt.methods.registry import register
-from clipadapt.nn.prompts import first_context
+from clipadapt.methods import Classifier, PromptMethod, hyper, method
+from clipadapt.methods.kinds.contexts import TaughtLearner
+from clipadapt.methods.kinds.prompts import Batch
 from clipadapt.training.loop import Loss
 
 
@@ -34,40 +26,27 @@ def distance(texts: Tensor, teacher: Tensor) -> Tensor:
 class GuidedLearner(TaughtLearner):
     """A context with a pull towards the zero-shot classifier."""
 
-    weight = 8.0
-
     def loss(self, batch: Batch) -> Loss:
         texts = self.texts()
         logits = self.logits(self.seen(batch), texts)
-        loss = cross_entropy(logits, batch.labels) + self.weight * distance(texts, self.teacher)
+        loss = cross_entropy(logits, batch.labels) + self.of.weight * distance(texts, self.teacher)
         return loss, logits.argmax(1) == batch.labels
 
 
-@register
-@dataclass(kw_only=True)
-class KgCoOp(PromptMethod):
+@method(
+    "kgcoop",
+    title="Visual-Language Prompt Tuning with Knowledge-guided Context Optimization",
+    arxiv="2303.13283",
+    trains="context vectors",
+    new_classes=True,
+)
+class KgCoOp(PromptMethod, Classifier):
     """Learned context vectors, held near the zero-shot classifier of `templates`."""
 
     epochs: int | None = hyper(100, "passes over the support set (official code)", low=1)
-    batch_size: int = hyper(128, "pictures a step (official code)", low=1)
+    batch_size: int = hyper(128, "images a step (official code)", low=1)
     n_ctx: int = hyper(4, "context vectors M, where init is None", low=1)
     init: str | None = hyper("a photo of a", "words to start from, which set n_ctx (official); None: random")
     weight: float = hyper(8.0, "w: pull towards the hand-written prompts (official scripts)", low=0)
 
-    card = Card(
-        key="kgcoop",
-        title="Visual-Language Prompt Tuning with Knowledge-guided Context Optimization",
-        arxiv="2303.13283",
-        family="prompt-learning",
-        task="few-shot classification",
-        trains="context vectors",
-        signal="labels",
-        requires=frozenset({"texts", "prompts"}),
-        new_classes=True,
-    )
-    tiny = {"epochs": 150, "lr": 0.01}
-
-    def _learner(self, backbone: Backbone, class_names: Sequence[str]) -> PromptLearner:
-        learner = GuidedLearner(backbone, class_names, first_context(backbone, self.n_ctx, self.init), self.templates)
-        learner.weight = self.weight
-        return learner
+    learner = GuidedLearner

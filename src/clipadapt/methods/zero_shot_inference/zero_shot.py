@@ -8,45 +8,26 @@ describe a class (Menon and Vondrick, arXiv 2210.07183; Pratt et al., arXiv 2209
 sentences: `templates={"cat": ["a cat, which has whiskers", ...], ...}` or a .json file of that form.
 """
 
-from __future__ import annotations
-
-from dataclasses import dataclass
-
-from torch import Tensor
-
-from clipadapt.backbones import Backbone
-from clipadapt.features import encode_classes
-from clipadapt.methods.base import Card, FeatureMethod, Run, Support
-from clipadapt.methods.registry import register
+from clipadapt.methods import Classifier, FeatureMethod, Run, Support, method
 
 
-@register
-@dataclass(kw_only=True)
-class ZeroShot(FeatureMethod):
+@method(
+    "zero-shot",
+    title="Learning Transferable Visual Models From Natural Language Supervision",
+    arxiv="2103.00020",
+    problem="zero-shot classification",
+    signal="none",
+    new_classes=True,
+    multi_label=True,
+)
+class ZeroShot(FeatureMethod, Classifier):
     """No learning: class texts only. Everything else is measured against it.
 
+    >>> import torch
     >>> head = ZeroShot().fit_features(torch.empty(0, 2), [], torch.eye(2))
     >>> head.logits(torch.tensor([[0.0, 1.0]])).argmax(1)
     tensor([1])
     """
 
-    card = Card(
-        key="zero-shot",
-        title="Learning Transferable Visual Models From Natural Language Supervision",
-        arxiv="2103.00020",
-        family="zero-shot-inference",
-        task="zero-shot classification",
-        trains="nothing",
-        signal="none",
-        new_classes=True,
-        multi_label=True,
-    )
-
     def _fit(self, support: Support, run: Run) -> None:
         self.weight_ = support.logit_scale * support.texts  # (C, D)
-
-    def _reclassify(self, backbone: Backbone) -> None:
-        self.weight_ = backbone.logit_scale * encode_classes(backbone, self.class_names_, self.templates)
-
-    def _logits(self, images: Tensor) -> Tensor:
-        return images @ self.weight_.T  # (N, C)

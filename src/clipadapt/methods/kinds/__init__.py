@@ -1,0 +1,1 @@
+"""How a method learns: one base class a kind."""

@@ -1,0 +1,27 @@
+"""Methods that wrap another one: what it learned is kept with theirs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+from clipadapt.methods.base import Method
+from clipadapt.methods.registry import create
+
+
+@dataclass(kw_only=True)
+class Wrapper(Method):
+    """Has a hyper-parameter `method`, a key or an unfitted method; what is fitted of it goes into `inner_`.
+
+    `inner_` is a list of fitted methods, which a saved model nests with their backbones.
+    """
+
+    kind: ClassVar[str] = "wrapper"
+    method: Any
+    inner_: ClassVar[list[Any]]
+
+    def _unfitted(self) -> Any:
+        """The wrapped method, new: the one that was given is never fitted. A key gets this method's templates."""
+        if isinstance(self.method, str):
+            return create(self.method, templates=self.templates)
+        return replace(self.method)

@@ -1,0 +1,1 @@
+"""What a fitted method answers: one base class a task, with its predictions and its score."""

@@ -1,0 +1,92 @@
+"""All that one `fit` may see, checked once; and the one answer to "may this method run here?"."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any
+
+from clipadapt.data import Dataset, MultiLabelDataset, as_items
+from clipadapt.methods.card import Card
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """What one `fit` may see.
+
+    Attributes:
+        support: labelled examples to learn from; an empty set where only names are given.
+        val: labelled examples for choosing hyper-parameters, never trained on.
+        unlabelled: images without labels.
+        class_names: the classes; those of the support set unless they are given.
+        task: the name of this step of a stream; None outside of streams.
+        extras: further inputs by name, such as the features that `fit_features(..., negatives=)` takes.
+    """
+
+    support: Any = None
+    val: Any = None
+    unlabelled: Any = None
+    class_names: list[str] | None = None
+    task: str | None = None
+    extras: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+
+    @classmethod
+    def of(
+        cls, support: Any, val: Any, unlabelled: Any, class_names: Sequence[str] | None, task: str | None
+    ) -> TrainingData:
+        """From the arguments of `Method.fit`, in the forms that it takes."""
+        if class_names is None:
+            class_names = getattr(support, "class_names", None)
+        elif support is None:
+            support = Dataset(items=[], labels=[], class_names=list(class_names))
+        names = None if class_names is None else list(class_names)
+        return cls(support, val, unlabelled, names, task)
+
+    @property
+    def labelled(self) -> int:
+        """The number of labelled examples to learn from."""
+        return 0 if self.support is None else len(self.support)
+
+    @property
+    def contents(self) -> list[str]:
+        """A digest of every image to learn from."""
+        found = [] if self.support is None else list(self.support.items)
+        return [item.digest() for item in [*found, *as_items([] if self.unlabelled is None else self.unlabelled)]]
+
+
+def why_not(
+    card: Card, model: Any = None, data: TrainingData | None = None, *, new_classes: bool = False
+) -> str | None:
+    """Why the method cannot run here, as one sentence; None where it can.
+
+    Args:
+        card: of the method.
+        model: the backbone that it would be fitted on, or None if that is not in question.
+        data: what it would learn from, or None if that is not in question.
+        new_classes: whether it must serve classes that it has not learned.
+    """
+    key = card.key
+    if model is not None and (missing := card.requires - model.capabilities):
+        has = ", ".join(sorted(model.capabilities)) or "none of the optional capabilities"
+        return f"{key} needs a backbone with {', '.join(sorted(missing))}; {model.source} has {has}."
+    if new_classes and not (card.new_classes or card.signal == "none"):
+        return f"{key} cannot be applied to new classes."
+    return None if data is None else _why_not_data(card, data)
+
+
+def _why_not_data(card: Card, data: TrainingData) -> str | None:
+    key, unlabelled = card.key, 0 if data.unlabelled is None else len(data.unlabelled)
+    if isinstance(data.support, MultiLabelDataset) and not card.multi_label:
+        return f"{key} learns from images of one class each, and these can show several."
+    if data.val is not None and isinstance(data.val, MultiLabelDataset) != isinstance(data.support, MultiLabelDataset):
+        return f"{key}: val must have labels of the same kind as the support set."
+    if data.task is not None and not card.streams:
+        return f"{key} does not learn task after task; leave task away."
+    if unlabelled and not card.unlabelled:
+        return f"{key} does not use unlabelled images."
+    if card.signal == "unlabelled" and not unlabelled:
+        return f"{key} learns from unlabelled images: give fit(..., unlabelled=)."
+    if card.signal == "labels" and not (data.labelled or unlabelled):
+        return f"{key} learns from labelled images, and the support set has none."
+    return None
