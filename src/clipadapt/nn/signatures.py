@@ -1,4 +1,4 @@
-"""Signatures: how images relate to the texts of all classes, compared by divergence (TIP-X of SuS-X, arXiv 2211.16198)."""
+"""Signatures: how images relate to the texts of all classes, compared by divergence (SuS-X, arXiv 2211.16198)."""
 
 from __future__ import annotations
 
