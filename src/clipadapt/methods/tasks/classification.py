@@ -126,8 +126,13 @@ class Classifier(Method):
 
     @property
     def encoder(self) -> Encoder:
-        """How this model sees an image: what `head`, or else the method itself, makes logits from."""
+        """How this model sees an image, for embeddings and for `head`: the towers that it was fitted on, adapted or not."""
         return self._model("it has no towers to encode with")
+
+    @property
+    def _scorer(self) -> Encoder:
+        """What encodes images for `_logits`: `encoder`, unless the method takes more of an image than features."""
+        return self.encoder
 
     @property
     def head(self) -> Head | None:
@@ -152,7 +157,7 @@ class Classifier(Method):
     def image_logits(self, images: Any, *, on_error: str = "raise", progress: bool = False) -> tuple[Tensor, list[int]]:
         """Logits (M, C) of images (paths, PIL, a data set, or (N, 3, H, W) pixels) and which of them they are."""
         self._model("give logits() features, not images")
-        encoder = self.encoder
+        encoder = self._scorer
         # Adapted towers exist once; keeping their features would only fill the disk.
         shared = self.origin_ is not None and encoder.fingerprint == self.origin_["fingerprint"]
         encoded = encode_images(encoder, images, cache=shared, on_error=on_error, progress=progress)
