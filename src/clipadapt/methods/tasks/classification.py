@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from clipadapt.data import Dataset, MultiLabelDataset
+from clipadapt.data import Dataset, MultiLabelDataset, class_texts
 from clipadapt.errors import ClipadaptError, unknown_name
 from clipadapt.features import encode_classes, encode_images
 from clipadapt.features.encoder import Encoder
@@ -204,6 +204,11 @@ class Classifier(Method):
     def encode_texts(self, texts: Sequence[str]) -> Tensor:
         """T texts -> (T, D) unit features, as this model's text side sees them, in the space of `encoder`."""
         return self._model("it has no text tower").encode_texts(texts)
+
+    def encode_class(self, name: str) -> Tensor:
+        """(D,) unit feature of a class as this model's texts name it: the mean of its sentences."""
+        sentences = class_texts([name], self.templates)[0]
+        return normalize(self.encode_texts(sentences).mean(0), dim=0)
 
     @property
     def adapts_texts(self) -> bool:
