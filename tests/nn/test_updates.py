@@ -31,7 +31,8 @@ LABELS = torch.tensor([0, 1, 2, 0, 1])
 
 @pytest.fixture(scope="module")
 def backbone():
-    return load_backbone(tiny_clip())
+    """A copy: weights just read from a file are not aligned in memory, which moves the last bit of some products."""
+    return load_backbone(tiny_clip()).copy()
 
 
 @pytest.fixture(scope="module")
@@ -110,7 +111,7 @@ def test_attached_changes_what_is_computed_and_leaves_no_trace(kind, family, pix
     move(update)
     with update.attached(backbone.model):
         changed = encode(backbone, pixels)
-        assert [*backbone.model.state_dict()] == [*dict(backbone.model.state_dict())]
+        assert backbone.fingerprint == fingerprint, "what the model holds is not what it computes with"
     assert (changed - plain).abs().amax(1).min() > 1e-4
     torch.testing.assert_close(encode(backbone, pixels), plain, rtol=0, atol=0)
     with pytest.raises(RuntimeError, match="stop"), update.attached(backbone.model):
@@ -134,7 +135,7 @@ def test_gradients_reach_the_update_only_and_training_can_stay_inside(kind, pixe
             encode(backbone, pixels)[0, 0].backward()
             encode(backbone, pixels)[:, 0].sum().backward()  # a second graph of the same values
             assert all(p.grad is None for p in backbone.model.parameters())
-            losses.append(float(encode(backbone, pixels)[:, 0].sum()))
+            losses.append(encode(backbone, pixels)[:, 0].sum().item())
             optimizer.step()
     assert losses == sorted(losses, reverse=True)
     assert losses[0] > losses[-1]
@@ -235,26 +236,23 @@ def test_counts(backbone):
 @pytest.mark.parametrize("outer", ["full", "sparse", "low-rank", "bottleneck"])
 @pytest.mark.parametrize("inner", ["full", "sparse", "low-rank", "linear"])
 def test_nested_updates(outer, inner, pixels):
-    """The inner update works on what the outer one leaves: on a model into which the outer one was merged, if it can."""
+    """Weights change first, whichever is outside, then sites: the same as merging the first into a model."""
     backbone = load_backbone(tiny_clip())
     before = traces(backbone.model)
-    first = move(make(outer, backbone)[0]).eval()
-    second = move(make(inner, backbone)[0], 0.1).eval()
+    updates = [move(make(outer, backbone)[0]).eval(), move(make(inner, backbone)[0], 0.1).eval()]
     with torch.no_grad():
-        with first.attached(backbone.model):
+        with updates[0].attached(backbone.model):
             alone = encode(backbone, pixels)
-            with second.attached(backbone.model):
+            with updates[1].attached(backbone.model):
                 both = encode(backbone, pixels)
             torch.testing.assert_close(encode(backbone, pixels), alone, rtol=0, atol=0)
         assert (both - alone).abs().max() > 1e-3
-        other = backbone.copy()
+        first, second = sorted(updates, key=lambda update: not isinstance(update, Full | Sparse))
         if first.mergeable:
+            other = backbone.copy()
             other.model.load_state_dict(first.merged(backbone.model), strict=False)
             with second.attached(other.model):
-                expected = encode(other, pixels)
-            # adapters of one layer: those of the outer update are applied before the inner one's
-            if inner != "low-rank" or outer != "low-rank":
-                torch.testing.assert_close(both, expected, rtol=0, atol=1e-5)
+                torch.testing.assert_close(both, encode(other, pixels), rtol=0, atol=1e-5)
     assert traces(backbone.model) == before
 
 
@@ -275,9 +273,7 @@ def test_bad_input(backbone):
     q = backbone.target_modules(kinds=("q",))[0]
     norm = "vision_model.post_layernorm"
     for make_one in (LowRank, LinearAdapters):
-        with pytest.raises(
-            ClipadaptError, match=f"{make_one.__name__} needs linear layers, and '{norm}' is a LayerNorm"
-        ):
+        with pytest.raises(ClipadaptError, match=f"{make_one.__name__} needs linear layers, and '{norm}' is"):
             make_one(model, [norm], 2)
     with pytest.raises(ClipadaptError, match="no module called 'nothing'"):
         LowRank(model, ["nothing"], 2)
@@ -333,7 +329,7 @@ def train(backbone, pixels, parameters, loss_of, steps=3, clip=None, **settings)
 
 
 def task_loss(backbone, pixels):
-    texts = class_encoder(backbone, NAMES, None)
+    texts = class_encoder(backbone, NAMES, "photo")
     return lambda: cross_entropy(backbone.logit_scale * backbone.encode_images(pixels) @ texts().T, LABELS)
 
 
@@ -412,7 +408,7 @@ def test_full_is_training_a_copy_number_for_number(backbone, pixels, tower):
     assert [*update.by_name()] == [*parameters]
 
     def loss(one):
-        texts = class_encoder(one, NAMES, None)
+        texts = class_encoder(one, NAMES, "photo")
         return lambda: cross_entropy(one.model.logit_scale.exp() * one.encode_images(pixels) @ texts().T, LABELS)
 
     end = train(adapted, pixels, parameters.values(), loss(adapted), clip=1.0, weight_decay=0.1)
@@ -439,7 +435,7 @@ def test_sparse_is_functional_call_number_for_number(backbone, pixels):
     places = some_places(backbone)
     adapted = backbone.copy()
     tower = tower_parameters(adapted, "both")
-    texts = class_encoder(adapted, NAMES, None)
+    texts = class_encoder(adapted, NAMES, "photo")
     logits = saft._Logits(adapted.model, lambda x: adapted.logit_scale * adapted.encode_images(x) @ texts().T)
     adapted.model.requires_grad_(False)
     values = {name: tower[name].flatten()[where].requires_grad_() for name, where in places.items()}
@@ -506,8 +502,9 @@ def test_bottlenecks_are_those_of_vl_adapter(backbone, support, share):
     restored = Bottlenecks.restore(model.adapters_, backbone.model, sites, reduction=8, share=share)
     assert restored.count == model.trained_parameters
     pixels = torch.stack([backbone.preprocess(item.open()) for item in support.items])
+    expected = model.encode_pixels(pixels)
     with restored.attached(backbone.model):
-        assert torch.equal(backbone.encode_images(pixels), model.encode_pixels(pixels))
+        assert torch.equal(backbone.encode_images(pixels), expected)
 
 
 def test_the_positions_of_a_framed_image(backbone, pixels):

@@ -41,8 +41,9 @@ class Update(nn.Module):
         """While it lasts, `model` computes with the update, whatever is called; afterwards nothing remains.
 
         Gradients reach this update's parameters, and those of updates attached around it, but not the model's own.
-        Of several nested updates, the inner one works on what the outer one leaves. The model's `state_dict` and so
-        its fingerprint do not show the update: features encoded meanwhile must not be kept under that fingerprint.
+        Of several nested updates, those of weights work first, then those at sites; within each group, an inner one
+        works on what the outer one leaves. The model's `state_dict` and so its fingerprint do not show the update:
+        features encoded meanwhile must not be kept under that fingerprint.
 
         Raises:
             ClipadaptError: The model lacks a named part, or this update is attached to it already.
