@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from clipadapt.backbones import Backbone, load_backbone
+from clipadapt.backbones import Backbone, Model, load_backbone
 from clipadapt.backbones.preprocess import Preprocess
 from clipadapt.data import BytesItem, class_texts
 from clipadapt.data.items import hash_bytes
@@ -92,7 +92,7 @@ class Served:
     @property
     def backbone(self) -> Backbone:
         """The towers, adapted where the model adapts them."""
-        return self.model if isinstance(self.model, Backbone) else self.model._fitted("backbone_")
+        return self.model if isinstance(self.model, Model) else self.model._fitted("backbone_")
 
     @property
     def class_names(self) -> list[str]:

@@ -134,7 +134,7 @@ class VlAdapter(Method):
 
     def _adapters(self, backbone: Backbone) -> Adapters:
         """New adapters, which draw from torch's global stream."""
-        names = backbone.target_modules(self.tower, self.kinds, self.layers)  # type: ignore[arg-type]
+        names = backbone.target_modules(self.tower, self.kinds, self.layers)
         return bottlenecks(backbone.model, names, reduction=self.reduction, share=self.sites).to(backbone.device)
 
     def _restore(self, backbone: Backbone | None) -> None:
