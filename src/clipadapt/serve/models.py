@@ -92,7 +92,7 @@ class Served:
     @property
     def backbone(self) -> Backbone:
         """The towers, adapted where the model adapts them."""
-        return self.model if isinstance(self.model, Backbone) else self.model.backbone_
+        return self.model.backbone_ if isinstance(self.model, Method) else self.model
 
     @property
     def class_names(self) -> list[str]:
