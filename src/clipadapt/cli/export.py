@@ -58,6 +58,7 @@ def export(
         pictures = whole if test is None else test
     with err.status("Loading the model"):
         from clipadapt.methods import load
+
         fitted = load(model)
     if form is Format.TRANSFORMERS:
         if fitted.kind != "weights":

@@ -148,7 +148,7 @@ class WeightMethod(Method):
             with update.attached(towers.model):
                 head = self._descend(towers, model, data.support, update, run)
         self.update_ = update.tensors()  # type: ignore[misc]
-        self._restore(model)
+        self._merge(model)
         self.weight_ = head if head is not None and not self.head_from_text else self._adapted_classifier()
 
     def _descend(self, towers: Backbone, model: Backbone, support: Any, update: Update, run: Run) -> Tensor | None:
@@ -167,8 +167,8 @@ class WeightMethod(Method):
             number, rows = step
             out = {"number": number, "epoch": number // per_epoch, "rows": rows, "labels": labels[rows]}
             out |= {"pixels": pixels.batch(rows, number), "scale": self._scale(towers)}
+            out = self._outputs(towers, out)  # before the texts: what is dropped at random depends on the order
             out |= references(labels[rows], number)
-            out = self._outputs(towers, out)
             return self._objective(out), _right(out)
 
         train(
@@ -210,6 +210,12 @@ class WeightMethod(Method):
     # -- the adapted model ------------------------------------------------------------------------------------------
 
     def _restore(self, model: Any) -> None:
+        self._merge(model)
+        if "weight_" not in vars(self):  # of models saved before it was kept
+            self.weight_ = self._adapted_classifier()
+
+    def _merge(self, model: Any) -> None:
+        """Make the adapted model of the original and what the update has learned."""
         update = self._saved(model) if self.update_ else None
         if update is not None and not update.mergeable:
             self.backbone_, self._towers, self._attachable = model, model.with_weights({}), update

@@ -129,5 +129,5 @@ class VlAdapter(WeightMethod, Classifier):
         )
         for one, update in zip(methods, sets, strict=True):
             one.update_ = update.tensors()
-            one._restore(model)
+            one._merge(model)
             one.weight_ = one._adapted_classifier()

@@ -159,6 +159,4 @@ class OmniviewTuning(FineTuningMethod, Classifier):
         return loss + self.weight * (1 - (out["image"] * centres).sum(1))[far].mean()
 
     def _optimizer(self, parameters) -> torch.optim.Optimizer:
-        return torch.optim.AdamW(
-            parameters, lr=self.lr, weight_decay=self.weight_decay, betas=(0.9, 0.98), eps=1e-6
-        )
+        return torch.optim.AdamW(parameters, lr=self.lr, weight_decay=self.weight_decay, betas=(0.9, 0.98), eps=1e-6)

@@ -148,11 +148,12 @@ class TeCoA(FineTuningMethod, Classifier):
         head, learned = self._text_classifier(model).to(model.device), None  # (C, D)
         if self.target == "one-hot":
             head = learned = Parameter(one_hot_head(model, self.class_names_, self.seed))
-        return (lambda labels, number: {"head": head}), learned
+        self._head = head
+        return (lambda labels, number: {}), learned
 
     def _outputs(self, towers, out):
         def scores(plain: Tensor) -> Tensor:
-            return self._encode(self._space.pixels(plain)) @ out["head"].T  # (B, C)
+            return self._encode(self._space.pixels(plain)) @ self._head.T  # (B, C)
 
         attacked = pgd(
             scores,

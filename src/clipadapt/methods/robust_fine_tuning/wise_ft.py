@@ -113,7 +113,7 @@ class WiseFt(WeightMethod, Classifier):
         line = Line.of(inner, model)
         self.update_, self.encoded_head_ = line.at(self.alpha), line.heads is None
         run.trained = inner.trained_parameters
-        self._restore(model)
+        self._merge(model)
         head = line.head(self.alpha)
         self.weight_ = zero_shot_head(inner, self.backbone_) if head is None else head
 

@@ -35,6 +35,7 @@ class LowRank(SiteUpdate):
     """
 
     mergeable: ClassVar[bool] = True
+    cheap: ClassVar[bool] = True
 
     def __init__(
         self, model: nn.Module, sites: Sequence[str], rank: int, scaling: float = 1.0, dropout: float = 0.0

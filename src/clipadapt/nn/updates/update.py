@@ -19,6 +19,7 @@ class Update(nn.Module):
     """What of a model changes; its own parameters are all that is trained.
 
     mergeable  whether the changed model is the same model with other weights
+    cheap      whether changed weights need not be kept, since making them at each use costs next to nothing
 
         update = LowRank(backbone.model, backbone.target_modules(), rank=2, scaling=1.0)
         with update.attached(backbone.model):
@@ -31,6 +32,7 @@ class Update(nn.Module):
     """
 
     mergeable: ClassVar[bool] = False
+    cheap: ClassVar[bool] = False  # whether changes cost so little that they can be made at each use of a weight
 
     def __init__(self) -> None:
         super().__init__()
