@@ -2,7 +2,8 @@
 
 A method is a dataclass. Its fields are hyper-parameters; `fit` learns and returns self; what was learned is kept in
 attributes that end in an underscore. Two bases make it complete: a task, which says what a fitted one answers
-(`methods.tasks`), and a kind, which says how it learns (`methods.kinds`). Nothing here knows a class, an image or a loss.
+(`methods.tasks`), and a kind, which says how it learns (`methods.kinds`). Nothing here knows a class, an image or a
+loss.
 """
 
 from __future__ import annotations

@@ -85,7 +85,7 @@ def export_onnx(method: Method, folder: Path | str, *, int8: bool = False) -> Pa
     backbone = method._model("it has no towers to export")
     if method.head is None:
         raise ClipadaptError(
-            f"{method.card.key} looks at images, not at features, so its prediction is not a graph from pixels to logits."
+            f"{method.card.key} looks at images, not at features: its prediction is not a graph from pixels to logits."
         )
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").unlink(missing_ok=True)  # an older model does not count any more

@@ -23,7 +23,7 @@ from clipadapt.training.loop import Run, seeded
 
 @dataclass(kw_only=True)
 class TestTimeMethod(Method):
-    """A method that adapts inside `predict`: write `_adapted(views)`; `predict([a, b])` equals [predict(a), predict(b)].
+    """Adapts inside `predict`: write `_adapted(views)`. `predict([a, b])` equals [predict(a), predict(b)].
 
     Its hyper-parameters have `views`, the number of views of an image, the plain one included, and `seed`.
     """

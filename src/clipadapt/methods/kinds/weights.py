@@ -1,7 +1,7 @@
 """Methods that change weights: an `Update` of the towers, trained on pixels by an objective.
 
-Such a method says what learns (`_update`) and what is minimised (`_objective`); this module trains it, keeps the update's
-tensors (and nothing else), and merges them into a backbone that shares all other weights with the original.
+Such a method says what learns (`_update`) and what is minimised (`_objective`); this module trains it, keeps the
+update's tensors (and nothing else), and merges them into a backbone that shares all other weights with the original.
 """
 
 from __future__ import annotations
@@ -147,9 +147,13 @@ class WeightMethod(Method):
             update = self._update(towers, data).train()
             with update.attached(towers.model):
                 head = self._descend(towers, model, data.support, update, run)
+        self._take(model, update, None if self.head_from_text else head)
+
+    def _take(self, model: Backbone, update: Update, head: Tensor | None = None) -> None:
+        """Keep what an update has learned, and the classifier: `head`, or the class texts by the adapted towers."""
         self.update_ = update.tensors()  # type: ignore[misc]
         self._merge(model)
-        self.weight_ = head if head is not None and not self.head_from_text else self._adapted_classifier()
+        self.weight_ = self._adapted_classifier() if head is None else head
 
     def _descend(self, towers: Backbone, model: Backbone, support: Any, update: Update, run: Run) -> Tensor | None:
         """Train the update, attached to the towers; returns the head, where one was trained."""
@@ -245,24 +249,26 @@ class WeightMethod(Method):
         """See `Classifier.plain_texts`."""
         return not hasattr(self, "_attachable")
 
-    @property
-    def plain_images(self) -> bool:
-        """Whether the image tower of `backbone_` is all that encodes images, so that it can be exported."""
-        return self.plain_texts
-
-    @property
-    def encoder(self) -> Encoder:
-        """See `Classifier.encoder`."""
-        model = self._model("it has no towers to encode with")
-        if self.plain_images:
-            return model
+    def _changed_images(self, model: Backbone) -> tuple[Callable[[Tensor], Tensor], dict[str, Tensor]] | None:
+        """How images (B, 3, H, W) are encoded where `backbone_` alone does not do it, and what was learned for it."""
+        if not hasattr(self, "_attachable"):
+            return None
 
         def encode(pixels: Tensor) -> Tensor:
             with self.attached() as towers:
                 return towers.encode_images(pixels)
 
-        fingerprint = self._adapted_fingerprint(model, self.update_)
-        return Adapted(model, encode, model.dim, fingerprint, aligned=True)  # type: ignore[return-value]
+        return encode, self.update_
+
+    @property
+    def encoder(self) -> Encoder:
+        """See `Classifier.encoder`."""
+        model = self._model("it has no towers to encode with")
+        changed = self._changed_images(model)
+        if changed is None:
+            return model
+        encode, learned = changed
+        return Adapted(model, encode, model.dim, self._adapted_fingerprint(model, learned), aligned=True)  # type: ignore[return-value]
 
     def encode_texts(self, texts: Sequence[str]) -> Tensor:
         """See `Classifier.encode_texts`."""
@@ -282,12 +288,12 @@ class WeightMethod(Method):
         Raises:
             ClipadaptError: what was learned is not weights of the towers.
         """
-        if not self.plain_images:
+        model = self._model("it has no towers to export")
+        if not self.plain_texts or self._changed_images(model) is not None:
             raise ClipadaptError(
-                f"{self.card.key}: what it learned is not weights of the towers and cannot be exported as a transformers "
-                "folder."
+                f"{self.card.key}: what it learned is not weights of the towers and cannot be exported."
             )
-        self._model("it has no towers to export").save(folder)
+        model.save(folder)
 
 
 def _right(out: Outputs) -> Tensor:

@@ -40,6 +40,15 @@ def part_of_tower(part: str, depth: int) -> list[int]:
     return list(range(*parts[part]))
 
 
+def sites(model: Backbone, tower: str, kinds: Sequence[str], layers: Sequence[int] | str | None) -> list[str]:
+    """Names of the linear layers that get an update; a part of a tower is one of its own depth."""
+    names = []
+    for one in ("text", "vision") if tower == "both" else (tower,):
+        own = part_of_tower(layers, len(model.blocks(one))) if isinstance(layers, str) else layers
+        names += model.target_modules(one, kinds, own)
+    return names
+
+
 @method(
     "clip-lora",
     title="Low-Rank Few-Shot Adaptation of Vision-Language Models",
@@ -69,21 +78,12 @@ class ClipLora(WeightMethod, Classifier):
     weight_decay, clip_norm = 1e-2, None
 
     def _update(self, towers, data):
-        return LowRank(towers.model, self._sites(towers), self.rank, self.alpha / self.rank**0.5, self.dropout)
+        where = sites(towers, self.tower, self.kinds, self.layers)
+        return LowRank(towers.model, where, self.rank, self.alpha / self.rank**0.5, self.dropout)
 
     def _saved(self, model):
-        sites = self._sites(model)
-        return LowRank.restore(self.update_, model.model, sites, self.rank, self.alpha / self.rank**0.5)
-
-    def _sites(self, model: Backbone) -> list[str]:
-        """Names of the linear layers that get an update; a part of a tower is one of its own depth."""
-        names = []
-        for tower in ("text", "vision") if self.tower == "both" else (self.tower,):
-            layers = self.layers
-            if isinstance(layers, str):
-                layers = part_of_tower(layers, len(model.blocks(tower)))
-            names += model.target_modules(tower, self.kinds, layers)
-        return names
+        where = sites(model, self.tower, self.kinds, self.layers)
+        return LowRank.restore(self.update_, model.model, where, self.rank, self.alpha / self.rank**0.5)
 
     def _objective(self, out) -> Tensor:
         return cross_entropy(out["scale"] * out["image"] @ out["classes"].T, out["labels"])

@@ -11,12 +11,14 @@ parameters: the optimiser holds nothing else, and they are put into the weights 
 as masking gradients. Saved are these values and their places.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from clipadapt.backbones import Backbone
+from clipadapt.data import Dataset
 from clipadapt.methods import Classifier, FineTuningMethod, hyper, method
 from clipadapt.methods.kinds.weights import class_encoder, tower_weights
 from clipadapt.nn.updates import Full, Sparse
@@ -36,6 +38,25 @@ def chosen(scores: Mapping[str, Tensor], count: int) -> dict[str, Tensor]:
             places[name] = inside - start
         start += score.numel()
     return places
+
+
+def gradient_scores(
+    tower: Full, towers: Backbone, texts: Callable[[], Tensor], support: Dataset, batch_size: int
+) -> dict[str, Tensor]:
+    """|gradient| of the mean loss over the plain images, of every weight that `tower` trains."""
+    pixels, labels = Pixels(towers, support, min_scale=1.0, seed=0), torch.tensor(support.labels)
+    with tower.attached(towers.model):
+        for rows in torch.arange(len(labels)).split(batch_size):
+            logits = towers.logit_scale * towers.encode_images(pixels.batch(rows, 0)) @ texts().T  # (B, C)
+            target = labels[rows].to(logits.device)
+            (cross_entropy(logits, target, reduction="sum") / len(labels)).backward()
+    return {n: torch.zeros_like(p) if p.grad is None else p.grad.abs() for n, p in tower.by_name().items()}
+
+
+def random_scores(tower: Full, seed: int) -> dict[str, Tensor]:
+    """Uniform numbers in the place of gradients: the paper's ablation."""
+    generator = torch.Generator().manual_seed(seed)
+    return {n: torch.rand(p.shape, generator=generator).to(p.device) for n, p in tower.by_name().items()}
 
 
 @method(
@@ -59,26 +80,16 @@ class Saft(FineTuningMethod, Classifier):
 
     def _update(self, towers, data):
         tower = Full(towers.model, tower_weights(towers, self.tower))
-        scores = self._scores_of(tower, towers, data.support)
+        if self.mask == "random":
+            scores = random_scores(tower, self.seed)
+        else:
+            texts = class_encoder(towers, self.class_names_, self.templates)
+            scores = gradient_scores(tower, towers, texts, data.support, self.batch_size)
         count = max(1, round(self.share * sum(score.numel() for score in scores.values())))
         return Sparse(towers.model, chosen(scores, count))
 
     def _saved(self, model):
         return Sparse.restore(self.update_, model.model)
-
-    def _scores_of(self, tower, towers, support) -> dict[str, Tensor]:
-        """What the mask is chosen by: |gradient| of the mean loss over the plain images, or random numbers."""
-        if self.mask == "random":
-            generator = torch.Generator().manual_seed(self.seed)
-            return {n: torch.rand(p.shape, generator=generator).to(p.device) for n, p in tower.by_name().items()}
-        pixels, labels = Pixels(towers, support, min_scale=1.0, seed=0), torch.tensor(support.labels)
-        texts = class_encoder(towers, self.class_names_, self.templates)
-        with tower.attached(towers.model):
-            for rows in torch.arange(len(labels)).split(self.batch_size):
-                logits = towers.logit_scale * towers.encode_images(pixels.batch(rows, 0)) @ texts().T  # (B, C)
-                target = labels[rows].to(logits.device)
-                (cross_entropy(logits, target, reduction="sum") / len(labels)).backward()
-        return {n: torch.zeros_like(p) if p.grad is None else p.grad.abs() for n, p in tower.by_name().items()}
 
     def _objective(self, out) -> Tensor:
         return cross_entropy(out["scale"] * out["image"] @ out["classes"].T, out["labels"])

@@ -38,6 +38,47 @@ def linear(step: int, total: int, warmup: int) -> float:
     return (step + 1) / warmup if step < warmup else (total - step) / max(1, total - warmup)
 
 
+def train_tasks(of: Any, model: Backbone, supports: Sequence[Any], run: Run) -> list[Bottlenecks]:
+    """Train the adapters of all tasks, one for each support set; `of` has the hyper-parameters of `VlAdapter`."""
+    towers = model.with_weights({})
+    with seeded(of.seed):
+        sets = [of.first(towers)]
+        sets += [sets[0].for_another_task(of.tasks) for _ in supports[1:]]
+    classifiers = [class_encoder(towers, data.class_names, of.templates) for data in supports]
+    pixels = [Pixels(model, data, min_scale=of.min_scale, seed=of.seed) for data in supports]
+    labels = [torch.tensor(data.labels, device=model.device) for data in supports]
+    with torch.no_grad():
+        frozen = [classes() for classes in classifiers]  # (C, D) each
+
+    def loss_of(step: tuple[int, int, Tensor]) -> Loss:
+        task, number, rows = step
+        with sets[task].attached(towers.model):
+            images = towers.encode_images(pixels[task].batch(rows, number))  # (B, D)
+            texts = frozen[task] if of.tower == "vision" else classifiers[task]()  # (C, D)
+        logits = towers.logit_scale * images @ texts.T
+        return cross_entropy(logits, labels[task][rows]), logits.argmax(1) == labels[task][rows]
+
+    steps = []  # of each task in its order, all tasks at the same pace
+    for task, data in enumerate(supports):
+        own = batches(len(data), of.batch_size, epochs=of.epochs, seed=of.seed)
+        steps += [(number / len(own), task, number, rows) for number, rows in enumerate(own)]
+    steps.sort(key=lambda step: step[:2])
+    parameters = list(dict.fromkeys(p for update in sets for p in update.parameters()))
+    groups = [
+        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": 1e-2},
+        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    train(
+        loss_of,
+        torch.optim.AdamW(groups, lr=of.lr),
+        [step[1:] for step in steps],
+        schedule=lambda step: linear(step, len(steps), len(steps) // 10),
+        clip_norm=of.clip_norm,
+        run=run,
+    )
+    return sets
+
+
 @method(
     "vl-adapter",
     title="VL-Adapter: Parameter-Efficient Transfer Learning for Vision-and-Language Tasks",
@@ -73,61 +114,20 @@ class VlAdapter(WeightMethod, Classifier):
         models, run = [replace(self) for _ in supports], Run(report)
         for model, support in zip(models, supports, strict=True):
             model._open(backbone, TrainingData.of(support, None, None, None, None))
-        self._learn_tasks(backbone, models, supports, run)
-        for model in models:
-            model.trained_ = sum(tensor.numel() for tensor in model.update_.values())
+        for model, update in zip(models, train_tasks(self, backbone, supports, run), strict=True):
+            model._take(backbone, update)
+            model.trained_ = update.count
         return models
 
     def _learn(self, model: Backbone, data: TrainingData, run: Run) -> None:
-        self._learn_tasks(model, [self], [data.support], run)
+        (update,) = train_tasks(self, model, [data.support], run)
+        self._take(model, update)
 
-    def _update(self, towers, data=None):
+    def first(self, towers: Backbone) -> Bottlenecks:
+        """The adapters of a task at their start values, which are drawn from torch's global stream."""
         sites = towers.target_modules(self.tower, self.kinds, self.layers)
         return Bottlenecks(towers.model, sites, reduction=self.reduction, share=self.sites)
 
     def _saved(self, model):
         sites = model.target_modules(self.tower, self.kinds, self.layers)
         return Bottlenecks.restore(self.update_, model.model, sites, reduction=self.reduction, share=self.sites)
-
-    def _learn_tasks(self, model: Backbone, methods: Sequence[Any], supports: Sequence[Any], run: Run) -> None:
-        """Train the adapters of all tasks, one for each of `methods`, and leave them there."""
-        towers = model.with_weights({})
-        with seeded(self.seed):
-            sets = [self._update(towers)]
-            sets += [sets[0].for_another_task(self.tasks) for _ in supports[1:]]
-        classifiers = [class_encoder(towers, data.class_names, self.templates) for data in supports]
-        pixels = [Pixels(model, data, min_scale=self.min_scale, seed=self.seed) for data in supports]
-        labels = [torch.tensor(data.labels, device=model.device) for data in supports]
-        with torch.no_grad():
-            frozen = [classes() for classes in classifiers]  # (C, D) each
-
-        def loss_of(step: tuple[int, int, Tensor]) -> Loss:
-            task, number, rows = step
-            with sets[task].attached(towers.model):
-                images = towers.encode_images(pixels[task].batch(rows, number))  # (B, D)
-                texts = frozen[task] if self.tower == "vision" else classifiers[task]()  # (C, D)
-            logits = towers.logit_scale * images @ texts.T
-            return cross_entropy(logits, labels[task][rows]), logits.argmax(1) == labels[task][rows]
-
-        steps = []  # of each task in its order, all tasks at the same pace
-        for task, data in enumerate(supports):
-            own = batches(len(data), self.batch_size, epochs=self.epochs, seed=self.seed)
-            steps += [(number / len(own), task, number, rows) for number, rows in enumerate(own)]
-        steps.sort(key=lambda step: step[:2])
-        parameters = list(dict.fromkeys(p for update in sets for p in update.parameters()))
-        groups = [
-            {"params": [p for p in parameters if p.ndim > 1], "weight_decay": 1e-2},
-            {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
-        ]
-        train(
-            loss_of,
-            torch.optim.AdamW(groups, lr=self.lr),
-            [step[1:] for step in steps],
-            schedule=lambda step: linear(step, len(steps), len(steps) // 10),
-            clip_norm=self.clip_norm,
-            run=run,
-        )
-        for one, update in zip(methods, sets, strict=True):
-            one.update_ = update.tensors()
-            one._merge(model)
-            one.weight_ = one._adapted_classifier()

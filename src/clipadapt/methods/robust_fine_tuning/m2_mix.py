@@ -20,6 +20,8 @@ that is smaller is kept. Mixing a row with itself, or with a row that has the sa
 official code divides by zero. Pictures of one class in a batch are negatives of one another, as captions are there.
 """
 
+from typing import Any
+
 import numpy as np
 from torch import Tensor
 
@@ -28,6 +30,28 @@ from clipadapt.losses.geodesic import both_modal_mixup, lerp, multi_modal_mixup,
 from clipadapt.methods import Classifier, FineTuningMethod, hyper, method
 from clipadapt.methods.kinds.weights import tower_weights
 from clipadapt.nn.updates import Full
+
+
+def mixed(of: Any, images: Tensor, texts: Tensor, number: int, logit_scale: float) -> Tensor:
+    """The weighted sum of the four losses of mixed features; `of` has the hyper-parameters of `M2Mix`.
+
+    What is drawn depends on the seed and the `number` of the step.
+    """
+    draw = np.random.default_rng([of.seed, number])
+    across = float(draw.beta(of.beta, of.beta))
+    vision, language, both = (float(w) for w in draw.beta(of.beta_within, of.beta_within, size=3))
+    mix = slerp if of.mixing == "geodesic" else lerp
+    sharpness = logit_scale if of.temperature is None else 1 / of.temperature
+    total = images.new_zeros(())
+    if of.m2_mix:
+        total = total + of.m2_mix * multi_modal_mixup(images, texts, across, sharpness, mix)
+    if of.v_mix:
+        total = total + of.v_mix * uni_modal_mixup(images, texts, vision, logit_scale, mix)
+    if of.l_mix:
+        total = total + of.l_mix * uni_modal_mixup(texts, images, language, logit_scale, mix)
+    if of.vl_mix:
+        total = total + of.vl_mix * both_modal_mixup(images, texts, both, logit_scale, mix)
+    return total
 
 
 @method(
@@ -64,22 +88,4 @@ class M2Mix(FineTuningMethod, Classifier):
     def _objective(self, out) -> Tensor:
         share = 1 / (1 + out["epoch"]) if self.decay else 1.0
         plain = info_nce(out["image"], out["text"], out["scale"])
-        return plain + share * self._mixed(out["image"], out["text"], out["number"], out["scale"])
-
-    def _mixed(self, images: Tensor, texts: Tensor, number: int, logit_scale: float) -> Tensor:
-        """The weighted sum of the four losses of mixed features; what is drawn depends on the seed and the step."""
-        draw = np.random.default_rng([self.seed, number])
-        across = float(draw.beta(self.beta, self.beta))
-        vision, language, both = (float(w) for w in draw.beta(self.beta_within, self.beta_within, size=3))
-        mix = slerp if self.mixing == "geodesic" else lerp
-        sharpness = logit_scale if self.temperature is None else 1 / self.temperature
-        total = images.new_zeros(())
-        if self.m2_mix:
-            total = total + self.m2_mix * multi_modal_mixup(images, texts, across, sharpness, mix)
-        if self.v_mix:
-            total = total + self.v_mix * uni_modal_mixup(images, texts, vision, logit_scale, mix)
-        if self.l_mix:
-            total = total + self.l_mix * uni_modal_mixup(texts, images, language, logit_scale, mix)
-        if self.vl_mix:
-            total = total + self.vl_mix * both_modal_mixup(images, texts, both, logit_scale, mix)
-        return total
+        return plain + share * mixed(self, out["image"], out["text"], out["number"], out["scale"])

@@ -82,6 +82,16 @@ def object_numbers(data: Dataset, objects: str) -> list[int]:
     return [numbers.setdefault(key, len(numbers)) for key in zip(data.labels, kinds[objects], strict=True)]
 
 
+def sites(model: Backbone, module: bool) -> list[str]:
+    """The linear layers of the image tower that get an update, its projection as the viewpoint module included."""
+    if module and "class-token" not in model.capabilities:
+        raise ClipadaptError(
+            f"omniview-tuning: the image tower of {model.source} does not end in a linear projection, which the "
+            "viewpoint module becomes part of; set module=False."
+        )
+    return [*model.target_modules("vision"), *(["visual_projection"] if module else [])]
+
+
 @method(
     "omniview-tuning",
     title="Omniview-Tuning: Boosting Viewpoint Invariance of Vision-Language Pre-training Models",
@@ -118,20 +128,11 @@ class OmniviewTuning(FineTuningMethod, Classifier):
         every = turned(data.support, self.views, tilt=self.tilt, roll=self.roll, seed=self.seed, plain=True)
         return replace(data, support=every)
 
-    def _sites(self, model: Backbone) -> list[str]:
-        sites = model.target_modules("vision")
-        if self.module and "class-token" not in model.capabilities:
-            raise ClipadaptError(
-                f"omniview-tuning: the image tower of {model.source} ends in no linear projection, which the viewpoint "
-                "module becomes part of; set module=False."
-            )
-        return [*sites, "visual_projection"] if self.module else sites
-
     def _update(self, towers, data):
-        return LowRank(towers.model, self._sites(towers), self.rank)  # the update is B A itself
+        return LowRank(towers.model, sites(towers, self.module), self.rank)  # the update is B A itself
 
     def _saved(self, model):
-        return LowRank.restore(self.update_, model.model, self._sites(model), self.rank)
+        return LowRank.restore(self.update_, model.model, sites(model, self.module), self.rank)
 
     def _references(self, towers, model, support):
         texts = normalize(self._text_classifier(model), dim=1).to(model.device)  # (C, D)

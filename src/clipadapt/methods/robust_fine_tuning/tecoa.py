@@ -30,7 +30,6 @@ from torch.nn.functional import cross_entropy, normalize
 
 from clipadapt.backbones import Backbone, Insertion
 from clipadapt.backbones.families import submodule
-from clipadapt.features import Adapted
 from clipadapt.methods import Classifier, FineTuningMethod, hyper, method
 from clipadapt.methods.kinds.weights import tower_weights
 from clipadapt.nn.prompts import random_vectors, visual_prompts
@@ -174,21 +173,13 @@ class TeCoA(FineTuningMethod, Classifier):
             return super()._optimizer(parameters)
         return torch.optim.SGD(parameters, lr=self.prompt_lr, momentum=0.9)
 
-    @property
-    def plain_images(self) -> bool:
-        """See `WeightMethod.plain_images`: learned tokens are not weights of the tower."""
-        return "tokens" not in self.update_
-
-    @property
-    def encoder(self):
-        """See `Classifier.encoder`."""
-        model = self._model("it has no towers to encode with")
-        if self.plain_images:
-            return model
-        tokens = self.update_["tokens"]
+    def _changed_images(self, model):
+        tokens = self.update_.get("tokens")
+        if tokens is None:
+            return None
 
         def encode(pixels: Tensor) -> Tensor:
             with model.inserted(vision=token_prompts(tokens.to(model.device))):
                 return model.encode_images(pixels)
 
-        return Adapted(model, encode, model.dim, self._adapted_fingerprint(model, {"tokens_": tokens}), aligned=True)
+        return encode, {"tokens_": tokens}

@@ -45,7 +45,7 @@ class Head:
 class Classifier(Method):
     """Answers which class an image shows, or which classes.
 
-    Write `_logits` unless the classifier is linear: then `_fit` leaves `weight_` (C, D) and, if it has one, `bias_` (C,).
+    Write `_logits` unless the classifier is linear: then what learns leaves `weight_` (C, D) and perhaps `bias_` (C,).
     """
 
     task: ClassVar[str] = "classifier"
@@ -126,7 +126,7 @@ class Classifier(Method):
 
     @property
     def encoder(self) -> Encoder:
-        """How this model sees an image, for embeddings and for `head`: the towers that it was fitted on, adapted or not."""
+        """How this model sees an image, for embeddings and for `head`: the towers, adapted or not."""
         return self._model("it has no towers to encode with")
 
     @property
