@@ -46,13 +46,22 @@ def computed_weights(model: nn.Module, functions: Mapping[str, Callable[[Tensor]
     weight. Functions of nested contexts are applied in the order in which the contexts were entered. What the model
     holds (`parameters()`, `state_dict()`) stays as it is.
     """
-    holders: dict[int, list[tuple[nn.Module, str]]] = {}
-    for module in model.modules():
+    own: dict[str, nn.Parameter] = {}
+    holders: dict[int, list[tuple[nn.Module, str]]] = {}  # of a weight, by its id
+    for path, module in model.named_modules():
         for leaf, weight in module._parameters.items():
-            holders.setdefault(id(weight), []).append((module, leaf))
-    reads = [(*place, f) for name, f in functions.items() for place in holders[id(weight_of(model, name))]]
+            if weight is not None:
+                own[f"{path}.{leaf}" if path else leaf] = weight
+                holders.setdefault(id(weight), []).append((module, leaf))
+    reads = [
+        (*place, function)
+        for name, function in functions.items()
+        for place in holders[id(own[name] if name in own else weight_of(model, name))]
+    ]
+    modules = dict.fromkeys(module for module, _, _ in reads)
     for module, leaf, function in reads:
         module.__dict__.setdefault("_read_through", {}).setdefault(leaf, []).append(function)
+    for module in modules:
         _set_class(module)
     try:
         yield
@@ -62,6 +71,7 @@ def computed_weights(model: nn.Module, functions: Mapping[str, Callable[[Tensor]
             through[leaf].remove(function)
             if not through[leaf]:
                 del through[leaf]
+        for module in modules:
             _set_class(module)
 
 
@@ -69,11 +79,9 @@ def _set_class(module: nn.Module) -> None:
     """Give a module the class in which exactly the leaves that have functions are computed."""
     plain: Any = getattr(type(module), "_plain_class", type(module))
     leaves = frozenset(module.__dict__["_read_through"])
-    if leaves:
-        module.__class__ = _computing(plain, leaves)
-    else:
+    if not leaves:
         del module.__dict__["_read_through"]
-        module.__class__ = plain
+    module.__class__ = _computing(plain, leaves) if leaves else plain
 
 
 @cache

@@ -42,6 +42,8 @@ class Update(nn.Module):
     def attached(self, model: nn.Module) -> Iterator[None]:
         """While it lasts, `model` computes with the update, whatever is called; afterwards nothing remains.
 
+        It may last for one call or for a whole training run: values that change meanwhile are seen.
+
         Gradients reach this update's parameters, and those of updates attached around it, but not the model's own.
         Of several nested updates, those of weights work first, then those at sites; within each group, an inner one
         works on what the outer one leaves. The model's `state_dict` and so its fingerprint do not show the update:
