@@ -85,7 +85,7 @@ def attention_pairs(mode: str) -> tuple[tuple[str, str], ...]:
 
 
 def set_way(
-    module: Any, mode: str, layer: int, bias: torch.Tensor | None, maps: dict[int, torch.Tensor] | None
+    module: Any, mode: str, layer: int, bias: torch.Tensor | None = None, maps: dict[int, torch.Tensor] | None = None
 ) -> None:
     """Make an attention module attend in another way, by a configuration of its own."""
     config = copy.copy(module.config)

@@ -142,7 +142,7 @@ class AttentionMode(Edit):
     def apply(self, tower: Tower) -> None:
         attention_pairs(self.mode)
         for layer in tower.layer_numbers(self.layers):
-            set_way(tower.attention(layer), self.mode, layer, bias=None, maps=None)
+            set_way(tower.attention(layer), self.mode, layer)
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache, partial
@@ -22,7 +23,6 @@ class Lazy:
 
     original: Tensor
     functions: tuple[Callable[[Tensor], Tensor], ...]
-    buffer: bool
 
     def __call__(self) -> Tensor:
         value = self.original
@@ -38,6 +38,12 @@ class _HasLazy(nn.Module):
     """
 
     lazy: dict[str, Lazy]
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in self.__dict__.get("lazy", {}) and isinstance(value, Tensor):
+            _put(self, name, value)
+        else:
+            super().__setattr__(name, value)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -124,7 +130,15 @@ def own_copy(module: nn.Module) -> Any:
 
 
 def replace_weights(module: nn.Module, weights: Mapping[str, Weight], source: str) -> None:
-    """Put `weights` in the place of a module's own; BackboneError for a name or shape that it does not have."""
+    """Put `weights` in the place of a module's own; BackboneError for a name or shape that it does not have.
+
+    A parameter that has several names (tied weights) is replaced under all of them.
+    """
+    places: dict[int, list[tuple[nn.Module, str]]] = defaultdict(list)
+    for one in module.modules():
+        for key, parameter in one._parameters.items():
+            if parameter is not None:
+                places[id(parameter)].append((one, key))
     for name, weight in weights.items():
         place, _, key = name.rpartition(".")
         owner = _owner(module, place)
@@ -136,10 +150,13 @@ def replace_weights(module: nn.Module, weights: Mapping[str, Weight], source: st
         if not isinstance(new, Tensor) or new.shape != old.shape:
             found = tuple(new.shape) if isinstance(new, Tensor) else type(new).__name__
             raise BackboneError(f"The weight {name!r} of {source} has the shape {tuple(old.shape)}, not {found}.")
-        if isinstance(weight, Tensor):
-            _put(owner, key, weight.detach().to(old))
-        else:
-            _add(owner, key, weight)
+        same = places.get(id(owner._parameters.get(key)), [(owner, key)])
+        value = nn.Parameter(new.detach().to(old), requires_grad=False)  # one for all
+        for one, key in same:
+            if isinstance(weight, Tensor):
+                _put(one, key, value if key in one._parameters else value.detach())
+            else:
+                _add(one, key, weight)
 
 
 def _owner(module: nn.Module, place: str) -> nn.Module | None:
@@ -162,10 +179,10 @@ def _put(module: nn.Module, key: str, value: Tensor) -> None:
     was_lazy = lazy.pop(key, None)
     if was_lazy is not None:
         _set_lazy(module, lazy)
-    if module._buffers.get(key) is not None or (was_lazy is not None and was_lazy.buffer):
+    if key in module._buffers:
         module._buffers[key] = value
     else:
-        module._parameters[key] = nn.Parameter(value, requires_grad=False)
+        module._parameters[key] = value if isinstance(value, nn.Parameter) else nn.Parameter(value, requires_grad=False)
 
 
 def _add(module: nn.Module, key: str, function: Callable[[Tensor], Tensor]) -> None:
@@ -173,9 +190,9 @@ def _add(module: nn.Module, key: str, function: Callable[[Tensor], Tensor]) -> N
     lazy = dict(module.__dict__.get("lazy", {}))
     if key in lazy:
         old = lazy[key]
-        lazy[key] = Lazy(old.original, (*old.functions, function), old.buffer)
+        lazy[key] = Lazy(old.original, (*old.functions, function))
     else:
-        buffer = key in module._buffers
-        original: Any = module._buffers.pop(key) if buffer else module._parameters.pop(key)
-        lazy[key] = Lazy(original.detach(), (function,), buffer)
+        own: dict[str, Any] = module._buffers if key in module._buffers else module._parameters
+        lazy[key] = Lazy(own[key].detach(), (function,))
+        own[key] = None  # keeps its place, so that a plain weight comes back in the same order
     _set_lazy(module, lazy)
