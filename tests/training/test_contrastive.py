@@ -251,10 +251,11 @@ def test_the_schedule_follows_a_length_changed_on_the_way(tmp_path):
 
 
 def one_of_two(rank: int, out: Path, sharded: bool) -> None:
-    launched = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2}
+    # accelerate asks for an address, but the processes meet at a file: a port that was free may be taken by now
+    launched = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 1}
     os.environ.update({key: str(value) for key, value in launched.items()}, ACCELERATE_USE_CPU="true")
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{out}/rendezvous", rank=rank, world_size=2)  # needs no port
+    dist.init_process_group("gloo", init_method=f"file://{out}/rendezvous", rank=rank, world_size=2)
     recipe = replace(RECIPE, steps=4, chunk=3, checkpoint_every=2)
     train_contrastive(fresh(), Squares(), replace(recipe, steps=2), out / "half", sharded=sharded)
     train_contrastive(fresh(), Squares(), recipe, out / "half", sharded=sharded)  # goes on from a checkpoint

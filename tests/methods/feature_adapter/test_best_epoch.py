@@ -1,4 +1,4 @@
-"""Methods that keep the epoch that is best on validation data: chosen as from all of them, and kept when interrupted."""
+"""Methods that keep the epoch that is best on validation data: chosen as from all of them, also when interrupted."""
 
 from __future__ import annotations
 
