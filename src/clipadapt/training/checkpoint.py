@@ -68,7 +68,7 @@ def load_progress(file: Path, kept: Sequence[Tensor], optimizer: torch.optim.Opt
                 if found.shape != tensor.shape:
                     raise ValueError(f"tensor {i} is {tuple(found.shape)}, not {tuple(tensor.shape)}")
                 tensor.copy_(share(found.to(tensor.device), tensor))
-            for name in names:
+            for name in sorted(names):  # all processes in one order, as a share is dealt out to each of them
                 kind, _, rest = name.partition(".")
                 if kind == "state":
                     number, _, key = rest.partition(".")
