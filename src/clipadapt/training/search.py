@@ -1,8 +1,8 @@
-"""Choosing a coefficient on validation data: `argmax` over a grid, the first of equals, as the field does it."""
+"""Choosing on validation data: a coefficient, or an epoch; of equals the first, as the field does it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TypeVar
 
 import torch
@@ -15,12 +15,47 @@ def best_on(labels: Tensor, candidates: Iterable[tuple[T, Tensor]]) -> tuple[T, 
     """Of (setting, logits (V, C)) pairs, the first with the highest accuracy on labels (V,), and that accuracy."""
     best: tuple[T, float] | None = None
     for setting, logits in candidates:
-        accuracy = (logits.argmax(1) == labels).float().mean().item()
+        accuracy = accuracy_of(logits, labels)
         if best is None or accuracy > best[1]:
             best = setting, accuracy
     if best is None:
         raise ValueError("best_on needs at least one candidate")
     return best
+
+
+class Best:
+    """Copies of tensors from when a figure was highest, the first time it was.
+
+    All that changes is `state`, in place: given to `train`, an interrupted run goes on with it.
+    """
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self.tensors = tensors
+        self.kept = [tensor.detach().clone() for tensor in tensors]
+        self.figure = torch.tensor(-torch.inf, dtype=torch.float64)
+
+    @property
+    def state(self) -> list[Tensor]:
+        return [*self.kept, self.figure]
+
+    @torch.no_grad()
+    def offer(self, figure: float) -> None:
+        """The tensors as they are now reach `figure`."""
+        if figure > self.figure:
+            self.figure.fill_(figure)
+            for kept, tensor in zip(self.kept, self.tensors, strict=True):
+                kept.copy_(tensor)
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Give the tensors their values from then."""
+        for kept, tensor in zip(self.kept, self.tensors, strict=True):
+            tensor.copy_(kept)
+
+
+def accuracy_of(logits: Tensor, labels: Tensor) -> float:
+    """The share of rows (V, C) whose largest logit is that of their label (V,)."""
+    return (logits.argmax(1) == labels).float().mean().item()
 
 
 def hits_along(start: Tensor, slope: Tensor, labels: Tensor, grid: Tensor) -> Tensor:

@@ -27,7 +27,7 @@ from clipadapt.methods.training_free_few_shot.ape import best_channels, criterio
 from clipadapt.methods.training_free_few_shot.tip_adapter import TipAdapter, cache_logits, search
 from clipadapt.training.loop import batches, train
 from clipadapt.training.schedules import cosine
-from clipadapt.training.search import best_on
+from clipadapt.training.search import Best, accuracy_of
 
 
 @register
@@ -73,33 +73,32 @@ class ApeT(TipAdapter):
             weight, keys, values = moved()
             return x @ weight.T + self.alpha * cache_logits(x, keys, values, self.beta)
 
-        history: list[tuple[Tensor, Tensor, Tensor]] = []  # what every epoch ended with, where one is to be chosen
+        best = Best([residual, entry_weight])  # after the best epoch, where it is to be chosen
         steps = batches(len(images), self.batch_size, epochs=self.epochs, seed=self.seed)
         per_epoch = len(steps) // self.epochs
 
         def after_step(step: int) -> None:
-            if self.epoch == "val" and (step + 1) % per_epoch == 0:
+            if support.val is not None and (step + 1) % per_epoch == 0:
                 with torch.no_grad():
-                    history.append(moved())
+                    best.offer(accuracy_of(logits(support.val[0]), support.val[1]))
 
+        choosing = self.epoch == "val" and support.val is not None
         train(
             lambda rows: cross_entropy(logits(images[rows]), labels[rows]),
             torch.optim.AdamW([residual, entry_weight], lr=self.lr, eps=1e-3, weight_decay=0.1),
             steps,
             schedule=lambda step: cosine(step, len(steps)),
             run=run,
-            after_step=after_step,
+            after_step=after_step if choosing else None,
+            state=best.state if choosing else (),
         )
+        if choosing:
+            best.restore()
         with torch.no_grad():
             self.weight_, self.keys_, self.values_ = moved()
         self.beta_, self.alpha_ = self.beta, self.alpha
         if support.val is not None:
             x, y = support.val
-            if self.epoch == "val":
-                candidates = (
-                    ((w, k, v), x @ w.T + self.alpha * cache_logits(x, k, v, self.beta)) for w, k, v in history
-                )
-                self.weight_, self.keys_, self.values_ = best_on(y, candidates)[0]
             self.beta_, self.alpha_ = search(x @ self.weight_.T, x @ self.keys_.T, self.values_, y, (7.0, 7.0))
 
     @property

@@ -21,7 +21,7 @@ from clipadapt.methods.registry import register
 from clipadapt.methods.training_free_few_shot.tip_adapter import TipAdapter, cache_logits, search
 from clipadapt.training.loop import batches, train
 from clipadapt.training.schedules import cosine
-from clipadapt.training.search import best_on
+from clipadapt.training.search import Best, accuracy_of
 
 
 @register
@@ -53,7 +53,7 @@ class TipAdapterF(TipAdapter):
         self.values_ = support.one_hot  # (N, C)
         self.beta_, self.alpha_ = self.beta, self.alpha
         keys, zero_shot = support.images.clone().requires_grad_(), support.zero_shot
-        history: list[Tensor] = []  # the keys after every epoch, where one of them is to be chosen
+        best = Best([keys])  # the keys after the best epoch, where it is to be chosen
         steps = batches(len(keys), self.batch_size, epochs=self.epochs, seed=self.seed)
         per_epoch = len(steps) // self.epochs
 
@@ -62,27 +62,28 @@ class TipAdapterF(TipAdapter):
             return cross_entropy(zero_shot[rows] + self.alpha * cache, support.labels[rows])
 
         def after_step(step: int) -> None:
-            if self.epoch == "val" and (step + 1) % per_epoch == 0:
-                history.append(keys.detach().clone())
+            if support.val is not None and (step + 1) % per_epoch == 0:
+                x, y = support.val
+                with torch.no_grad():
+                    logits = x @ self.weight_.T + self.alpha * cache_logits(x, keys, self.values_, self.beta)
+                best.offer(accuracy_of(logits, y))
 
+        choosing = self.epoch == "val" and support.val is not None
         train(
             loss_of,
             torch.optim.AdamW([keys], lr=self.lr, eps=1e-4, weight_decay=0.01),
             steps,
             schedule=lambda step: cosine(step, len(steps)),
             run=run,
-            after_step=after_step,
+            after_step=after_step if choosing else None,
+            state=best.state if choosing else (),
         )
+        if choosing:
+            best.restore()
         self.keys_ = keys.detach()
         if support.val is not None:
             x, y = support.val
-            zero_shot = x @ self.weight_.T
-            if self.epoch == "val":
-                candidates = (
-                    (k, zero_shot + self.alpha * cache_logits(x, k, self.values_, self.beta)) for k in history
-                )
-                self.keys_ = best_on(y, candidates)[0]
-            self.beta_, self.alpha_ = search(zero_shot, x @ self.keys_.T, self.values_, y)
+            self.beta_, self.alpha_ = search(x @ self.weight_.T, x @ self.keys_.T, self.values_, y)
 
     @property
     def trained_parameters(self) -> int:
