@@ -17,7 +17,7 @@ from torch import Tensor
 
 import clipadapt
 from clipadapt.backbones import Backbone, load_backbone
-from clipadapt.data.examples import Pictures
+from clipadapt.data.examples import Examples
 from clipadapt.errors import ArtifactError
 from clipadapt.files import is_model, written_aside
 from clipadapt.methods.base import Method
@@ -36,7 +36,7 @@ def recipe(method: Method) -> dict[str, Any]:
 def _json(value: Any) -> Any:
     if isinstance(value, Method):
         return recipe(value)
-    if isinstance(value, Pictures | ImageSource) or callable(value):
+    if isinstance(value, Examples | ImageSource) or callable(value):
         return getattr(value, "name", None) or getattr(value, "__name__", type(value).__name__)
     return str(value) if isinstance(value, Path) else value
 

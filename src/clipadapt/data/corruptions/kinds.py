@@ -33,7 +33,7 @@ from PIL import Image, ImageDraw
 from scipy import ndimage
 from scipy.signal import fftconvolve
 
-from clipadapt.data.examples import Pictures
+from clipadapt.data.examples import Labelled
 from clipadapt.data.items import Item, hash_bytes, to_rgb
 from clipadapt.errors import DataError, unknown_name
 
@@ -74,7 +74,7 @@ KINDS = tuple(PARAMETERS)
 GROUPS = {"noise": KINDS[:3], "blur": KINDS[3:7], "weather": KINDS[7:11], "digital": KINDS[11:]}
 SEVERITIES = (1, 2, 3, 4, 5)
 
-Data = TypeVar("Data", bound=Pictures[Any])
+Data = TypeVar("Data", bound=Labelled[Any])
 
 
 def corrupt(image: Image.Image, kind: str, severity: int, seed: int | Sequence[int] = 0) -> Image.Image:
