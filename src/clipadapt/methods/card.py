@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -91,9 +91,20 @@ def card_of(key: str, family: str, bases: Iterable[str], facts: dict[str, Any]) 
 # -- hyper-parameters -------------------------------------------------------------------------------------------------
 
 
-def hyper(default: Any, doc: str, *, low: float | None = None, high: float | None = None, choices: Any = None) -> Any:
-    """A hyper-parameter field: its default, what it is (unit, range, source), and the values it may take."""
-    meta = {"doc": doc, "low": low, "high": high, "choices": choices}
+def hyper(
+    default: Any,
+    doc: str,
+    *,
+    low: float | None = None,
+    high: float | None = None,
+    choices: Any = None,
+    check: Callable[[Any], str | None] | None = None,
+) -> Any:
+    """A hyper-parameter field: its default, what it is (unit, range, source), and the values it may take.
+
+    `check` says of a value what it must be ("must be a list of words"), or None where it is that.
+    """
+    meta = {"doc": doc, "low": low, "high": high, "choices": choices, "check": check}
     if isinstance(default, list | dict):
         return field(default_factory=lambda: default, metadata=meta)
     return field(default=default, metadata=meta)
@@ -101,7 +112,9 @@ def hyper(default: Any, doc: str, *, low: float | None = None, high: float | Non
 
 def check_hyperparameter(where: str, value: Any, facts: Any) -> None:
     """Refuse a value that `facts`, the metadata of its `hyper` field, do not allow; `where` names it."""
-    low, high, choices = map(facts.get, ("low", "high", "choices"))
+    low, high, choices, check = map(facts.get, ("low", "high", "choices", "check"))
+    if check is not None and (wanted := check(value)) is not None:
+        raise ClipadaptError(f"{where} {wanted}.")
     if choices is not None and value not in choices:
         raise ClipadaptError(f"{where} is not one of {', '.join(map(repr, choices))}.")
     if (low is None and high is None) or value is None:

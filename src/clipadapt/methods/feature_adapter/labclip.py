@@ -9,8 +9,7 @@ batches of 128 for 50 epochs (for CLEVR; 1e-3, 1024 and 10 for COCO) are those o
 kdariina/CLIP-not-BoW-unimodally). Towers stay as they are, so every text and image is encoded once, and the map is
 applied to each caption once a step.
 
-A class name is a caption. Its hard negative changes two different words of one list of `attributes` with one another,
-or is given in `negatives`; captions without one take part in the plain contrastive loss. (The official code knows the
+A class name is a caption. Its hard negative swaps two different words of one list of `attributes`, or is given in `negatives`; captions without one take part in the plain contrastive loss. (The official code knows the
 attributes of CLEVR's scenes and shuffles nouns and adjectives of COCO's captions at random.) Images of a batch that
 share a caption count as each other's negatives, as officially: as they share its feature, this weighs captions by how
 often they occur and spreads a caption over its images, and pushes none of them away from it.
@@ -40,17 +39,25 @@ from clipadapt.features import encode_classes
 from clipadapt.methods import Classifier, FeatureMethod, Run, Support, TrainingData, hyper, method
 from clipadapt.methods.tasks.classification import unit
 
-ATTRIBUTES = {
-    "colour": (
-        *("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white", "grey", "gray"),
-        *("cyan", "gold", "silver"),
-    ),
-    "size": ("small", "medium", "large", "big", "tiny", "huge", "little"),
-    "texture": (
-        *("plain", "striped", "dotted", "checked", "spotted", "gradient", "metal", "metallic", "rubber", "wooden"),
-        *("shiny", "matte"),
-    ),
+_WORDS = {
+    "colour": "red orange yellow green blue purple pink brown black white grey gray cyan gold silver",
+    "size": "small medium large big tiny huge little",
+    "texture": "plain striped dotted checked spotted gradient metal metallic rubber wooden shiny matte",
 }
+ATTRIBUTES = {kind: tuple(words.split()) for kind, words in _WORDS.items()}
+
+
+def lists_of_words(value: Any) -> str | None:
+    """What `attributes` must be, where `value` is not that."""
+    lists = value.values() if isinstance(value, Mapping) else [None]
+    if all(isinstance(words, Sequence) and not isinstance(words, str) and words for words in lists):
+        return None
+    return "must map kinds of attribute to lists of words"
+
+
+def sentences_of_classes(value: Any) -> str | None:
+    """What `negatives` must be, where `value` is not that."""
+    return None if value is None or isinstance(value, Mapping) else "must map class names to sentences"
 
 
 def swapped(caption: str, attributes: Mapping[str, Sequence[str]]) -> str | None:
@@ -72,6 +79,11 @@ def _fitted(before: str, word: str) -> str:
     """`before` and `word`, with an article between them that goes with the word."""
     article = r"\1n" if word[0].lower() in "aeiou" else r"\1"
     return re.sub(r"(?<!\w)(a)n?(?=\s+$)", article, before, flags=re.IGNORECASE) + word
+
+
+def mapped(texts: Tensor, linear: Tensor) -> Tensor:
+    """Texts (T, D) through the map (D, D), of unit length."""
+    return normalize(texts @ linear.T, dim=1)
 
 
 def contrastive(images: Tensor, texts: Tensor, negatives: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
@@ -104,9 +116,15 @@ class LabClip(FeatureMethod, Classifier):
 
     templates: Any = hyper("{}", "prompt templates; a class name is a whole caption, so it stands alone by default")
     attributes: Any = hyper(
-        ATTRIBUTES, "lists of words that may change places, by kind; default: colour, size, texture"
+        ATTRIBUTES,
+        "lists of words that may change places, by kind; default: colour, size, texture",
+        check=lists_of_words,
     )
-    negatives: Any = hyper(None, "class name -> its hard negative(s), sentences; None: swap words of `attributes`")
+    negatives: Any = hyper(
+        None,
+        "class name -> its hard negative(s), sentences; None: swap words of `attributes`",
+        check=sentences_of_classes,
+    )
     lr: float = hyper(0.01, "Adam learning rate (official for CLEVR; 1e-3 for COCO)", low=0)
     epochs: int = hyper(50, "passes over the support set (official for CLEVR)", low=1)
     batch_size: int = hyper(128, "images a step (official for CLEVR)", low=1)
@@ -114,14 +132,6 @@ class LabClip(FeatureMethod, Classifier):
 
     search_space = {"lr": (1e-3, 0.01)}
     extras = {"negatives": "(C, D) features of the classes' swapped captions, a row of zeros where there is none"}
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        lists = self.attributes.values() if isinstance(self.attributes, Mapping) else [None]
-        if not all(isinstance(words, Sequence) and not isinstance(words, str) and words for words in lists):
-            raise ClipadaptError("labclip: attributes must map kinds of attribute to lists of words.")
-        if not (self.negatives is None or isinstance(self.negatives, Mapping)):
-            raise ClipadaptError("labclip: negatives must map class names to sentences.")
 
     def _extras(self, model: Any, data: TrainingData) -> dict[str, Any]:
         names = self.class_names_
@@ -150,17 +160,14 @@ class LabClip(FeatureMethod, Classifier):
         linear, scale = torch.eye(dim).requires_grad_(), torch.zeros(1).requires_grad_()
 
         def loss_of(rows: Tensor) -> tuple[Tensor, Tensor]:
-            mapped, labels = normalize(texts @ linear.T, dim=1), support.labels[rows]
+            moved, labels = mapped(texts, linear), support.labels[rows]
             hard = place[labels]
-            return contrastive(support.images[rows], mapped[labels], mapped[number + hard[hard >= 0]], scale.exp())
+            return contrastive(support.images[rows], moved[labels], moved[number + hard[hard >= 0]], scale.exp())
 
         self._descend(loss_of, torch.optim.Adam([linear, scale], lr=self.lr), support, run, schedule=None)
         self.map_, self.scale_ = linear.detach(), scale.detach()
         self.logit_scale_ = support.logit_scale
-        self._classify(support.texts)
-
-    def _classify(self, texts: Tensor) -> None:
-        self.weight_ = self.logit_scale_ * normalize(texts @ self.map_.T, dim=1)  # (C, D)
+        self.weight_ = self.logit_scale_ * mapped(support.texts, self.map_)  # (C, D)
 
     def _reclassify(self, model: Any) -> None:
-        self._classify(self._class_texts(model))
+        self.weight_ = self.logit_scale_ * mapped(self._class_texts(model), self.map_)  # (C, D)

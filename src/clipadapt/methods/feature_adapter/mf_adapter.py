@@ -9,25 +9,22 @@ from sliding windows of several sizes on low-level features; the MF-Unit is a lo
 consistent within a category; a trained adapter maps meta-features to MF-Units; local, high-level (cache) and text
 logits are added. The rest is ours:
 
-* Windows are means of square stretches of patch rows behind block `layer`, half their side apart, less the mean window
-  of the support set, which all early rows have in common, and of unit length. An image keeps the `keep` that differ
+* Windows are means of square stretches of patch tokens after block `layer`, half their side apart, less the mean window
+  of the support set, which all early tokens have in common, and of unit length. An image keeps the `keep` that differ
   most from its own mean; the others are mostly background, and would fill the memory.
 * A class's units are the windows of its images that come back in its other images: the highest mean, over these,
   of the best match; each of its first 64 images gives an equal share of `units`, at least one.
 * Cache keys and adapter are trained together, by cross-entropy of the sum. Keys are those of Tip-Adapter-F, with its
-  settings, so that with `gamma` 0 this is Tip-Adapter-F. The adapter's second layer starts from zero. In training a
-  image's own windows are no units for it, unless its class has no others.
+  settings, so that with `gamma` 0 this is Tip-Adapter-F. The adapter's second layer starts from zero. In training an
+  image's own windows are not units for it, unless its class has no others.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import avg_pool2d, cross_entropy, normalize, one_hot, relu
 
-from clipadapt.backbones import Backbone
-from clipadapt.errors import ClipadaptError
 from clipadapt.features import Adapted, encode_images
 from clipadapt.methods import Classifier, ImageMethod, Run, TrainingData, hyper, method
 from clipadapt.nn.cache import cache_logits
@@ -36,14 +33,17 @@ from clipadapt.training.loop import batches, seeded, train
 from clipadapt.training.schedules import cosine
 from clipadapt.training.search import best_on
 
-_CELLS = 1 << 24  # similarities of windows and units held at once: 64 MB
-_MOST = 64  # images of a class that units are taken from
+
+def window_sides(value: Any) -> str | None:
+    """What `sizes` must be, where `value` is not that."""
+    right = isinstance(value, list | tuple) and value and all(isinstance(size, int) and size >= 1 for size in value)
+    return None if right else "must be a list of window sides, each at least 1"
 
 
 def windows(rows: Tensor, grid: tuple[int, int], sizes: list[int]) -> Tensor:
     """Means of the square windows of all `sizes`, in patches, over rows (B, h * w, W): (B, L, W), not normalised.
 
-    They lie half their side apart; sizes that exceed the grid are cut to it.
+    They are half their side apart; sizes that exceed the grid are cut to it.
     """
     maps = rows.transpose(1, 2).unflatten(2, grid)  # (B, W, h, w)
     cut = dict.fromkeys((min(size, grid[0]), min(size, grid[1])) for size in sizes)
@@ -79,12 +79,12 @@ def adapt(found: Tensor, down: Tensor, up: Tensor) -> Tensor:
     return normalize(found + relu(found @ down.T) @ up.T, dim=-1)
 
 
-def best_matches(found: Tensor, units: Tensor) -> Tensor:
-    """For windows (B, P, W) and units (U, W) the best product of each image with each unit (B, U), in chunks.
+def best_matches(found: Tensor, units: Tensor, cells: int = 1 << 24) -> Tensor:
+    """For windows (B, P, W) and units (U, W) the best product of each image with each unit (B, U).
 
-    The backward pass keeps which window it was, not the products.
+    About `cells` products are held at once (64 MB); the backward pass keeps which window it was, not the products.
     """
-    chunk = max(_CELLS // max(found.shape[1] * len(units), 1), 1)
+    chunk = max(cells // max(found.shape[1] * len(units), 1), 1)
     return torch.cat([(part @ units.T).max(dim=1).values for part in found.split(chunk)])
 
 
@@ -102,18 +102,27 @@ def local_logits(matches: Tensor, values: Tensor, beta: float, hidden: Tensor | 
     return total / count.clamp(min=1)
 
 
-def choose_units(found: Tensor, labels: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Of unit windows (N, P, W) some `count` for each class: units (U, W), their labels (U,), the image of each (U,)."""
+def choose_units(found: Tensor, labels: Tensor, count: int, most: int = 64) -> tuple[Tensor, Tensor, Tensor]:
+    """Of unit windows (N, P, W) some `count` a class, from its first `most` images.
+
+    Returns units (U, W), their labels (U,) and the image (U,) that each is from.
+    """
     parts = []
     for label in labels.unique().tolist():
-        rows = (labels == label).nonzero()[:_MOST, 0]
+        rows = (labels == label).nonzero()[:most, 0]
         units, places = consistent(found[rows], max(count // len(rows), 1))
         parts.append((units, torch.full_like(places, label), rows[places]))
     units, unit_labels, sources = (torch.cat(part) for part in zip(*parts, strict=True))
     return units, unit_labels, sources
 
 
-def look(backbone: Backbone, pixels: Tensor, layer: int | None, sizes: list[int], keep: int) -> tuple[Tensor, Tensor]:
+def compared(x: Tensor, found: Tensor, down: Tensor, up: Tensor, units: Tensor, values: Tensor, beta: float) -> Tensor:
+    """Features (B, D) with the local logits (B, C) of centred windows (B, P, W): (B, D + C)."""
+    matches = best_matches(adapt(normalize(found, dim=2), down, up), units)
+    return torch.cat([x, local_logits(matches, values, beta)], dim=1)
+
+
+def look(backbone: Any, pixels: Tensor, layer: int | None, sizes: list[int], keep: int) -> tuple[Tensor, Tensor]:
     """Pixels (B, 3, H, W) -> unit features (B, D) and kept windows (B, P, W), from one pass, on the CPU."""
     middle = (len(backbone.blocks("vision")) - 1) // 2
     seen: list[Tensor] = []
@@ -148,7 +157,7 @@ class MFAdapter(ImageMethod, Classifier):
     layer: int | None = hyper(
         None, "block whose tokens are looked at, negative from the end; by default the middle (ours)"
     )
-    sizes: list[int] = hyper([2, 4], "sides of the windows in patches (ours)")
+    sizes: list[int] = hyper([2, 4], "sides of the windows in patches (ours)", check=window_sides)
     keep: int = hyper(32, "windows kept of an image (ours)", low=1)
     units: int = hyper(32, "units of a class (ours)", low=1)
     lr: float = hyper(1e-3, "AdamW learning rate (Tip-Adapter-F)", low=0)
@@ -158,16 +167,11 @@ class MFAdapter(ImageMethod, Classifier):
 
     search_space = {"alpha": (1.17, 5.0, 20.0), "gamma": (20.0, 100.0)}
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not self.sizes or any(not isinstance(size, int) or size < 1 for size in self.sizes):
-            raise ClipadaptError(f"mf-adapter: sizes = {self.sizes!r} must be a list of window sides, each at least 1.")
-
-    def _fit(self, backbone: Backbone, data: TrainingData, run: Run) -> None:
+    def _fit(self, backbone: Any, data: TrainingData, run: Run) -> None:
         labels = torch.as_tensor(self.labels.array(data.support))
         dim, width, classes = backbone.dim, backbone.width("vision"), len(self.class_names_)
         count = kept_windows(backbone.image_size, backbone.patch_size, self.sizes, self.keep)
-        tower = self._tower(backbone, lambda x, found: torch.cat([x, found.flatten(1)], dim=1), dim + count * width)
+        tower = self._tower(lambda x, found: torch.cat([x, found.flatten(1)], dim=1), dim + count * width)
         encoded = encode_images(tower, data.support, cache=False).features
         x, found = encoded[:, :dim], encoded[:, dim:].unflatten(1, (count, width))  # (N, D), (N, P, W)
         self.centre_ = found.mean(dim=(0, 1))  # (W,)
@@ -196,8 +200,7 @@ class MFAdapter(ImageMethod, Classifier):
         self.alpha_, self.beta_, self.gamma_ = self.alpha, self.beta, self.gamma
         if data.val is not None:  # alpha and beta as Tip-Adapter-F finds them, then gamma next to them
             y = torch.as_tensor(self.labels.array(data.val))
-            tower = self._tower(backbone, lambda x, found: torch.cat([x, self._local(found)], dim=1), dim + classes)
-            encoded = encode_images(tower, data.val, cache=False).features
+            encoded = encode_images(self._tower(self._compared, dim + classes), data.val, cache=False).features
             x, local = encoded[:, :dim], encoded[:, dim:]  # (V, D), (V, C)
             zero_shot = x @ self.weight_.T
             self.beta_, self.alpha_ = best_cache(zero_shot, x @ self.keys_.T, self.values_, y)
@@ -205,26 +208,25 @@ class MFAdapter(ImageMethod, Classifier):
             tried = (self.gamma * factor for factor in (0.0, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0))
             self.gamma_ = best_on(y, ((gamma, high + gamma * local) for gamma in tried))[0]
 
-    def _name(self, backbone: Backbone) -> None:
+    def _name(self, backbone: Any) -> None:
         """Nothing: all that depends on the class names was learned."""
 
-    def _tower(self, backbone: Backbone, of: Callable[[Tensor, Tensor], Tensor], dim: int) -> Any:
-        """An encoder that gives what `of` makes of unit features (B, D) and kept windows (B, P, W): (B, `dim`)."""
-        return Adapted(backbone, lambda pixels: of(*look(backbone, pixels, self.layer, self.sizes, self.keep)), dim)
+    def _tower(self, of: Any, dim: int) -> Any:
+        """An encoder that gives `of` (unit features (B, D), kept windows (B, P, W)): (B, `dim`)."""
+        return Adapted(self.backbone_, lambda x: of(*look(self.backbone_, x, self.layer, self.sizes, self.keep)), dim)
 
-    def _local(self, found: Tensor) -> Tensor:
-        """Kept windows (B, P, W) -> local logits (B, C)."""
-        found = adapt(normalize(found - self.centre_, dim=2), self.down_, self.up_)
-        values = one_hot(self.unit_labels_, len(self.weight_)).to(self.weight_.dtype)
-        return local_logits(best_matches(found, self.units_), values, self.local_beta)
+    def _compared(self, x: Tensor, found: Tensor) -> Tensor:
+        """Unit features (B, D) and kept windows (B, P, W) -> the features with local logits (B, D + C)."""
+        values = one_hot(self.unit_labels_, len(self.weight_)).float()
+        return compared(x, found - self.centre_, self.down_, self.up_, self.units_, values, self.local_beta)
 
-    def _summed(self, x: Tensor, found: Tensor) -> Tensor:
-        """Unit features (B, D) and kept windows (B, P, W) -> logits (B, C)."""
+    def _logits(self, images: Tensor) -> Tensor:
+        x, local = images[:, : self.dim_], images[:, self.dim_ :]  # (B, D), (B, C)
         cache = cache_logits(x, self.keys_, self.values_, self.beta_)
-        return x @ self.weight_.T + self.alpha_ * cache + self.gamma_ * self._local(found)
+        return x @ self.weight_.T + self.alpha_ * cache + self.gamma_ * local
 
     def image_logits(self, images: Any, *, on_error: str = "raise", progress: bool = False) -> tuple[Tensor, list[int]]:
         """See `Classifier.image_logits`."""
-        tower = self._tower(self._fitted("backbone_"), self._summed, len(self.class_names_))  # (B, C)
+        tower = self._tower(lambda *seen: self._logits(self._compared(*seen)), len(self._fitted("class_names_")))
         encoded = encode_images(tower, images, cache=False, on_error=on_error, progress=progress)
         return encoded.features, encoded.kept

@@ -100,13 +100,19 @@ def loss_of(v: Tensor, v2: Tensor, t: Tensor, t2: Tensor, own2: Tensor, labels: 
     return total
 
 
-def refined(
-    x: Tensor, same: Tensor, other: Tensor, learned: Mapping[str, Tensor], k: int, heads: int, start: float
+def refine(
+    x: Tensor, modality: str, memory: Mapping[str, Tensor], learned: Mapping[str, Tensor], k: int, heads: int
 ) -> Tensor:
-    """Unit rows (N, D) fused by what was `learned` with the `other` half (M, D) of those of `same` (M, D) nearest."""
+    """Unit features (N, D) of one modality, "image" or "text", fused with what `memory` holds about them: (N, D).
+
+    `memory` has "images" and "texts" (M, D), `learned` the parameters of "image" and "text" `Fusion`s.
+    """
     with torch.device("meta"):  # values come from what was learned; nothing is drawn
-        fusion = Fusion(x.shape[1], heads, start)
-    fusion.load_state_dict(learned, assign=True)
+        fusion = Fusion(x.shape[1], heads, 0.0)
+    own = f"{modality}."
+    values = {name.removeprefix(own): p for name, p in learned.items() if name.startswith(own)}
+    fusion.load_state_dict(values, assign=True)
+    same, other = memory[f"{modality}s"], memory["texts" if modality == "image" else "images"]
     blocks = x.split(_BLOCK) if len(x) else ()
     with torch.no_grad():
         return torch.cat([x[:0], *(fusion(block, other[nearest(block, same, k)[1]]) for block in blocks)])
@@ -174,20 +180,14 @@ class Reco(FeatureMethod, Classifier):
             self._descend(step, torch.optim.AdamW(fusions.parameters(), lr=self.lr), support, run)
         self.memory_, self.logit_scale_ = {"images": images, "texts": texts}, support.logit_scale
         self.fusion_ = {name: p.detach() for name, p in fusions.named_parameters()}
-        self._classify(t)
+        self.weight_ = self.logit_scale_ * self.refined(t, "text")  # (C, D)
 
     def refined(self, x: Tensor, modality: str) -> Tensor:
         """Unit features of images or texts (N, D), `modality` "image" or "text", refined by the memory: (N, D)."""
-        own = f"{modality}."
-        learned = {name.removeprefix(own): p for name, p in self.fusion_.items() if name.startswith(own)}
-        same, other = self.memory_[f"{modality}s"], self.memory_["texts" if modality == "image" else "images"]
-        return refined(x, same, other, learned, self.k, self.heads, self.start)
-
-    def _classify(self, texts: Tensor) -> None:
-        self.weight_ = self.logit_scale_ * self.refined(texts, "text")  # (C, D)
+        return refine(x, modality, self.memory_, self.fusion_, self.k, self.heads)
 
     def _reclassify(self, model: Any) -> None:
-        self._classify(self._class_texts(model))
+        self.weight_ = self.logit_scale_ * self.refined(self._class_texts(model), "text")  # (C, D)
 
     def _logits(self, images: Tensor) -> Tensor:
         return self.refined(images, "image") @ self.weight_.T  # (N, C)
