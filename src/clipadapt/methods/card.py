@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -99,15 +100,23 @@ def hyper(
     high: float | None = None,
     choices: Any = None,
     check: Callable[[Any], str | None] | None = None,
+    name: str | None = None,
 ) -> Any:
     """A hyper-parameter field: its default, what it is (unit, range, source), and the values it may take.
 
-    `check` says of a value what it must be ("must be a list of words"), or None where it is that.
+    Args:
+        check: says of a value what it must be ("must be a list of words"), or None where it is that.
+        name: what users call it, where the attribute is called otherwise because every method has one of that name.
     """
-    meta = {"doc": doc, "low": low, "high": high, "choices": choices, "check": check}
+    meta = {"doc": doc, "low": low, "high": high, "choices": choices, "check": check, "name": name}
     if isinstance(default, list | dict):
         return field(default_factory=lambda: default, metadata=meta)
     return field(default=default, metadata=meta)
+
+
+def settings_of(cls: Any) -> dict[str, Any]:
+    """The hyper-parameter fields of a method's class by the names that users call them."""
+    return {f.metadata.get("name") or f.name: f for f in dataclasses.fields(cls)}
 
 
 def check_hyperparameter(where: str, value: Any, facts: Any) -> None:

@@ -55,6 +55,11 @@ def batches(n: int, batch_size: int, *, epochs: int, seed: int) -> list[Tensor]:
     return [rows for _ in range(epochs) for rows in torch.randperm(n, generator=generator).split(batch_size)]
 
 
+def stream(seed: int, step: int) -> torch.Generator:
+    """The random numbers of one step, whatever was drawn before it."""
+    return torch.Generator().manual_seed(1_000_003 * seed + step)
+
+
 def train(
     loss_of: Callable[[Any], Loss],
     optimizer: torch.optim.Optimizer,
