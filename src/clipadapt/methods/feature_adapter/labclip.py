@@ -9,10 +9,11 @@ batches of 128 for 50 epochs (for CLEVR; 1e-3, 1024 and 10 for COCO) are those o
 kdariina/CLIP-not-BoW-unimodally). Towers stay as they are, so every text and image is encoded once, and the map is
 applied to each caption once a step.
 
-A class name is a caption. Its hard negative swaps two different words of one list of `attributes`, or is given in `negatives`; captions without one take part in the plain contrastive loss. (The official code knows the
-attributes of CLEVR's scenes and shuffles nouns and adjectives of COCO's captions at random.) Images of a batch that
-share a caption count as each other's negatives, as officially: as they share its feature, this weighs captions by how
-often they occur and spreads a caption over its images, and pushes none of them away from it.
+A class name is a caption. Its hard negative swaps two different words of one list of `attributes`, or is given in
+`negatives`; captions without one take part in the plain contrastive loss. (The official code knows the attributes of
+CLEVR's scenes and shuffles nouns and adjectives of COCO's captions at random.) Images of a batch that share a caption
+count as each other's negatives, as officially: as they share its feature, this weighs captions by how often they occur
+and spreads a caption over its images, and pushes none of them away from it.
 
 What it learns is bound to the captions it saw. On playground scenes of three kinds in four colours (36 captions, 1,000
 images, three samples; the embedded model), the right one of two swapped captions is found for 66.8 % of new images
