@@ -91,9 +91,21 @@ def card_of(key: str, family: str, bases: Iterable[str], facts: dict[str, Any]) 
 # -- hyper-parameters -------------------------------------------------------------------------------------------------
 
 
-def hyper(default: Any, doc: str, *, low: float | None = None, high: float | None = None, choices: Any = None) -> Any:
-    """A hyper-parameter field: its default, what it is (unit, range, source), and the values it may take."""
-    meta = {"doc": doc, "low": low, "high": high, "choices": choices}
+def hyper(
+    default: Any,
+    doc: str,
+    *,
+    low: float | None = None,
+    high: float | None = None,
+    choices: Any = None,
+    alias: str | None = None,
+) -> Any:
+    """A hyper-parameter field: its default, what it is (unit, range, source), and the values it may take.
+
+    Under its `alias` `create` takes it, too, and recipes keep it: what it was called before a fact of methods took the
+    name.
+    """
+    meta = {"doc": doc, "low": low, "high": high, "choices": choices, "alias": alias}
     if isinstance(default, list | dict):
         return field(default_factory=lambda: default, metadata=meta)
     return field(default=default, metadata=meta)

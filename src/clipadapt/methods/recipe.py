@@ -11,7 +11,7 @@ PLAIN = (bool, int, float, str, list, tuple, dict, type(None))
 
 def recipe(method: Any) -> dict[str, Any]:
     """The key and hyper-parameters of a method; a wrapped method nests, data sets and sources are named."""
-    values = {f.name: _json(getattr(method, f.name)) for f in dataclasses.fields(method)}
+    values = {f.metadata.get("alias") or f.name: _json(getattr(method, f.name)) for f in dataclasses.fields(method)}
     return {"method": method.card.key, "hyperparameters": values}
 
 

@@ -66,6 +66,8 @@ def create(key: str, **hyperparameters: Any) -> Any:
     """
     cls = method_class(key)
     known = {f.name for f in dataclasses.fields(cls)}
+    aliases = {f.metadata.get("alias"): f.name for f in dataclasses.fields(cls)}
+    hyperparameters = {aliases.get(name, name): value for name, value in hyperparameters.items()}
     for name in hyperparameters:
         if name not in known:
             raise ClipadaptError(f"{key}: {unknown_name('hyper-parameter', name, known)}")
