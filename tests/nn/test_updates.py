@@ -10,6 +10,7 @@ import re
 import peft
 import pytest
 import torch
+from clipadapt.methods.tower_method import class_encoder, tower_parameters
 from torch import nn
 from torch.func import functional_call
 from torch.nn.functional import cross_entropy, linear
@@ -19,7 +20,6 @@ from clipadapt.errors import ClipadaptError
 from clipadapt.methods import create
 from clipadapt.methods.peft_weights import clip_lora, saft
 from clipadapt.methods.robust_fine_tuning.wise_ft import interpolate
-from clipadapt.methods.tower_method import class_encoder, tower_parameters
 from clipadapt.nn.updates import Bottlenecks, Full, LinearAdapters, LowRank, Sparse
 from clipadapt.training.loop import seeded
 from tests.pictures import colours

@@ -83,9 +83,10 @@ class Method:
         """
         data = TrainingData.of(support, val, unlabelled, class_names, task)
         self._open(backbone, data)
+        data = self._prepare(backbone, data)
         folder = Path(resume) / self._identity(backbone, data) if resume is not None else None
         run = Run(report, folder)
-        self._learn(backbone, self._prepare(backbone, data), run)
+        self._learn(backbone, data, run)
         self.trained_ = run.trained
         self._close(data)
         if folder is not None:

@@ -64,6 +64,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "FeatureMethod": {"kind": "features"},
     "CacheMethod": {"kind": "features"},
     "PromptMethod": {"kind": "prompts", "requires": frozenset({"texts", "prompts"})},
+    "TowerPromptMethod": {"kind": "prompts", "requires": frozenset({"texts", "prompts", "gradients"})},
     "WeightMethod": {"kind": "weights", "requires": frozenset({"texts", "weights"})},
     "ImageMethod": {"kind": "images", "signal": "none", "requires": frozenset({"texts"})},
     "Wrapper": {"kind": "wrapper"},

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import TypeVar
 
 import torch
@@ -21,41 +21,6 @@ def best_on(labels: Tensor, candidates: Iterable[tuple[T, Tensor]]) -> tuple[T, 
     if best is None:
         raise ValueError("best_on needs at least one candidate")
     return best
-
-
-class Best:
-    """Copies of tensors from when a figure was highest, the first time it was.
-
-    All that changes is `state`, in place: given to `train`, an interrupted run goes on with it.
-    """
-
-    def __init__(self, tensors: Sequence[Tensor]) -> None:
-        self.tensors = tensors
-        self.kept = [tensor.detach().clone() for tensor in tensors]
-        self.figure = torch.tensor(-torch.inf, dtype=torch.float64)
-
-    @property
-    def state(self) -> list[Tensor]:
-        return [*self.kept, self.figure]
-
-    @torch.no_grad()
-    def offer(self, figure: float) -> None:
-        """The tensors as they are now reach `figure`."""
-        if figure > self.figure:
-            self.figure.fill_(figure)
-            for kept, tensor in zip(self.kept, self.tensors, strict=True):
-                kept.copy_(tensor)
-
-    @torch.no_grad()
-    def restore(self) -> None:
-        """Give the tensors their values from then."""
-        for kept, tensor in zip(self.kept, self.tensors, strict=True):
-            tensor.copy_(kept)
-
-
-def accuracy_of(logits: Tensor, labels: Tensor) -> float:
-    """The share of rows (V, C) whose largest logit is that of their label (V,)."""
-    return (logits.argmax(1) == labels).float().mean().item()
 
 
 def hits_along(start: Tensor, slope: Tensor, labels: Tensor, grid: Tensor) -> Tensor:

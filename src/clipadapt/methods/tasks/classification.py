@@ -41,7 +41,6 @@ class Head:
     bias: Tensor | None = None
 
 
-@dataclass(kw_only=True)
 class Classifier(Method):
     """Answers which class an image shows, or which classes.
 
