@@ -66,6 +66,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "PromptMethod": {"kind": "prompts", "requires": frozenset({"texts", "prompts"})},
     "TowerPromptMethod": {"kind": "prompts", "requires": frozenset({"texts", "prompts", "gradients"})},
     "WeightMethod": {"kind": "weights", "requires": frozenset({"texts", "weights"})},
+    "FineTuningMethod": {"kind": "weights", "requires": frozenset({"texts", "weights"})},
     "ImageMethod": {"kind": "images", "signal": "none", "requires": frozenset({"texts"})},
     "Wrapper": {"kind": "wrapper"},
     "TestTimeMethod": {"kind": "test-time", "signal": "none"},

@@ -36,7 +36,7 @@ def average_precision_50(truth: Sequence[Boxes], found: Sequence[Boxes], classes
     """Mean over classes with a true box of the average precision at IoU 0.5, over all images (AP50).
 
     A found box is a hit if it overlaps a true box of its class, not yet taken by a surer one, by at least one half. The
-    area under precision over recall is exact, with the precision at each recall the best at that recall or a higher one.
+    area under precision over recall is exact, where the precision at a recall is the best at that recall or above.
     """
     precisions = [_of_class(truth, found, c) for c in range(classes) if any((t.labels == c).any() for t in truth)]
     if not precisions:
