@@ -15,7 +15,7 @@ def best_on(labels: Tensor, candidates: Iterable[tuple[T, Tensor]]) -> tuple[T, 
     """Of (setting, logits (V, C)) pairs, the first with the highest accuracy on labels (V,), and that accuracy."""
     best: tuple[T, float] | None = None
     for setting, logits in candidates:
-        accuracy = (logits.argmax(1) == labels).double().mean().item()
+        accuracy = (logits.argmax(1) == labels).float().mean().item()
         if best is None or accuracy > best[1]:
             best = setting, accuracy
     if best is None:
