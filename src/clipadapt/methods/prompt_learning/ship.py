@@ -22,8 +22,8 @@ random crops. The official code keeps the epoch that is best on the test set; he
 
 The divergence is a sum over hundreds of entries against a distance below 2, so at the published weight the latent tells
 almost nothing: on the embedded model, features made of one class are within 0.002 (1 - cosine) of their mean, where
-those of images are within 0.27. What is made is then a prompt's text feature, and on drawn sketches (3 seeds) an untrained
-synthesis helped new classes about as much; a smaller `kl` spreads the features.
+those of images are within 0.27. What is made is then a prompt's text feature, and on drawn sketches (3 seeds) an
+untrained synthesis helped new classes about as much; a smaller `kl` spreads the features.
 """
 
 from collections.abc import Sequence
