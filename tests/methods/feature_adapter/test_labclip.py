@@ -178,9 +178,7 @@ def test_class_names_are_captions(how):
 
 
 def test_bad_input():
-    with pytest.raises(
-        ClipadaptError, match=r"attributes = \['red', 'blue'\] must map kinds of attribute to"
-    ):
+    with pytest.raises(ClipadaptError, match=r"attributes = \['red', 'blue'\] must map kinds of attribute to"):
         create("labclip", attributes=["red", "blue"])
     with pytest.raises(ClipadaptError, match=r"attributes = .* must map kinds of attribute to lists of words"):
         create("labclip", attributes={"colour": "red"})
