@@ -1,4 +1,4 @@
-"""Tasks side by side, in local processes or on a Ray cluster; a task that fails or whose process dies spoils only itself.
+"""Tasks side by side, in local processes or on a Ray cluster; one that fails or whose process dies spoils only itself.
 
 A *runner* is called with one task and gives its result; each thread that calls it has a worker of its own. What went
 wrong with the process (it died, it took too long) is a result too: `{"error": reason}`. `side_by_side` calls a runner

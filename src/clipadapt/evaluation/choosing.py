@@ -95,7 +95,7 @@ def _set(method: Method, name: str, value: Any) -> Method:
 
 
 def _values(method: Method, name: str, values: Sequence[Any]) -> list[Any]:
-    """The values to try, multiples worked out; none if the method and the one that it wraps lack the hyper-parameter."""
+    """The values to try, multiples worked out; none if the method and what it wraps lack the hyper-parameter."""
     inner = getattr(method, "method", None)
     if name not in method.hyperparameters():
         return _values(inner, name, values) if isinstance(inner, Method) else []

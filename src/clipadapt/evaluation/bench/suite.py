@@ -245,9 +245,7 @@ def _check(file: Path, key: str, values: dict[str, Any]) -> None:
         raise DataError(f"{file}: {error}") from None
 
 
-def _methods(
-    file: Path, content: list[Any], settings: Mapping[str, dict[str, Any]], exclude: list[str]
-) -> list[Entry]:
+def _methods(file: Path, content: list[Any], settings: Mapping[str, dict[str, Any]], exclude: list[str]) -> list[Entry]:
     found: dict[str, Entry] = {}
     for given in content:
         given = {"method": given} if isinstance(given, str) else given
