@@ -83,7 +83,7 @@ def test_of_a_wrapped_method_and_of_one_that_has_nothing_to_choose(backbone, spl
     assert with_chosen(plain, backbone, split.train, support, GRID) == (plain, {})
     with pytest.raises(DataError, match="training images that are not learned from"):
         with_chosen(inner, backbone, support, support, GRID)
-    with pytest.raises(DataError, match="choose: .*epochs"):
+    with pytest.raises(DataError, match=r"choose: .*epochs"):
         with_chosen(inner, backbone, split.train, support, {"epochs": [-1]})
 
 

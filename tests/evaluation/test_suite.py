@@ -134,6 +134,8 @@ def test_settings_of_a_suite_are_those_of_its_methods(folder):
 )
 def test_recorded_results_are_those_of_the_suite(suite, results):
     """`clipadapt bench` with these results in DIR runs none of them again."""
+    if not (BENCHMARKS / f"{results}.jsonl").exists():
+        pytest.skip("recorded results are in the repository, not in the source distribution")
     recorded = read_rows(BENCHMARKS / f"{results}.jsonl")
     places = {
         (Path(r["data"]).stem, r["backbone"]): (r["data_fingerprint"], r["backbone_fingerprint"]) for r in recorded
