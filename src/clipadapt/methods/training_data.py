@@ -58,7 +58,12 @@ class TrainingData:
 
 
 def why_not(
-    card: Card, model: Any = None, data: TrainingData | None = None, *, new_classes: bool = False
+    card: Card,
+    model: Any = None,
+    data: TrainingData | None = None,
+    *,
+    new_classes: bool = False,
+    from_labels: bool = False,
 ) -> str | None:
     """Why the method cannot run here, as one sentence; None where it can.
 
@@ -67,6 +72,7 @@ def why_not(
         model: the backbone that it would be fitted on, or None if that is not in question.
         data: what it would learn from, or None if that is not in question.
         new_classes: whether it must serve classes that it has not learned.
+        from_labels: whether it must learn from labels.
     """
     key = card.key
     if model is not None and (missing := card.requires - model.capabilities):
@@ -74,6 +80,8 @@ def why_not(
         return f"{key} needs a backbone with {', '.join(sorted(missing))}; {model.source} has {has}."
     if new_classes and not (card.new_classes or card.signal == "none"):
         return f"{key} cannot be applied to new classes."
+    if from_labels and card.signal != "labels":
+        return f"{key} does not learn from labels."
     return None if data is None else _why_not_data(card, data)
 
 
