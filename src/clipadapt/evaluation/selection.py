@@ -308,9 +308,8 @@ def order_of(keys: Sequence[str] | None) -> list[str]:
         return key != "zero-shot", not sees_features(key), card(key).trains != "", key
 
     if keys is None:
-        keys = [
-            key for key in list_methods() if (card(key).task, card(key).signal != "unlabelled") == ("classifier", True)
-        ]
+        known = [card(key) for key in list_methods()]
+        keys = [one.key for one in known if one.task == "classifier" and one.signal != "unlabelled"]
     return sorted({"zero-shot", *keys}, key=cost)
 
 
