@@ -61,6 +61,7 @@ TASKS = {
 }
 KINDS: dict[str, dict[str, Any]] = {
     "FeatureMethod": {"kind": "features"},
+    "CacheMethod": {"kind": "features"},
     "PromptMethod": {"kind": "prompts", "requires": frozenset({"texts", "prompts"})},
     "WeightMethod": {"kind": "weights", "requires": frozenset({"texts", "weights"})},
     "ImageMethod": {"kind": "images", "signal": "none", "requires": frozenset({"texts"})},
