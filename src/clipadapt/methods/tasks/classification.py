@@ -51,8 +51,8 @@ class Classifier(Method):
     task: ClassVar[str] = "classifier"
     linear: ClassVar[bool] = True  # false from the first class on that writes `_logits`
     multi_label_ = False  # of the class: for models saved before there were such methods
-    threshold_: float | None = None
-    bias_: Tensor | None = None
+    threshold_: ClassVar[float | None] = None
+    bias_: ClassVar[Tensor | None] = None
 
     weight_: ClassVar[Tensor]
     class_names_: ClassVar[list[str]]
