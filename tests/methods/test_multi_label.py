@@ -1,4 +1,4 @@
-"""What methods for one class a picture do where pictures show several."""
+"""What methods for one class an image do where images show several."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from sklearn.multiclass import OneVsRestClassifier
 from clipadapt.backbones import load_backbone
 from clipadapt.losses.ranking import pairwise_ranking
 from clipadapt.methods import create
-from clipadapt.methods.prompt_method import Batch
+from clipadapt.methods.kinds.prompts import Batch
 from clipadapt.metrics.multilabel import mean_average_precision
 from tests.tiny import tiny_clip
 
@@ -23,7 +23,7 @@ def test_linear_probe_equals_scikit_learns_one_against_the_rest():
     logits = create("linear-probe", strength=3.0).fit_features(x, targets, np.eye(3, 8)).logits(x)
     reference = OneVsRestClassifier(LogisticRegression(C=3.0, max_iter=1000)).fit(x.astype(float), targets[:, :2])
     np.testing.assert_allclose(logits[:, :2], reference.decision_function(x.astype(float)), atol=2e-3)
-    np.testing.assert_allclose(logits[:, 2], np.log(0.5 / 40.5), atol=1e-5)  # never shown: its smoothed log-odds
+    np.testing.assert_allclose(logits[:, 2], np.log(0.5 / 40.5), atol=1e-5)  # never present: its smoothed log-odds
 
 
 def test_linear_probe_chooses_its_strength_by_map_on_val():
@@ -42,7 +42,7 @@ def test_linear_probe_chooses_its_strength_by_map_on_val():
 
 def test_coop_learns_by_the_ranking_loss():
     backbone = load_backbone(tiny_clip())
-    learner = create("coop", n_ctx=2)._learner(backbone, ["cat", "red house", "star"])
+    learner = create("coop", n_ctx=2).bind(backbone, ["cat", "red house", "star"])
     images = torch.nn.functional.normalize(torch.randn(4, backbone.dim), dim=-1)
     targets = torch.tensor([[1, 0, 0], [1, 1, 0], [0, 0, 0], [0, 1, 1]]).bool()
     loss = learner.loss(Batch(torch.arange(4), targets, images, None))

@@ -21,7 +21,8 @@ class TrainingData:
         unlabelled: images without labels.
         class_names: the classes; those of the support set unless they are given.
         task: the name of this step of a stream; None outside of streams.
-        extras: further inputs by name, such as the features that `fit_features(..., negatives=)` takes.
+        extras: further inputs by name, such as generated images or the features that `fit_features(..., negatives=)`
+            takes.
     """
 
     support: Any = None
@@ -56,8 +57,9 @@ class TrainingData:
     @property
     def contents(self) -> list[str]:
         """A digest of every image to learn from."""
-        found = [] if self.support is None else list(self.support.items)
-        return [item.digest() for item in [*found, *as_items([] if self.unlabelled is None else self.unlabelled)]]
+        more = [value for value in self.extras.values() if isinstance(value, Dataset)]
+        given = [images for images in (self.support, self.unlabelled, *more) if images is not None]
+        return [item.digest() for images in given for item in as_items(images)]
 
 
 def why_not(

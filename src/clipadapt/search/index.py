@@ -121,18 +121,15 @@ class Index:
     @property
     def adapts_texts(self) -> bool:
         """Whether the model reads texts otherwise than the backbone it was adapted from."""
-        model = self.model
-        if not isinstance(model, Method) or model.backbone_ is None or model.origin_ is None:
-            return False
-        own = type(model).encode_texts is not Method.encode_texts
-        return own or model.backbone_.fingerprint != model.origin_["fingerprint"]
+        return self.model.kind != "backbone" and self.model.adapts_texts
 
     def check(self, model: Backbone | Method) -> None:
         """Raise `ArtifactError` unless `model` sees pictures as they were embedded."""
-        if isinstance(model, Method) and model._fitted("backbone_") is None:
+        adapted = model.kind != "backbone"
+        if adapted and model.backbone_ is None:
             raise ArtifactError(f"This {model.card.key} was fitted on features: it has no text tower to search with.")
-        if model.image_fingerprint != self.embeddings.image_fingerprint:
-            what = f"This {model.card.key} model" if isinstance(model, Method) else model.source
+        if model.encoder.image_fingerprint != self.embeddings.image_fingerprint:
+            what = f"This {model.card.key} model" if adapted else model.source
             raise ArtifactError(
                 f"{what} sees pictures otherwise than the model that {self.embeddings.folder} was embedded with: "
                 "embed them with it, by `clipadapt embed PHOTOS --model MODEL --out NEW` (of a backbone, --backbone)."
@@ -174,7 +171,7 @@ class Index:
     def _judged(self, name: str) -> tuple[np.ndarray, np.ndarray]:
         """Of a class the probabilities (N,), and what orders as they do but tells apart those that round to 0 or 1."""
         model = self.model
-        if not isinstance(model, Method):
+        if model.kind == "backbone":
             raise ClipadaptError(f"Classes are searched for with an adapted model, and {model.source} is a backbone.")
         if name not in model.class_names_:
             raise unknown_name("class of this model", name, model.class_names_)

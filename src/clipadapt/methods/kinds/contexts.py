@@ -54,9 +54,10 @@ class ShiftedLearner(ContextLearner):
         """Shifts (B, W) -> unit features of the classes for each image (B, C, D)."""
         return self.prompts.encode(self.context + shift[:, None, None])  # from (B, 1, M, W)
 
-    def cosines(self, images: Tensor, shifts: Tensor, together: int) -> Tensor:
-        """Unit features (B, D) and shifts (B, W) -> cosines with the classes (B, C), `together` images at a time."""
+    def cosines(self, images: Tensor, shifts: Tensor) -> Tensor:
+        """Unit features (B, D) and shifts (B, W) -> cosines with the classes (B, C)."""
         if len(images) == 0:
             return images.new_empty(0, len(self.class_names))
+        together = len(images) if torch.is_grad_enabled() else max(1, PROMPTS // len(self.class_names))
         parts = zip(images.split(together), shifts.split(together), strict=True)
         return torch.cat([torch.einsum("bd,bcd->bc", part, self.texts_for(shift)) for part, shift in parts])

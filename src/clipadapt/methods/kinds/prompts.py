@@ -136,19 +136,19 @@ class PromptMethod(Method):
     def _learn(self, model: Backbone, data: TrainingData, run: Run) -> None:
         with seeded(self.seed):
             learner = self.bind(model, self.class_names_)
-            self._train(learner, data.support, run)
+            self._train(learner, data, run)
         self.learned_: dict[str, Tensor] = {name: p.detach().cpu() for name, p in learner.named_parameters()}
         self._use(learner)
 
-    def _train(self, learner: Any, support: Any, run: Run, **more: Any) -> None:
+    def _train(self, learner: Any, data: TrainingData, run: Run, **more: Any) -> None:
         """The training of CoOp and its descendants: SGD, cosine by epoch, cross-entropy or the learner's own loss.
 
         `more` are further arguments of `train`.
         """
-        epochs = self._epochs(support)
-        steps = batches(len(support), self.batch_size, epochs=epochs, seed=self.seed)
+        epochs = self._epochs(data.support)
+        steps = batches(len(data.support), self.batch_size, epochs=epochs, seed=self.seed)
         per_epoch = len(steps) // epochs
-        batch_of = self._batches(learner.backbone, support)
+        batch_of = self._batches(learner.backbone, data)
         train(
             lambda step: learner.loss(batch_of(step[1], step[0] // per_epoch)),
             torch.optim.SGD(learner.parameters(), lr=self.lr, momentum=0.9, weight_decay=5e-4),
@@ -163,9 +163,9 @@ class PromptMethod(Method):
         shots = max(support.counts)
         return self.epochs or (50 if shots == 1 else 100 if shots <= 4 else 200)
 
-    def _batches(self, backbone: Backbone, support: Any) -> Callable[[Tensor, int], Batch]:
+    def _batches(self, backbone: Backbone, data: TrainingData) -> Callable[[Tensor, int], Batch]:
         """A function from (rows, epoch) to the batch: features encoded once, or pixels decoded when asked for."""
-        labels = torch.as_tensor(self.labels.array(support), device=backbone.device)
+        support, labels = data.support, torch.as_tensor(self.labels.array(data.support), device=backbone.device)
         if self.learner.on_pixels:
             min_scale = getattr(self, "min_scale", 1.0)
             pixels = Pixels(backbone, support, min_scale=min_scale, seed=self.seed)
@@ -224,3 +224,7 @@ class PromptMethod(Method):
                 "Ask for one of the model's classes, or search without the model."
             )
         return features
+
+    def encode_class(self, name: str) -> Tensor:
+        """See `Classifier.encode_class`: the learned prompt takes the place of sentences."""
+        return self.encode_texts([name])[0]

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
 from clipadapt.backbones import Backbone, Insertion
-from clipadapt.methods.kinds.prompts import PromptLearner
+from clipadapt.methods.card import hyper
+from clipadapt.methods.kinds.prompts import PromptLearner, PromptMethod
 from clipadapt.nn.prompts import ClassPrompts, deep_vectors, split_words, visual_prompts
 
 
@@ -43,3 +45,17 @@ class IndependentPrompts(DeepTexts):
     def vision(self) -> list[Insertion]:
         first, *deeper = self.visual
         return visual_prompts(first, deeper)
+
+
+@dataclass(kw_only=True)
+class TowerPromptMethod(PromptMethod):
+    """Base of the methods with independent vectors in both towers, which are trained on pixels."""
+
+    n_ctx: int = hyper(4, "vectors in a text", low=1)
+    n_visual: int = hyper(4, "tokens in an image", low=1)
+    depth: int = hyper(9, "blocks with vectors of their own, in each tower at most all", low=1)
+    init: str | None = hyper("a photo of a", "words the first n_ctx tokens of which start the vectors; None: random")
+    batch_size: int = hyper(4, "images a step", low=1)
+    min_scale: float = hyper(0.08, "least area of the random crops, in (0, 1]; 1 is no augmentation", low=0.01, high=1)
+
+    learner = IndependentPrompts

@@ -11,6 +11,16 @@ from clipadapt.methods.training_data import TrainingData
 from clipadapt.training.loop import Run
 
 
+def unfitted(wrapper: Any) -> Any:
+    """The method that `wrapper.method` names, new: the one that was given is never fitted.
+
+    A key gets the wrapper's templates.
+    """
+    if isinstance(wrapper.method, str):
+        return create(wrapper.method, templates=wrapper.templates)
+    return replace(wrapper.method)
+
+
 @dataclass(kw_only=True)
 class Wrapper(Method):
     """Has a hyper-parameter `method`, a key or an unfitted method; write `_fit(model, data, run)`, which sets `inner_`.
@@ -19,7 +29,6 @@ class Wrapper(Method):
     """
 
     kind: ClassVar[str] = "wrapper"
-    method: Any
     inner_: ClassVar[list[Any]]
 
     def _learn(self, model: Any, data: TrainingData, run: Run) -> None:
@@ -31,10 +40,4 @@ class Wrapper(Method):
 
     def _fit_inner(self, model: Any, support: Any, run: Run) -> Any:
         """The wrapped method, fitted; its training is reported, and kept until it ends, with this method's."""
-        return self._unfitted().fit(model, support, report=run.report, resume=run.folder)
-
-    def _unfitted(self) -> Any:
-        """The wrapped method, new: the one that was given is never fitted. A key gets this method's templates."""
-        if isinstance(self.method, str):
-            return create(self.method, templates=self.templates)
-        return replace(self.method)
+        return unfitted(self).fit(model, support, report=run.report, resume=run.folder)

@@ -13,10 +13,7 @@ start values and training are our reading. The mean leaves each context about 1 
 get at the same learning rate. Departure, as in CoOp: no random crops (`views`).
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,17 +22,28 @@ from torch.nn.functional import normalize
 
 from clipadapt.backbones import Backbone
 from clipadapt.errors import ClipadaptError
-from clipadapt.methods.base import Card, hyper
-from clipadapt.methods.prompt_method import PromptLearner, PromptMethod
-from clipadapt.methods.registry import register
+from clipadapt.methods import Classifier, PromptLearner, PromptMethod, hyper, method
 from clipadapt.nn.prompts import MEMORY, ClassPrompts, random_vectors, word_vectors
+
+
+def first_contexts(backbone: Backbone, n_prompts: int, n_ctx: int, init: Any) -> list[Tensor]:
+    """Start values of the K contexts, each (M_k, W): the words of `init`, or a share of `n_ctx` random vectors."""
+    if init is not None:
+        if isinstance(init, str) or not init or len(set(init)) < len(init):
+            raise ClipadaptError(f"init = {init!r} must be a list of different words, one for each context.")
+        return [word_vectors(backbone, words) for words in init]
+    if n_ctx < n_prompts:
+        raise ClipadaptError(f"{n_ctx} context vectors do not suffice for {n_prompts} contexts.")
+    each, more = divmod(n_ctx, n_prompts)
+    return [random_vectors(each + (k < more), backbone.width("text")) for k in range(n_prompts)]
 
 
 class EnsembleLearner(PromptLearner):
     """K contexts (M_k, W), each for all classes; those of one length are encoded together."""
 
-    def __init__(self, backbone: Backbone, class_names: Sequence[str], contexts: Sequence[Tensor]) -> None:
-        super().__init__(backbone, class_names)
+    def __init__(self, of: Any, backbone: Backbone, class_names: Sequence[str]) -> None:
+        super().__init__(of, backbone, class_names)
+        contexts = first_contexts(backbone, of.n_prompts, of.n_ctx, of.init)
         lengths = sorted({len(context) for context in contexts})
         stacks = [torch.stack([context for context in contexts if len(context) == length]) for length in lengths]
         self.contexts = nn.ParameterList(nn.Parameter(stack) for stack in stacks)  # each (K', M, W)
@@ -50,37 +58,18 @@ class EnsembleLearner(PromptLearner):
         return normalize(self.members().mean(0), dim=-1)  # (C, D)
 
 
-@register
-@dataclass(kw_only=True)
-class ECO(PromptMethod):
+@method(
+    "eco",
+    title="ECO: Ensembling Context Optimization for Vision-Language Models",
+    arxiv="2307.14063",
+    trains="context vectors",
+    new_classes=True,
+)
+class ECO(PromptMethod, Classifier):
     """An ensemble of learned contexts, averaged in feature space."""
 
     n_prompts: int = hyper(4, "contexts K; 1 is CoOp", low=1)
     n_ctx: int = hyper(16, "context vectors of all contexts together, shared out evenly", low=1)
     init: Any = hyper(None, "list of different words to start the contexts from; they set n_prompts and n_ctx")
 
-    card = Card(
-        key="eco",
-        title="ECO: Ensembling Context Optimization for Vision-Language Models",
-        arxiv="2307.14063",
-        family="prompt-learning",
-        task="few-shot classification",
-        trains="context vectors",
-        signal="labels",
-        requires=frozenset({"texts", "prompts"}),
-        new_classes=True,
-    )
-    tiny = {"epochs": 60, "lr": 0.1}
-
-    def _learner(self, backbone: Backbone, class_names: Sequence[str]) -> PromptLearner:
-        if self.init is not None:
-            if isinstance(self.init, str) or not self.init or len(set(self.init)) < len(self.init):
-                raise ClipadaptError(f"init = {self.init!r} must be a list of different words, one for each context.")
-            contexts = [word_vectors(backbone, words) for words in self.init]
-        else:
-            if self.n_ctx < self.n_prompts:
-                raise ClipadaptError(f"{self.n_ctx} context vectors do not suffice for {self.n_prompts} contexts.")
-            each, more = divmod(self.n_ctx, self.n_prompts)
-            width = backbone.width("text")
-            contexts = [random_vectors(each + (k < more), width) for k in range(self.n_prompts)]
-        return EnsembleLearner(backbone, class_names, contexts)
+    learner = EnsembleLearner

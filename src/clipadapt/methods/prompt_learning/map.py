@@ -1,11 +1,11 @@
-"""MAP: classes and pictures as sets of attributes, matched by optimal transport beside the usual cosine.
+"""MAP: classes and images as sets of attributes, matched by optimal transport in addition to the usual cosine.
 
     t_ic = text(start, v_i1 .. v_iM, NAME_c, " with ", ATTRIBUTE_ic, end)                 i = 1 .. N, M = 4, N = 4
     logits_c = s ( mean_i <f, t_ic> + w OT(a_1 .. a_P; t_1c .. t_Nc) )                    all features unit
     OT = sum T cos,  T the cheapest plan for 1 - cos with equal weights, entropy 0.1      (Sinkhorn; T is a constant)
 
-f is the picture's feature. a_p are those of P learned tokens beside its patches; behind a middle block of the image
-tower they are enhanced: by cross-attention to the (mapped) attribute features of the 10 classes nearest to the picture.
+f is the image's feature. a_p are those of P learned tokens next to its patches; behind a middle block of the image
+tower they are enhanced: by cross-attention to the (mapped) attribute features of the 10 classes nearest to the image.
 
 Liu et al., "Multi-modal Attribute Prompting for Vision-Language Models" (arXiv 2403.00219). Only its abstract and the
 repository llllx505/MAP were read. That repository names neither paper nor authors and is incomplete, but its parts are
@@ -22,10 +22,7 @@ M, is "this is a picture". A middle block is half of the depth in towers of othe
 phrases. They need no language model and tell no class from another, so much of the paper's gain cannot be expected.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -33,17 +30,16 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, normalize
 
 from clipadapt.backbones import Backbone
-from clipadapt.data import Dataset, class_texts
-from clipadapt.methods.base import Card, Run, hyper
-from clipadapt.methods.prompt_method import Batch, PromptLearner, PromptMethod
-from clipadapt.methods.registry import register
+from clipadapt.data import class_texts
+from clipadapt.methods import Classifier, PromptLearner, PromptMethod, Run, TrainingData, hyper, method
+from clipadapt.methods.kinds.prompts import Batch
 from clipadapt.nn.prompts import MEMORY, ClassPrompts, frame, random_vectors, visual_prompts, word_ids, word_vectors
 from clipadapt.nn.transport import transport_similarity
 from clipadapt.training.loop import Loss
 
 GENERIC = ("a typical colour", "a typical shape", "a typical texture", "a typical size")
 STARTS = ("a photo of a", "this is a photo", "this is a picture", "one picture of a")
-TOGETHER = 1 << 18  # pairs of picture and class that are matched at once
+TOGETHER = 1 << 18  # pairs of image and class that are matched at once
 
 
 def described(backbone: Backbone, name: str, phrase: str | None, joiner: str, n_ctx: int) -> str:
@@ -59,8 +55,14 @@ def described(backbone: Backbone, name: str, phrase: str | None, joiner: str, n_
     return f"{name}."
 
 
+def first_context(backbone: Backbone, words: str, n_ctx: int) -> Tensor:
+    """Start values (n_ctx, W): the first tokens of `words`, and random vectors where they are fewer."""
+    vectors = word_vectors(backbone, words)[:n_ctx]
+    return torch.cat([vectors, random_vectors(n_ctx - len(vectors), vectors.shape[1])])
+
+
 class Enhancement(nn.Module):
-    """Turns prompt rows of a picture into what they become in view of the attributes of likely classes."""
+    """Turns the prompt tokens of an image into what they become in view of the attributes of likely classes."""
 
     def __init__(self, dim: int, width: int, heads: int, hidden: int, top: int) -> None:
         super().__init__()
@@ -74,10 +76,10 @@ class Enhancement(nn.Module):
             nn.init.zeros_(last.weight)
             nn.init.zeros_(last.bias)
 
-    def forward(self, prompts: Tensor, picture: Tensor, attributes: Tensor) -> Tensor:
-        """Rows (B, P, W), the picture's row (B, W) and attribute features (N, C, D) -> enhanced rows (B, P, W)."""
+    def forward(self, prompts: Tensor, image: Tensor, attributes: Tensor) -> Tensor:
+        """Hidden states (B, P, W), the image's (B, W) and attribute features (N, C, D) -> enhanced (B, P, W)."""
         mapped = self.mapper(attributes).transpose(0, 1)  # (C, N, W)
-        nearness = normalize(picture, dim=-1) @ normalize(mapped.mean(1), dim=-1).T  # (B, C)
+        nearness = normalize(image, dim=-1) @ normalize(mapped.mean(1), dim=-1).T  # (B, C)
         likely = nearness.topk(min(self.top, len(mapped)), dim=1).indices  # (B, k)
         seen = self.norm_attributes(mapped[likely].flatten(1, 2))  # (B, k * N, W)
         prompts = prompts + self.attention(self.norm_prompts(prompts), seen, seen, need_weights=False)[0]
@@ -87,24 +89,20 @@ class Enhancement(nn.Module):
 class AttributeLearner(PromptLearner):
     """N contexts (N, M, W) for the classes' attributes, P visual prompts (P, W_v), and their enhancement."""
 
-    def __init__(
-        self,
-        backbone: Backbone,
-        class_names: Sequence[str],
-        sentences: Sequence[Sequence[str]],
-        context: Tensor,
-        visual: Tensor,
-        enhancement: Enhancement,
-        layer: int,
-        weight: float = 1.0,
-        epsilon: float = 0.1,
-    ) -> None:
-        """`sentences` are N lists of what stands behind the context, one for each of C classes."""
-        super().__init__(backbone, class_names)
-        self.context, self.visual, self.enhancement = nn.Parameter(context), nn.Parameter(visual), enhancement
-        self.layer, self.weight, self.epsilon = layer, weight, epsilon
-        share = MEMORY // len(sentences)
-        self.prompts = [ClassPrompts(backbone, n, context.shape[1], ending="", memory=share) for n in sentences]
+    def __init__(self, of: Any, backbone: Backbone, class_names: Sequence[str]) -> None:
+        super().__init__(of, backbone, class_names)
+        self.layer = len(backbone.blocks("vision")) // 2 if of.layer is None else of.layer
+        backbone.layer_numbers("vision", [self.layer])  # refuses one that the tower lacks
+        width, heads = backbone.width("vision"), backbone.model.config.vision_config.num_attention_heads
+        self.enhancement = Enhancement(backbone.dim, width, heads, of.hidden, of.top)
+        words = (STARTS[i % len(STARTS)] for i in range(of.n_attributes))
+        self.context = nn.Parameter(torch.stack([first_context(backbone, start, of.n_ctx) for start in words]))
+        self.visual = nn.Parameter(random_vectors(of.n_visual, width))
+        self.prompts = []  # one for each of the N attributes
+        for i in range(of.n_attributes):
+            pairs = zip(class_names, of.phrases_, strict=True)
+            texts = [described(backbone, c, dict(enumerate(p)).get(i), of.joiner, of.n_ctx) for c, p in pairs]
+            self.prompts.append(ClassPrompts(backbone, texts, of.n_ctx, ending="", memory=MEMORY // of.n_attributes))
         self.known: Tensor | None = None  # what `texts` gives, once nothing is learned any more
 
     def texts(self) -> Tensor:
@@ -117,17 +115,17 @@ class AttributeLearner(PromptLearner):
         return (1 + len(self.visual)) * self.backbone.dim
 
     def images(self, pixels: Tensor) -> Tensor:
-        """Unit features of the picture and of its P attributes, one behind the other (B, (1 + P) * D)."""
+        """Unit features of the image and of its P attributes, one behind the other (B, (1 + P) * D)."""
         return self.images_among(pixels, self.texts() if self.known is None else self.known)
 
     def images_among(self, pixels: Tensor, texts: Tensor) -> Tensor:
         """`images` where the classes are those of `texts` (N, C, D)."""
         count, backbone = len(self.visual), self.backbone
 
-        def enhance(rows: Tensor) -> Tensor:
-            patches, prompts = rows[:, :-count], rows[:, -count:]  # (B, 1 + h w, W), (B, P, W)
-            picture = patches[:, 0] if "class-token" in backbone.capabilities else patches.mean(1)
-            return torch.cat([patches, self.enhancement(prompts, picture, texts)], 1)
+        def enhance(hidden: Tensor) -> Tensor:
+            patches, prompts = hidden[:, :-count], hidden[:, -count:]  # (B, 1 + h w, W), (B, P, W)
+            image = patches[:, 0] if "class-token" in backbone.capabilities else patches.mean(1)
+            return torch.cat([patches, self.enhancement(prompts, image, texts)], 1)
 
         with (
             backbone.inserted(vision=visual_prompts(self.visual)),
@@ -142,9 +140,9 @@ class AttributeLearner(PromptLearner):
         texts = normalize(texts, dim=-1)
         sets = texts.transpose(0, 1)  # (C, N, D)
         parts = images.unflatten(1, (-1, self.backbone.dim)).split(max(1, TOGETHER // len(sets)))
-        similarities = [transport_similarity(part[:, None, 1:], sets, self.epsilon) for part in parts]  # (B, C) each
+        similarities = [transport_similarity(part[:, None, 1:], sets, self.of.epsilon) for part in parts]  # (B, C) each
         return self.logit_scale * (
-            images[:, : self.backbone.dim] @ texts.mean(0).T + self.weight * torch.cat(similarities)
+            images[:, : self.backbone.dim] @ texts.mean(0).T + self.of.weight * torch.cat(similarities)
         )
 
     def loss(self, batch: Batch) -> Loss:
@@ -154,13 +152,19 @@ class AttributeLearner(PromptLearner):
         return cross_entropy(logits, batch.labels), logits.argmax(1) == batch.labels
 
 
-@register
-@dataclass(kw_only=True)
-class Map(PromptMethod):
+@method(
+    "map",
+    title="Multi-modal Attribute Prompting for Vision-Language Models",
+    arxiv="2403.00219",
+    trains="context vectors, visual prompts and a cross-attention layer",
+    requires={"texts", "patches", "prompts"},
+    new_classes=True,
+)
+class Map(PromptMethod, Classifier):
     """Attribute prompts in both towers, matched by cosine and by optimal transport."""
 
     epochs: int | None = hyper(20, "passes over the support set (official code)", low=1)
-    batch_size: int = hyper(16, "pictures a step (official code)", low=1)
+    batch_size: int = hyper(16, "images a step (official code)", low=1)
     attributes: Any = hyper(None, "class -> phrases, or its .json file, by a language model; None: GENERIC for all")
     joiner: str = hyper(" with ", 'between class name and phrase (official; ", " for UCF101 and OxfordPets)')
     n_attributes: int = hyper(4, "N: phrases and contexts of a class; one that lacks phrases has its plain name", low=1)
@@ -168,40 +172,20 @@ class Map(PromptMethod):
     n_visual: int = hyper(4, "P: visual attribute prompts", low=1)
     layer: int | None = hyper(None, "block behind which they are enhanced, from 0; None: half of the depth", low=0)
     top: int = hyper(10, "nearest classes whose attributes enhance them (official code)", low=1)
-    hidden: int = hyper(512, "width inside the map from text to image rows (ours)", low=1)
+    hidden: int = hyper(512, "width inside the map from text features to image tokens (ours)", low=1)
     weight: float = hyper(1.0, "w: weight of the transport similarity (official code)", low=0)
     epsilon: float = hyper(0.1, "entropy of the plan (official code)", low=1e-3)
     min_scale: float = hyper(0.08, "least area of the random crops, in (0, 1]; 1 is no augmentation", low=0.01, high=1)
 
-    card = Card(
-        key="map",
-        title="Multi-modal Attribute Prompting for Vision-Language Models",
-        arxiv="2403.00219",
-        family="prompt-learning",
-        task="few-shot classification",
-        trains="context vectors, visual prompts and a cross-attention layer",
-        signal="labels",
-        requires=frozenset({"texts", "patches", "prompts"}),
-        new_classes=True,
-    )
-    reads_pixels = True
-    tiny = {
-        "epochs": 30,
-        "lr": 0.05,
-        "min_scale": 1.0,
-        "n_attributes": 2,
-        "n_visual": 2,
-        "n_ctx": 7,
-        "hidden": 64,
-    }
+    learner = AttributeLearner
 
-    def _fit_towers(self, backbone: Backbone, support: Dataset, val: Dataset | None, run: Run) -> None:
+    def _learn(self, model: Backbone, data: TrainingData, run: Run) -> None:
         self.phrases_ = self._phrases()
-        super()._fit_towers(backbone, support, val, run)
+        super()._learn(model, data, run)
 
-    def _reclassify(self, backbone: Backbone) -> None:
+    def _reclassify(self, model: Any) -> None:
         self.phrases_ = self._phrases()
-        super()._reclassify(backbone)
+        super()._reclassify(model)
 
     def _phrases(self) -> list[list[str]]:
         """The phrases of each class; kept with what was learned, so that a saved model does not need their file."""
@@ -209,38 +193,6 @@ class Map(PromptMethod):
             return [list(GENERIC) for _ in self.class_names_]
         return class_texts(self.class_names_, self.attributes)
 
-    def _learner(self, backbone: Backbone, class_names: Sequence[str]) -> PromptLearner:
-        vision = backbone.model.config.vision_config
-        layer = len(backbone.blocks("vision")) // 2 if self.layer is None else self.layer
-        backbone.layer_numbers("vision", [layer])
-        sentences = [
-            [
-                described(backbone, name, dict(enumerate(phrases)).get(i), self.joiner, self.n_ctx)
-                for name, phrases in zip(class_names, self.phrases_, strict=True)
-            ]
-            for i in range(self.n_attributes)
-        ]
-        enhancement = Enhancement(
-            backbone.dim, backbone.width("vision"), vision.num_attention_heads, self.hidden, self.top
-        )
-        return AttributeLearner(
-            backbone,
-            class_names,
-            sentences,
-            torch.stack([self._context(backbone, STARTS[i % len(STARTS)]) for i in range(self.n_attributes)]),
-            random_vectors(self.n_visual, backbone.width("vision")),
-            enhancement,
-            layer,
-            self.weight,
-            self.epsilon,
-        )
-
-    def _context(self, backbone: Backbone, words: str) -> Tensor:
-        """Start values (M, W): the first M tokens of `words`, and random vectors where they are fewer."""
-        vectors = word_vectors(backbone, words)[: self.n_ctx]
-        return torch.cat([vectors, random_vectors(self.n_ctx - len(vectors), vectors.shape[1])])
-
-    def _restore(self, backbone: Backbone | None) -> None:
-        super()._restore(backbone)
-        if backbone is not None:
-            self._bound.known = self._texts
+    def _use(self, learner: Any) -> None:
+        super()._use(learner)
+        learner.known = self._texts

@@ -11,30 +11,27 @@ J is min(depth, blocks of the shallower tower), since each p_j needs a block in 
 values of its own, where the official code copies one to all deeper blocks.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 
 from clipadapt.backbones import Backbone, Insertion
-from clipadapt.methods.base import Card, hyper
-from clipadapt.methods.prompt_learning.ivlp import DeepTexts
-from clipadapt.methods.prompt_method import PromptLearner, PromptMethod
-from clipadapt.methods.registry import register
-from clipadapt.nn.prompts import deep_vectors, split_words, visual_prompts
+from clipadapt.methods import Classifier, PromptMethod, hyper, method
+from clipadapt.methods.kinds.tower_prompts import DeepTexts
+from clipadapt.nn.prompts import visual_prompts
 
 
 class CoupledPrompts(DeepTexts):
     """Vectors (n, Wt) for each of the first J blocks, and J maps of them to tokens of the image tower (n, Wv)."""
 
-    def __init__(
-        self, backbone: Backbone, class_names: Sequence[str], textual: Sequence[Tensor], words: str = ""
-    ) -> None:
-        super().__init__(backbone, class_names, textual, words)
+    def __init__(self, of: Any, backbone: Backbone, class_names: Sequence[str]) -> None:
+        super().__init__(of, backbone, class_names)
         widths = backbone.width("text"), backbone.width("vision")
-        self.couplings = nn.ModuleList(nn.Linear(*widths) for _ in textual)
+        self.couplings = nn.ModuleList(nn.Linear(*widths) for _ in self.textual)
+
+    def text_depth(self) -> int:
+        return min(self.of.depth, len(self.backbone.blocks("vision")))
 
     def visual(self) -> list[Tensor]:
         """What the maps make of the vectors: J times (n, Wv)."""
@@ -45,35 +42,23 @@ class CoupledPrompts(DeepTexts):
         return visual_prompts(first, deeper)
 
 
-@register
-@dataclass(kw_only=True)
-class MaPLe(PromptMethod):
+@method(
+    "maple",
+    title="MaPLe: Multi-modal Prompt Learning",
+    arxiv="2210.03117",
+    trains="context vectors and their maps to the image tower",
+    requires={"texts", "prompts", "gradients"},
+    new_classes=True,
+)
+class MaPLe(PromptMethod, Classifier):
     """Learned vectors in the text tower, coupled to tokens in the image tower."""
 
-    n_ctx: int = hyper(2, "vectors in a text, and tokens in a picture (official)", low=1)
+    n_ctx: int = hyper(2, "vectors in a text, and tokens in an image (official)", low=1)
     depth: int = hyper(9, "J: blocks with vectors of their own, at most those of the shallower tower (official)", low=1)
     init: str | None = hyper("a photo of a", "words the first n_ctx tokens of which start the vectors; None: random")
     lr: float = hyper(3.5e-3, "SGD learning rate, momentum 0.9, weight decay 5e-4 (official)", low=0)
     epochs: int | None = hyper(5, "passes over the support set (official)", low=1)
-    batch_size: int = hyper(4, "pictures a step (official)", low=1)
+    batch_size: int = hyper(4, "images a step (official)", low=1)
     min_scale: float = hyper(0.08, "least area of the random crops, in (0, 1]; 1 is no augmentation", low=0.01, high=1)
 
-    card = Card(
-        key="maple",
-        title="MaPLe: Multi-modal Prompt Learning",
-        arxiv="2210.03117",
-        family="prompt-learning",
-        task="few-shot classification",
-        trains="context vectors and their maps to the image tower",
-        signal="labels",
-        requires=frozenset({"texts", "prompts", "gradients"}),
-        new_classes=True,
-    )
-    reads_pixels = True
-    tiny = {"n_ctx": 6, "init": None, "epochs": 20, "batch_size": 8, "min_scale": 1.0}
-
-    def _learner(self, backbone: Backbone, class_names: Sequence[str]) -> PromptLearner:
-        context, words = split_words(backbone, self.init, self.n_ctx)
-        depth = min(self.depth, len(backbone.blocks("vision")))
-        textual = deep_vectors(backbone, "text", self.n_ctx, depth, context)
-        return CoupledPrompts(backbone, class_names, textual, words)
+    learner = CoupledPrompts

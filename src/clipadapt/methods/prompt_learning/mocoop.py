@@ -1,11 +1,11 @@
-"""MoCoOp: a prompt for each group of hand-written templates, and a router that picks the two that suit a picture.
+"""MoCoOp: a prompt for each group of hand-written templates, and a router that picks the two that suit an image.
 
     logits_c = s sum_g r_g <x, t_gc>     t_gc = unit(text(V_g, NAME_c))     r = softmax of router(x)'s k largest, else 0
     loss = CE(logits, y) + 5 CE(<t_gc, P_g1 .. P_gC>, c) + CE(router(x), softmax(q + 10 on its k largest))
 
 Prompt V_g starts from the words of the first template of group g, those before the name and those behind it. P_gc is
 the mean text feature of the group's templates: it holds the prompt to what its group says of every class (second
-term, a mean over g and c), and teaches the router which groups describe a picture's true class best (third term, with
+term, a mean over g and c), and teaches the router which groups describe an image's true class best (third term, with
 q_g = <x, P_gy>).
 
 Du, Niu and Zhao, "Mixture of Prompt Learning for Vision Language Models" (arXiv 2409.12011). Of the paper only the
@@ -23,12 +23,9 @@ Departures:
 * the official groups are written for each data set; `GROUPS` is ours and general.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -38,13 +35,12 @@ from clipadapt.backbones import Backbone
 from clipadapt.data.templates.sets import class_texts
 from clipadapt.errors import ClipadaptError
 from clipadapt.features import encode_classes
-from clipadapt.methods.base import Card, hyper
-from clipadapt.methods.prompt_method import Batch, PromptLearner, PromptMethod
-from clipadapt.methods.registry import register
+from clipadapt.methods import Classifier, PromptLearner, PromptMethod, hyper, method
+from clipadapt.methods.kinds.prompts import Batch
 from clipadapt.nn.prompts import MEMORY, ClassPrompts, word_ids
 from clipadapt.training.loop import Loss
 
-# The 80 templates that come with CLIP, by what they call the picture: each belongs to the first group one of whose
+# The 80 templates that come with CLIP, by what they call the image: each belongs to the first group one of whose
 # words it has, and the group's prompt starts from the template on the left.
 GROUPS = {
     "a low resolution photo of a {}.": "low pixelated jpeg blurry bad dark dirty hard",
@@ -73,7 +69,7 @@ def routing(gate: Tensor, top_k: int) -> Tensor:
 
 
 def guidance(images: Tensor, prototypes: Tensor, top_k: int) -> Tensor:
-    """What the router should say (B, G), of pictures (B, D) and their true classes' prototypes (G, B, D)."""
+    """What the router should say (B, G), of images (B, D) and their true classes' prototypes (G, B, D)."""
     similar = torch.einsum("bd,gbd->bg", images, prototypes)
     best = similar.topk(min(top_k, similar.shape[1]), dim=1).indices
     return (similar + torch.zeros_like(similar).scatter(1, best, 10.0)).softmax(1)
@@ -89,24 +85,12 @@ def grouped_text_loss(texts: Tensor, prototypes: Tensor, scale: float) -> Tensor
 class MixtureLearner(PromptLearner):
     """A prompt for each of G groups of templates, and the router."""
 
-    def __init__(
-        self,
-        backbone: Backbone,
-        class_names: Sequence[str],
-        groups: Sequence[Sequence[str]],
-        top_k: int = 2,
-        *,
-        text_weight: float = 5.0,
-        gate_weight: float = 1.0,
-        text_scale: float = 1.0,
-        correction: bool = False,
-    ) -> None:
-        super().__init__(backbone, class_names)
-        self.groups, self.top_k, self.text_scale = groups, top_k, text_scale
-        self.text_weight, self.gate_weight = text_weight, gate_weight
+    def __init__(self, of: Any, backbone: Backbone, class_names: Sequence[str]) -> None:
+        super().__init__(of, backbone, class_names)
+        self.groups = general_groups() if of.groups is None else [class_texts(["{}"], group)[0] for group in of.groups]
         self.contexts = nn.ParameterList()
         members: dict[tuple[int, int], list[int]] = {}  # vectors before and behind the name -> groups
-        for number, templates in enumerate(groups):
+        for number, templates in enumerate(self.groups):
             before, after = (word_ids(backbone, words) for words in templates[0].split("{}", 1))
             if not before + after:
                 raise ClipadaptError(f"the template {templates[0]!r} has no words for a prompt to start from.")
@@ -118,8 +102,8 @@ class MixtureLearner(PromptLearner):
             ClassPrompts(backbone, class_names, b + a, position=b, ending="", memory=MEMORY // len(members))
             for b, a in members
         ]
-        self.router = nn.Linear(backbone.dim, len(groups))
-        self.correction = nn.Parameter(torch.zeros(backbone.dim)) if correction else None
+        self.router = nn.Linear(backbone.dim, len(self.groups))
+        self.correction = nn.Parameter(torch.zeros(backbone.dim)) if of.correction else None
 
     @cached_property
     def prototypes(self) -> Tensor:
@@ -138,28 +122,34 @@ class MixtureLearner(PromptLearner):
 
     def logits(self, images: Tensor, texts: Tensor) -> Tensor:
         """Image features (B, D) and class features (G, C, D) -> (B, C)."""
-        weights = routing(self.router(images), self.top_k)  # (B, G)
+        weights = routing(self.router(images), self.of.top_k)  # (B, G)
         return self.logit_scale * sum(w[:, None] * (images @ t.T) for w, t in zip(weights.T, texts, strict=True))
 
     def loss(self, batch: Batch) -> Loss:
         images, texts = self.seen(batch), self.texts()
         logits = self.logits(images, texts)
-        target = guidance(images, self.prototypes[:, batch.labels], self.top_k)
+        target = guidance(images, self.prototypes[:, batch.labels], self.of.top_k)
         loss = cross_entropy(logits, batch.labels)
-        loss = loss + self.text_weight * grouped_text_loss(texts, self.prototypes, self.text_scale)
-        loss = loss + self.gate_weight * cross_entropy(self.router(images), target)
+        loss = loss + self.of.text_weight * grouped_text_loss(texts, self.prototypes, self.of.text_scale)
+        loss = loss + self.of.gate_weight * cross_entropy(self.router(images), target)
         return loss, logits.argmax(1) == batch.labels
 
 
-@register
-@dataclass(kw_only=True)
-class MoCoOp(PromptMethod):
-    """A mixture of learned prompts that are chosen for each picture."""
+@method(
+    "mocoop",
+    title="Mixture of Prompt Learning for Vision Language Models",
+    arxiv="2409.12011",
+    problem="few-shot classification, base-to-new, domain generalisation",
+    trains="context vectors and a router",
+    new_classes=True,
+)
+class MoCoOp(PromptMethod, Classifier):
+    """A mixture of learned prompts that are chosen for each image."""
 
     groups: Any = hyper(
         None, "groups of templates, each a list or a set's name, one prompt for each; None: five groups of openai-80"
     )
-    top_k: int = hyper(2, "prompts that a picture is judged by (official)", low=1)
+    top_k: int = hyper(2, "prompts that an image is judged by (official)", low=1)
     text_weight: float = hyper(5.0, "weight of the grouped text loss (official)", low=0)
     gate_weight: float = hyper(1.0, "weight of the router's guidance (official)", low=0)
     text_scale: float = hyper(1.0, "scale of the cosines in the grouped text loss (official: none, 1)", low=0)
@@ -167,38 +157,5 @@ class MoCoOp(PromptMethod):
     lr: float = hyper(0.032, "SGD learning rate, momentum 0.9, weight decay 5e-4, gradients of norm 1 at most", low=0)
     epochs: int | None = hyper(50, "passes over the support set (official); None: 50, 100 or 200 by shots", low=1)
 
-    clip_norm: ClassVar[float | None] = 1.0
-
-    card = Card(
-        key="mocoop",
-        title="Mixture of Prompt Learning for Vision Language Models",
-        arxiv="2409.12011",
-        family="prompt-learning",
-        task="few-shot classification, base-to-new, domain generalisation",
-        trains="context vectors and a router",
-        signal="labels",
-        requires=frozenset({"texts", "prompts"}),
-        new_classes=True,
-    )
-    tiny = {
-        "groups": [
-            ["a photo of a {}.", "a photo of the {}."],
-            ["a photo of the large {}."],
-            ["a photo of the small {}."],
-        ],
-        "epochs": 20,
-        "lr": 0.3,
-    }
-
-    def _learner(self, backbone: Backbone, class_names: Sequence[str]) -> PromptLearner:
-        groups = general_groups() if self.groups is None else [class_texts(["{}"], group)[0] for group in self.groups]
-        return MixtureLearner(
-            backbone,
-            class_names,
-            groups,
-            self.top_k,
-            text_weight=self.text_weight,
-            gate_weight=self.gate_weight,
-            text_scale=self.text_scale,
-            correction=self.correction,
-        )
+    learner = MixtureLearner
+    clip_norm = 1.0

@@ -4,7 +4,7 @@
     kept: sum_e w_e theta_e, w_e ~ exp(-(e - mu)^2 / 2 sigma^2), sum of w = 1, over the epochs e = 1 .. N
 
 x0 is the frozen tower's unit feature of the same view, g_c the mean of the frozen text features of 60 sentences about
-class c at their own lengths (only the mean is brought to unit length). The start of training is no part of the average.
+class c at their own lengths (only the mean is brought to unit length). The start of training does not count.
 
 Khattak et al., "Self-regulating Prompts: Foundational Model Adaptation without Forgetting" (arXiv 2307.06948). Its
 abstract and public summaries were read, which give the third term as a divergence of two class distributions; all else
@@ -12,16 +12,13 @@ is that of the official repository muzairkhattak/PromptSRC: both means over all 
 KL, 4 + 4 vectors, depth 9, SGD 2.5e-3, 20 epochs, batch 4, random crops (0.08-1) with flips, mu = 15, sigma = 1 (for
 base-to-new; few-shot: 50 epochs with mu = sigma = 30, or 45 and 5; across data sets: depth 3, 20 epochs, 6 and 10).
 
-Departure: the official code divides the sum of KL over the batch by pictures times classes, which makes the term C
-times weaker; `kl_mean="logits"` is that, and the published figures were made with it. The default divides by pictures.
+Departure: the official code divides the sum of KL over the batch by images times classes, which makes the term C
+times weaker; `kl_mean="logits"` is that, and the published figures were made with it. The default divides by images.
 The 60 sentences are the first 60 of OpenAI's 80 templates for ImageNet, as in the official code.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -30,12 +27,11 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, kl_div, l1_loss, log_softmax, normalize
 
 from clipadapt.backbones import Backbone
-from clipadapt.data import Dataset, class_texts
+from clipadapt.data import class_texts
 from clipadapt.features import encode_images
-from clipadapt.methods.base import Card, Run, hyper
-from clipadapt.methods.prompt_learning.ivlp import IVLP, IndependentPrompts
-from clipadapt.methods.prompt_method import Batch, PromptLearner
-from clipadapt.methods.registry import register
+from clipadapt.methods import Classifier, Run, TrainingData, hyper, method
+from clipadapt.methods.kinds.prompts import Batch
+from clipadapt.methods.kinds.tower_prompts import IndependentPrompts, TowerPromptMethod
 from clipadapt.training.loop import Loss
 
 
@@ -75,15 +71,13 @@ def averaging(
 class RegulatedPrompts(IndependentPrompts):
     """Vectors in both towers with a pull towards the frozen model's features and predictions."""
 
-    text_weight, image_weight, kl_mean = 25.0, 10.0, "pictures"
-    templates: Any = "openai-80"
-    n_templates = 60
     frozen: Tensor | None = None  # (N, D) the frozen tower's features of the support set, where views do not change
 
     @cached_property  # only training needs it
     def teacher(self) -> Tensor:
         """Unit features (C, D) of the classes' sentences."""
-        return normalize(mean_texts(self.backbone, self.class_names, self.templates, self.n_templates), dim=1)
+        texts = mean_texts(self.backbone, self.class_names, self.of.teacher_templates, self.of.n_templates)
+        return normalize(texts, dim=1)
 
     def frozen_images(self, batch: Batch) -> Tensor:
         """The frozen tower's unit features (B, D) of the batch as it is."""
@@ -100,9 +94,9 @@ class RegulatedPrompts(IndependentPrompts):
         kl = divergence(logits, self.logits(frozen, self.teacher)).mean()
         terms = {
             "labels": cross_entropy(logits, batch.labels),
-            "texts": self.text_weight * l1_loss(texts, self.teacher),
-            "images": self.image_weight * l1_loss(images, frozen),
-            "logits": kl / logits.shape[1] if self.kl_mean == "logits" else kl,
+            "texts": self.of.text_weight * l1_loss(texts, self.teacher),
+            "images": self.of.image_weight * l1_loss(images, frozen),
+            "logits": kl / logits.shape[1] if self.of.kl_mean == "logits" else kl,
         }
         return terms, logits
 
@@ -111,18 +105,23 @@ class RegulatedPrompts(IndependentPrompts):
         return torch.stack(list(terms.values())).sum(), logits.argmax(1) == batch.labels
 
 
-@register
-@dataclass(kw_only=True)
-class PromptSRC(IVLP):
+@method(
+    "promptsrc",
+    title="Self-regulating Prompts: Foundational Model Adaptation without Forgetting",
+    arxiv="2307.06948",
+    trains="context vectors and tokens in the image tower",
+    new_classes=True,
+)
+class PromptSRC(TowerPromptMethod, Classifier):
     """Learned vectors in both towers, held near the frozen model and averaged over the epochs."""
 
     n_ctx: int = hyper(4, "vectors in a text (official)", low=1)
-    n_visual: int = hyper(4, "tokens in a picture (official)", low=1)
+    n_visual: int = hyper(4, "tokens in an image (official)", low=1)
     depth: int = hyper(9, "blocks with vectors of their own, in each tower at most all (official)", low=1)
     lr: float = hyper(2.5e-3, "SGD learning rate, momentum 0.9, weight decay 5e-4 (official)", low=0)
     epochs: int | None = hyper(20, "N: passes over the support set (official; 50 for few-shot tables)", low=1)
     text_weight: float = hyper(25.0, "weight of the texts' distance to the teacher's (official)", low=0)
-    image_weight: float = hyper(10.0, "weight of the pictures' distance to the teacher's (official)", low=0)
+    image_weight: float = hyper(10.0, "weight of the images' distance to the teacher's (official)", low=0)
     kl_mean: str = hyper(
         "pictures", "what KL is divided by; logits: C times more (official)", choices=("pictures", "logits")
     )
@@ -131,33 +130,15 @@ class PromptSRC(IVLP):
     teacher_templates: Any = hyper("openai-80", "the teacher's sentences: a set's name, template(s), file or mapping")
     n_templates: int = hyper(60, "how many of them, from the first (official)", low=1)
 
-    card = Card(
-        key="promptsrc",
-        title="Self-regulating Prompts: Foundational Model Adaptation without Forgetting",
-        arxiv="2307.06948",
-        family="prompt-learning",
-        task="few-shot classification",
-        trains="context vectors and tokens in the image tower",
-        signal="labels",
-        requires=frozenset({"texts", "prompts", "gradients"}),
-        new_classes=True,
-    )
-    tiny = IVLP.tiny | {"gpa_mean": 20.0, "gpa_std": 2.0, "text_weight": 1.0, "image_weight": 1.0, "kl_mean": "logits"}
+    learner = RegulatedPrompts
 
-    def _learner(self, backbone: Backbone, class_names: Sequence[str]) -> PromptLearner:
-        learner = RegulatedPrompts(backbone, class_names, *self._initial(backbone))
-        learner.text_weight, learner.image_weight, learner.kl_mean = self.text_weight, self.image_weight, self.kl_mean
-        learner.templates, learner.n_templates = self.teacher_templates, self.n_templates
-        return learner
-
-    def _train(self, learner: RegulatedPrompts, support: Dataset, run: Run) -> None:  # type: ignore[override]
+    def _train(self, learner: Any, data: TrainingData, run: Run, **more: Any) -> None:
         if self.min_scale == 1:
-            learner.frozen = encode_images(learner.backbone, support).features.to(learner.backbone.device)
+            learner.frozen = encode_images(learner.backbone, data.support).features.to(learner.backbone.device)
         parameters = list(learner.parameters())
-        weights = gaussian_weights(self._epochs(support), self.gpa_mean, self.gpa_std)
-        per_epoch = math.ceil(len(support) / self.batch_size)
-        sums, after_step = averaging(parameters, weights, per_epoch)
-        super()._train(learner, support, run, after_step, sums)
+        weights = gaussian_weights(self._epochs(data.support), self.gpa_mean, self.gpa_std)
+        sums, after_step = averaging(parameters, weights, math.ceil(len(data.support) / self.batch_size))
+        super()._train(learner, data, run, after_step=after_step, state=sums, **more)
         with torch.no_grad():
             for parameter, total in zip(parameters, sums, strict=True):
                 parameter.copy_(total)

@@ -1,12 +1,12 @@
-"""SHIP: pictures of classes that have none are synthesised as features, through a prompt; then any method is fitted.
+"""SHIP: images of classes that have none are synthesised as features, through a prompt; then any method is fitted.
 
     (m, v) = E(x)     z = m + exp(v / 2) e     r = G(z)     x^ = unit(t(start, p_1 + r .. p_n + r, NAME, ".", end))
     min over E, G, p of  mean( |x^ - x|^2 + KL(N(m, exp v) | N(0, 1)) )
 
-with x the unit feature of a picture, NAME its class, and e from N(0, 1).
+with x the unit feature of an image, NAME its class, and e from N(0, 1).
 
 A variational autoencoder of image features whose decoder is the frozen text tower: the latent z shifts the n learned
-context vectors. With z from N(0, 1) and the name of a class without pictures, x^ is a feature of that class. The
+context vectors. With z from N(0, 1) and the name of a class without images, x^ is a feature of that class. The
 wrapped method is fitted on the real and the synthesised features of all classes; it alone is kept.
 
 Wang et al., "Improving Zero-Shot Generalization for CLIP with Synthesized Prompts" (arXiv 2307.07397). Of the paper
@@ -21,16 +21,12 @@ class, so that classes differ by their names alone and their order does not matt
 random crops. The official code keeps the epoch that is best on the test set; here the last one counts.
 
 The divergence is a sum over hundreds of entries against a distance below 2, so at the published weight the latent tells
-almost nothing: on the embedded model, features made of one class lie within 0.002 (1 - cosine) of their mean, where
-pictures lie within 0.27. What is made is then a prompt's text feature, and on drawn sketches (3 seeds) an untrained
+almost nothing: on the embedded model, features made of one class are within 0.002 (1 - cosine) of their mean, where
+those of images are within 0.27. What is made is then a prompt's text feature, and on drawn sketches (3 seeds) an untrained
 synthesis helped new classes about as much; a smaller `kl` spreads the features.
 """
 
-from __future__ import annotations
-
-import copy
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -41,10 +37,8 @@ from clipadapt.data import Dataset
 from clipadapt.data.items import FeatureItem
 from clipadapt.errors import ClipadaptError
 from clipadapt.features import encode_images
-from clipadapt.methods.base import Card, FeatureMethod, Method, Run, hyper
-from clipadapt.methods.prompt_learning.coop import CoOp
-from clipadapt.methods.prompt_method import PromptMethod
-from clipadapt.methods.registry import create, register
+from clipadapt.methods import Classifier, Run, TrainingData, Wrapper, hyper, method
+from clipadapt.methods.kinds.wrapper import unfitted
 from clipadapt.nn.prompts import ClassPrompts, random_vectors
 from clipadapt.training.loop import batches, seeded, train
 
@@ -80,17 +74,28 @@ def synthesis_loss(made: Tensor, images: Tensor, mean: Tensor, log_var: Tensor, 
     return (distance + kl * divergence).mean()
 
 
-@register
-@dataclass(kw_only=True)
-class Ship(Method):
-    """Any method that learns from features, with synthesised features for the classes that have no pictures.
+def stream(seed: int, number: int) -> torch.Generator:
+    """A stream for each step, so that a run that goes on draws what it would have drawn."""
+    return torch.Generator().manual_seed(1_000_003 * seed + number)
 
-    These are `new_classes` and every class of the support set without a picture; where there is none, the wrapped
+
+@method(
+    "ship",
+    title="Improving Zero-Shot Generalization for CLIP with Synthesized Prompts",
+    arxiv="2307.07397",
+    trains="a feature generator, and what the wrapped method trains",
+    requires={"texts", "prompts"},
+    new_classes=True,
+)
+class Ship(Wrapper, Classifier):
+    """Any method that learns from features, with synthesised features for the classes that have no images.
+
+    These are `new_classes` and every class of the support set without an image; where there is none, the wrapped
     method is fitted as it is. What is learned and saved is that of the wrapped method.
     """
 
     method: Any = hyper("coop", "the method to fit: a key or an unfitted method, of features or of text prompts")
-    new_classes: list[str] = hyper([], "names of further classes without pictures")
+    new_classes: list[str] = hyper([], "names of further classes without images")
     per_class: int | None = hyper(None, "features made for each such class; by default as of the largest class", low=1)
     n_ctx: int = hyper(4, "context vectors of the synthesis (official)", low=1)
     encoder_width: int = hyper(2048, "hidden width of the encoder (official; 4096 for ImageNet)", low=1)
@@ -98,43 +103,29 @@ class Ship(Method):
     kl: float = hyper(1.0, "weight of the divergence (official)", low=0)
     lr: float = hyper(1e-3, "AdamW learning rate of the synthesis (official)", low=0)
     epochs: int = hyper(50, "passes of the synthesis over the support set (official; 10 for ImageNet)", low=1)
-    batch_size: int = hyper(256, "pictures a step of the synthesis (official)", low=1)
-    seed: int = hyper(1, "initial values, latents and order of the pictures in the synthesis")
+    batch_size: int = hyper(256, "images a step of the synthesis (official)", low=1)
+    seed: int = hyper(1, "initial values, latents and order of the images in the synthesis")
 
-    card = Card(
-        key="ship",
-        title="Improving Zero-Shot Generalization for CLIP with Synthesized Prompts",
-        arxiv="2307.07397",
-        family="prompt-learning",
-        task="few-shot classification",
-        trains="a feature generator, and what the wrapped method trains",
-        signal="labels",
-        requires=frozenset({"texts", "prompts"}),
-        new_classes=True,
-    )
-    tiny = {
-        "method": CoOp(n_ctx=6, lr=0.02, epochs=20, batch_size=8),
-        "encoder_width": 64,
-        "generator_width": 64,
-        "epochs": 10,
-    }
+    def _learn(self, model: Backbone, data: TrainingData, run: Run) -> None:
+        inner = unfitted(self)
+        if not (inner.kind == "features" or (inner.kind == "prompts" and not inner.learner.on_pixels)):
+            raise ClipadaptError(f"ship synthesises features, and {inner.card.key} learns from images.")
+        inner.fit(model, self._completed(model, data.support, run), val=data.val, report=run.report, resume=run.folder)
+        self._take(inner)
+        run.trained = inner.trained_parameters
 
-    def _fit_towers(self, backbone: Backbone, support: Dataset, val: Dataset | None, run: Run) -> None:
-        inner = self._unfitted()
-        if not isinstance(inner, FeatureMethod) and (not isinstance(inner, PromptMethod) or inner.reads_pixels):
-            raise ClipadaptError(f"ship synthesises features, and {inner.card.key} learns from pictures.")
+    def _completed(self, backbone: Backbone, support: Dataset, run: Run) -> Dataset:
+        """The support set with features of the classes without images; itself where there are none."""
         names = [*support.class_names, *(n for n in dict.fromkeys(self.new_classes) if n not in support.class_names)]
         empty = sorted(set(range(len(names))) - set(support.labels), key=lambda c: names[c])
         if not empty:
-            inner.fit(backbone, support, val=val, report=run.report, resume=run.folder)
-        else:
-            images, labels = encode_images(backbone, support).features, torch.tensor(support.labels)
-            synthesis = self._train(backbone, support.class_names, images, labels, run)
-            made = self._sample(backbone, synthesis, [names[c] for c in empty], self.per_class or max(support.counts))
-            images = torch.cat([images, made.flatten(0, 1)])
-            labels = torch.cat([labels, torch.tensor(empty).repeat_interleave(made.shape[1])])
-            self._fit_inner(inner, backbone, images, labels.tolist(), names, val, run)
-        self._take(inner)
+            return support
+        images, labels = encode_images(backbone, support).features, torch.tensor(support.labels)
+        synthesis = self._train(backbone, support.class_names, images, labels, run)
+        made = self._sample(backbone, synthesis, [names[c] for c in empty], self.per_class or max(support.counts))
+        items = [FeatureItem(f"feature {i}", x) for i, x in enumerate(torch.cat([images, made.flatten(0, 1)]))]
+        more = torch.tensor(empty).repeat_interleave(made.shape[1]).tolist()
+        return Dataset([*items], [*support.labels, *more], names, name="real and synthesised features")
 
     def _train(
         self, backbone: Backbone, class_names: Sequence[str], images: Tensor, labels: Tensor, run: Run
@@ -149,9 +140,9 @@ class Ship(Method):
         def loss_of(step: tuple[int, Tensor]) -> Tensor:
             x, y = images[step[1]].to(device), labels[step[1]].to(device)
             mean, log_var = synthesis(x)
-            noise = torch.randn(mean.shape, generator=_generator(self.seed, step[0])).to(device)
+            noise = torch.randn(mean.shape, generator=stream(self.seed, step[0])).to(device)
             contexts = synthesis.contexts(mean + (0.5 * log_var).exp() * noise)  # (B, n, W)
-            # every picture has a context of its own, so only its own class is encoded: B prompts, not B x C
+            # every image has a context of its own, so only its own class is encoded: B prompts, not B x C
             encoder = backbone.prompt_encoder(prompts.ids[y])
             made = encoder([Insertion(contexts, at=prompts.rows[y])])  # (B, D)
             return synthesis_loss(made, x, mean, log_var, self.kl)
@@ -163,54 +154,26 @@ class Ship(Method):
     @torch.no_grad()
     def _sample(self, backbone: Backbone, synthesis: Synthesis, names: Sequence[str], count: int) -> Tensor:
         """`count` unit features of each class (K, count, D)."""
-        latents = torch.randn(count, backbone.dim, generator=_generator(self.seed, 0)).to(backbone.device)
+        latents = torch.randn(count, backbone.dim, generator=stream(self.seed, 0)).to(backbone.device)
         prompts = ClassPrompts(backbone, names, self.n_ctx)
         return prompts.encode(synthesis.contexts(latents)[:, None]).transpose(0, 1).cpu()
 
-    def _fit_inner(
-        self,
-        inner: FeatureMethod | PromptMethod,
-        backbone: Backbone,
-        images: Tensor,
-        labels: list[int],
-        names: list[str],
-        val: Dataset | None,
-        run: Run,
-    ) -> None:
-        items = [FeatureItem(f"feature {i}", x) for i, x in enumerate(images)]
-        data = Dataset([*items], labels, names, name="real and synthesised features")
-        inner.fit(backbone, data, val=val, report=run.report, resume=run.folder)
+    def _take(self, inner: Any) -> None:
+        """The classes are those of the wrapped method, which alone is kept."""
+        self.inner_, self.class_names_ = [inner], inner.class_names_
 
-    def _unfitted(self) -> Any:
-        keyed = isinstance(self.method, str)
-        return create(self.method, templates=self.templates) if keyed else replace(self.method)  # never fitted twice
-
-    def _take(self, inner: Method) -> None:
-        """What the wrapped method has learned is what this one has learned, and is saved as such."""
-        vars(self).update({name: value for name, value in vars(inner).items() if name.endswith("_")})
-        self._inner = inner
-
-    def _restore(self, backbone: Backbone | None) -> None:
-        inner = self._unfitted()
-        vars(inner).update({name: value for name, value in vars(self).items() if name.endswith("_")})
-        inner._restore(backbone)
-        self._take(inner)
-
-    def with_classes(self, class_names: Sequence[str]) -> Ship:
-        """The wrapped method for other classes, if it can be; nothing is synthesised for them."""
-        self._fitted("backbone_")
-        other = copy.copy(self)
-        other._take(self._inner.with_classes(class_names))
-        return other
-
-    def _logits(self, images: Tensor) -> Tensor:
-        return self._inner._logits(images)  # (N, C)
+    def _reclassify(self, model: Any) -> None:
+        self._take(self.inner_[0].with_classes(self.class_names_))  # nothing is synthesised for them
 
     @property
-    def trained_parameters(self) -> int:
-        return self._inner.trained_parameters
+    def encoder(self) -> Any:
+        """That of the wrapped method."""
+        return self._fitted("inner_")[0].encoder
 
+    @property
+    def head(self) -> Any:
+        """That of the wrapped method."""
+        return self._fitted("inner_")[0].head
 
-def _generator(seed: int, number: int) -> torch.Generator:
-    """A stream for each step, so that a run that goes on draws what it would have drawn."""
-    return torch.Generator().manual_seed(1_000_003 * seed + number)
+    def _logits(self, images: Tensor) -> Tensor:
+        return self.inner_[0]._logits(images)  # (N, C)

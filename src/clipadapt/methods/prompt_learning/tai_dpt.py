@@ -1,29 +1,26 @@
-"""TaI-DPT: sentences stand in for training pictures, as both towers share one space; two kinds of prompts are learned.
+"""TaI-DPT: sentences stand in for training images, as both towers share one space; two kinds of prompts are learned.
 
     global  p_c = <h, G_c>          local  P_c = sum_j softmax_j(tau a_jc) a_jc,   a_jc = <H_j, L_c>
     min over both contexts of  rank(4 p, y) + rank(4 P, y)            at test  logits = s (p + P) / 2
 
 h is the feature of a sentence and H_j those of its tokens, each put through the projection; G and L are the class
 features under the global and the local context. rank is the hinge over pairs of a class that the sentence names (y)
-and one that it does not. At test h is the picture's feature and H_j are its patches', so no picture is learned from.
+and one that it does not. At test h is the image's feature and H_j are its patches', so no image is learned from.
 
 Guo et al., "Texts as Images in Prompt Tuning for Multi-Label Image Recognition" (arXiv 2211.12739). Read were the
 abstract and the overview figure; all else is from the official repository guozix/TaI-DPT (`Caption_distill_double`):
 16 vectors of each kind from N(0, 0.02), SGD 1e-4 (1e-3 for NUS-WIDE) over 20 epochs of batches of 512, tau 50 for
 tokens and 40 for patches (4 for NUS-WIDE), margin 1 at four times the cosine, compound names before words, sentences
-without a class dropped, template sentences of single classes (`templates`) beside the captions.
+without a class dropped, template sentences of single classes (`templates`) next to the captions.
 
 Departures. The repository has ResNets only, with the value path of their attention pool as patch features; here, as
 MaskCLIP (arXiv 2112.01071) does it in transformers, patches attend to themselves only in the last block. The global
-feature of a picture keeps its positions. Words are matched with their plurals, not lemmatised. The last epoch is kept,
-where the repository chooses one on test pictures. Without captions, sentences of two or three classes are made. s is
-the backbone's own factor instead of 4, which ranks the same. Mixing in prompts learned from pictures is left out.
+feature of an image keeps its positions. Words are matched with their plurals, not lemmatised. The last epoch is kept,
+where the repository chooses one on test images. Without captions, sentences of two or three classes are made. s is
+the backbone's own factor instead of 4, which ranks the same. Mixing in prompts learned from images is left out.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -34,21 +31,19 @@ from clipadapt.backbones import Backbone
 from clipadapt.data import class_texts
 from clipadapt.data.captions import made_sentences, named_classes, read_captions
 from clipadapt.errors import ClipadaptError
-from clipadapt.features import encode_images, other_tower
+from clipadapt.features import Adapted
 from clipadapt.losses.ranking import FACTOR, pairwise_ranking
-from clipadapt.methods.base import Card, hyper
-from clipadapt.methods.prompt_method import PromptLearner, PromptMethod
-from clipadapt.methods.registry import register
+from clipadapt.methods import Classifier, PromptLearner, PromptMethod, Run, TrainingData, hyper, method
 from clipadapt.nn.prompts import ClassPrompts, random_vectors, word_vectors
 from clipadapt.training.loop import batches, train
 from clipadapt.training.schedules import cosine_by_epoch
 
 
-def local_scores(rows: Tensor, texts: Tensor, sharpness: float, mask: Tensor | None = None) -> Tensor:
-    """Cosines of rows (B, L, D) with classes (C, D), for each class averaged over the rows that resemble it: (B, C)."""
-    cosines = rows @ texts.T  # (B, L, C)
+def local_scores(tokens: Tensor, texts: Tensor, sharpness: float, mask: Tensor | None = None) -> Tensor:
+    """Cosines of tokens (B, L, D) with classes (C, D), averaged for each class over those that resemble it: (B, C)."""
+    cosines = tokens @ texts.T  # (B, L, C)
     sharp = sharpness * cosines
-    if mask is not None:  # (B, L), false where there is no row
+    if mask is not None:  # (B, L), false where there is no token
         sharp = sharp.masked_fill(~mask[..., None], -torch.inf)
     return (sharp.softmax(1) * cosines).sum(1)
 
@@ -85,8 +80,12 @@ class Sentences:
 class DoubleLearner(PromptLearner):
     """A global and a local context for all classes, (2, 1, M, W)."""
 
-    def __init__(self, backbone: Backbone, class_names: Sequence[str], contexts: Tensor) -> None:
-        super().__init__(backbone, class_names)
+    def __init__(self, of: Any, backbone: Backbone, class_names: Sequence[str]) -> None:
+        super().__init__(of, backbone, class_names)
+        if of.init:
+            contexts = word_vectors(backbone, of.init).repeat(2, 1, 1, 1)
+        else:
+            contexts = random_vectors(2, 1, of.n_ctx, backbone.width("text"))
         self.contexts = nn.Parameter(contexts)
         self.prompts = ClassPrompts(backbone, class_names, contexts.shape[-2])
 
@@ -94,12 +93,21 @@ class DoubleLearner(PromptLearner):
         return self.prompts.encode(self.contexts)  # (2, C, D)
 
 
-@register
-@dataclass(kw_only=True)
-class TaIDPT(PromptMethod):
-    """Global and local context vectors learned from sentences; the pictures of a support set only set the threshold.
+@method(
+    "tai-dpt",
+    title="Texts as Images in Prompt Tuning for Multi-Label Image Recognition",
+    arxiv="2211.12739",
+    problem="multi-label recognition",
+    trains="global and local context vectors",
+    signal="none",
+    requires={"texts", "prompts", "patches", "attention"},
+    new_classes=True,
+    multi_label=True,
+)
+class TaIDPT(PromptMethod, Classifier):
+    """Global and local context vectors learned from sentences; the images of a support set only set the threshold.
 
-    For a multi-label model without any picture, fit on `MultiLabelDataset([], [], class_names)`.
+    For a multi-label model without any image, fit on `MultiLabelDataset([], [], class_names)`.
     """
 
     captions: Any = hyper(None, "sentences to learn from: a list, or a .txt or .jsonl file; by default they are made")
@@ -111,33 +119,17 @@ class TaIDPT(PromptMethod):
     epochs: int | None = hyper(20, "passes over the sentences (official code)", low=1)
     batch_size: int = hyper(512, "sentences a step (official code)", low=1)
     token_sharpness: float = hyper(50.0, "tau of a sentence's tokens (official code)", low=0)
-    patch_sharpness: float = hyper(40.0, "tau of a picture's patches (official code; 4 for NUS-WIDE)", low=0)
+    patch_sharpness: float = hyper(40.0, "tau of an image's patches (official code; 4 for NUS-WIDE)", low=0)
     patch_attention: str = hyper(
         "identity", "of patches in the last block: to themselves (value path), to alike values, as trained",
         choices=("identity", "vv", "qk"),
     )  # fmt: skip
     local_share: float = hyper(0.5, "share of the local score in the logits (official code)", low=0, high=1)
 
-    card = Card(
-        key="tai-dpt",
-        title="Texts as Images in Prompt Tuning for Multi-Label Image Recognition",
-        arxiv="2211.12739",
-        family="prompt-learning",
-        task="multi-label recognition",
-        trains="global and local context vectors",
-        signal="none",
-        requires=frozenset({"texts", "prompts", "patches", "attention"}),
-        new_classes=True,
-        multi_label=True,
-    )
-    tiny = {"init": "a photo of a", "sentences": 50, "epochs": 10, "batch_size": 64, "lr": 1e-2}
+    learner = DoubleLearner
+    head = None  # logits take patches, too
 
-    def _learner(self, backbone: Backbone, class_names: Sequence[str]) -> PromptLearner:
-        if self.init is not None:
-            return DoubleLearner(backbone, class_names, word_vectors(backbone, self.init).repeat(2, 1, 1, 1))
-        return DoubleLearner(backbone, class_names, random_vectors(2, 1, self.n_ctx, backbone.width("text")))
-
-    def _train(self, learner: PromptLearner, support: Any, run: Any, *args: Any) -> None:
+    def _train(self, learner: Any, data: TrainingData, run: Run, **more: Any) -> None:
         sentences = Sentences(learner.backbone, *self._sentences(learner.class_names))
         epochs = self.epochs or 20
         steps = batches(len(sentences.tokens), self.batch_size, epochs=epochs, seed=self.seed)
@@ -148,6 +140,7 @@ class TaIDPT(PromptMethod):
             steps,
             schedule=lambda step: cosine_by_epoch(step, per_epoch, epochs, 1e-5 / self.lr if self.lr else 0.0),
             run=run,
+            **more,
         )
 
     def _sentences(self, class_names: Sequence[str]) -> tuple[list[str], Tensor]:
@@ -171,11 +164,10 @@ class TaIDPT(PromptMethod):
             row[list(classes)] = True
         return texts, targets
 
-    def image_logits(self, images: Any, *, on_error: str = "raise", progress: bool = False) -> tuple[Tensor, list[int]]:
-        backbone = self._fitted("backbone_")
-        tower = other_tower(backbone, self._scores, len(self.class_names_))  # keeps (B, C), not the patches
-        encoded = encode_images(tower, images, cache=False, on_error=on_error, progress=progress)
-        return encoded.features, encoded.kept
+    @property
+    def encoder(self) -> Any:
+        """Images to logits (B, C): of their patches, which depend on the hyper-parameters, nothing is kept."""
+        return Adapted(self._model("it looks at no images"), self._scores, len(self.class_names_))
 
     def _scores(self, pixels: Tensor) -> Tensor:
         """(B, 3, H, W) -> logits (B, C)."""
@@ -188,4 +180,4 @@ class TaIDPT(PromptMethod):
         return backbone.logit_scale * scores
 
     def _logits(self, images: Tensor) -> Tensor:
-        raise ClipadaptError(f"{self.card.key} also looks at patches: give pictures to image_logits, not features.")
+        return images  # the encoder's

@@ -1,4 +1,4 @@
-"""VPT: learned tokens beside the patches, at the input or before every block; class texts and both towers stay frozen.
+"""VPT: learned tokens next to the patches, at the input or before every block; class texts and both towers are frozen.
 
     [x_0, E_0, P_0] -> block 1 -> [x_1, E_1, _], then P_1 in place of what became of P_0, and so on: "deep".
     "Shallow" (depth = 1) has P_0 only.        min over P of  CE(s x(P) T', y)
@@ -11,30 +11,24 @@ the norm before the first block; 8 tokens, depth 12, SGD 2.5e-3, 5 epochs, batch
 The depth is min(depth, blocks of the image tower).
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 
 from clipadapt.backbones import Backbone, Insertion
 from clipadapt.features import encode_classes
-from clipadapt.methods.base import Card, hyper
-from clipadapt.methods.prompt_method import PromptLearner, PromptMethod
-from clipadapt.methods.registry import register
+from clipadapt.methods import Classifier, PromptLearner, PromptMethod, hyper, method
 from clipadapt.nn.prompts import deep_vectors, visual_prompts
 
 
 class VisualPrompts(PromptLearner):
-    """Tokens (n, W) for each of the first blocks of the image tower, beside fixed class features (C, D)."""
+    """Tokens (n, W) for each of the first blocks of the image tower, and fixed class features (C, D)."""
 
-    def __init__(
-        self, backbone: Backbone, class_names: Sequence[str], visual: Sequence[Tensor], classes: Tensor
-    ) -> None:
-        super().__init__(backbone, class_names)
-        self.visual = nn.ParameterList(visual)
-        self.classes = classes.to(backbone.device)
+    def __init__(self, of: Any, backbone: Backbone, class_names: Sequence[str]) -> None:
+        super().__init__(of, backbone, class_names)
+        self.visual = nn.ParameterList(deep_vectors(backbone, "vision", of.n_ctx, of.depth))
+        self.classes = encode_classes(backbone, class_names, of.templates).to(backbone.device)
 
     def texts(self) -> Tensor:
         return self.classes
@@ -44,32 +38,22 @@ class VisualPrompts(PromptLearner):
         return visual_prompts(first, deeper)
 
 
-@register
-@dataclass(kw_only=True)
-class VPT(PromptMethod):
+@method(
+    "vpt",
+    title="Visual Prompt Tuning",
+    arxiv="2203.12119",
+    trains="tokens in the image tower",
+    requires={"texts", "prompts", "gradients"},
+    new_classes=True,
+)
+class VPT(PromptMethod, Classifier):
     """Learned tokens in the image tower; the classifier is the zero-shot one of `templates`."""
 
     n_ctx: int = hyper(8, "tokens before each block (MaPLe's baseline)", low=1)
     depth: int = hyper(12, "blocks that get tokens of their own, at most all; 1 is VPT-shallow", low=1)
     lr: float = hyper(2.5e-3, "SGD learning rate, momentum 0.9, weight decay 5e-4 (MaPLe's baseline)", low=0)
     epochs: int | None = hyper(5, "passes over the support set (MaPLe's baseline)", low=1)
-    batch_size: int = hyper(4, "pictures a step (MaPLe's baseline)", low=1)
+    batch_size: int = hyper(4, "images a step (MaPLe's baseline)", low=1)
     min_scale: float = hyper(0.08, "least area of the random crops, in (0, 1]; 1 is no augmentation", low=0.01, high=1)
 
-    card = Card(
-        key="vpt",
-        title="Visual Prompt Tuning",
-        arxiv="2203.12119",
-        family="prompt-learning",
-        task="few-shot classification",
-        trains="tokens in the image tower",
-        signal="labels",
-        requires=frozenset({"texts", "prompts", "gradients"}),
-        new_classes=True,
-    )
-    reads_pixels = True
-    tiny = {"lr": 0.01, "epochs": 40, "batch_size": 16, "min_scale": 1.0}
-
-    def _learner(self, backbone: Backbone, class_names: Sequence[str]) -> PromptLearner:
-        classes = encode_classes(backbone, class_names, self.templates)  # (C, D)
-        return VisualPrompts(backbone, class_names, deep_vectors(backbone, "vision", self.n_ctx, self.depth), classes)
+    learner = VisualPrompts
