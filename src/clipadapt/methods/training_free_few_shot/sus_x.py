@@ -70,7 +70,7 @@ class SusX(CacheMethod, Classifier):
     def _prepare(self, model: Any, data: TrainingData) -> TrainingData:
         if self.source is None:
             return data
-        return data.with_more(support_of(self.source, model, data.class_names, self.per_class, self.seed))
+        return data.with_more(support_of(self.source, model, data.class_names or [], self.per_class, self.seed))
 
     def _fit(self, support: Support, run: Run) -> None:
         if len(support.images) == 0:  # of fit_features: there is no backbone for a source

@@ -185,8 +185,10 @@ class Falip(ImageMethod, Classifier):
             for one, box in zip(images, boxes, strict=True)
         ]
         pixels, places = torch.stack([one.pixels for one in images]), torch.cat(placed)
-        masks = {"strength": self.strength, "sigma": self.sigma, "layers": self.layers}
-        return backbone.logit_scale * encode_regions(backbone, pixels, places, **masks) @ self._texts.T
+        features = encode_regions(
+            backbone, pixels, places, strength=self.strength, sigma=self.sigma, layers=self.layers
+        )
+        return backbone.logit_scale * features @ self._texts.T
 
     def _region(self, image: Image.Image) -> Tensor:
         """(4,) the best box; the whole image where nothing is found."""

@@ -31,7 +31,7 @@ from clipadapt.methods.tasks.classification import unit
 _BLOCK = 256  # images looked at together
 
 
-def retrieve(images: Tensor, memory: dict[str, Tensor], k: int, candidates: int) -> tuple[Tensor, Tensor]:
+def retrieve(images: Tensor, memory: Mapping[str, Tensor], k: int, candidates: int) -> tuple[Tensor, Tensor]:
     """The captions of images (N, D): their rows in `memory["texts"]` and which of these count, both (N, k').
 
     With images in the memory, only the captions of the `candidates` nearest ones come into question, each once.
