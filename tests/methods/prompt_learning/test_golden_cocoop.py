@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from clipadapt.methods.prompt_method import Batch
 
 import clipadapt
 from clipadapt.methods.prompt_learning import cocoop
 from clipadapt.methods.prompt_learning.cocoop import ConditionalLearner
 from clipadapt.methods.prompt_learning.coop import ContextLearner
+from clipadapt.methods.prompt_method import Batch
 from tests.golden import NAMES, Golden, assert_close, golden_backbone
 
 OURS = {

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from clipadapt.methods.prompt_method import Batch
 
 from clipadapt.methods.prompt_learning.coop import ContextLearner
+from clipadapt.methods.prompt_method import Batch
 from tests.golden import NAMES, Golden, assert_close, golden_backbone
 
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from clipadapt.methods.prompt_method import Batch
 from torch.nn.functional import cross_entropy
 
 from clipadapt.backbones import Insertion, load_backbone
 from clipadapt.methods import create
 from clipadapt.methods.prompt_learning.ivlp import IndependentPrompts
+from clipadapt.methods.prompt_method import Batch
 from clipadapt.nn.prompts import visual_prompts
 from tests.golden import NAMES, Golden, assert_close, golden_backbone
 from tests.methods.prompt_learning.test_golden_promptsrc import VARIANTS, parameter_names

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from clipadapt.methods.prompt_method import Batch
 from torch.nn.functional import cross_entropy
 
 import clipadapt
 from clipadapt.methods.prompt_learning.kgcoop import GuidedLearner, distance
+from clipadapt.methods.prompt_method import Batch
 from tests.golden import NAMES, Golden, assert_close, golden_backbone
 
 TEMPLATES = {"OxfordPets": "a photo of a {}, a type of pet.", "Caltech101": "a photo of a {}."}

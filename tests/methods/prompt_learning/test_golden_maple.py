@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from clipadapt.methods.prompt_method import Batch
 
 from clipadapt.methods import create
 from clipadapt.methods.prompt_learning.ivlp import IndependentPrompts
 from clipadapt.methods.prompt_learning.maple import CoupledPrompts
+from clipadapt.methods.prompt_method import Batch
 from clipadapt.nn.prompts import split_words
 from tests.golden import NAMES, Golden, assert_close, golden_backbone
 

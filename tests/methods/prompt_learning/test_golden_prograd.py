@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from clipadapt.methods.prompt_method import Batch
 from torch.nn.functional import cosine_similarity
 
 import clipadapt
 from clipadapt.errors import ClipadaptError
 from clipadapt.methods.prompt_learning.prograd import AlignedLearner, aligned
+from clipadapt.methods.prompt_method import Batch
 from clipadapt.nn.prompts import word_vectors
 from clipadapt.training.loop import train
 from tests.golden import NAMES, Golden, assert_close, golden_backbone

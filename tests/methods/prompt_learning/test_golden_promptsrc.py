@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from clipadapt.methods.prompt_method import Batch
 from torch.nn.functional import normalize
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
@@ -14,6 +13,7 @@ from clipadapt.data import class_texts
 from clipadapt.errors import ClipadaptError
 from clipadapt.methods import create
 from clipadapt.methods.prompt_learning.promptsrc import RegulatedPrompts, averaging, gaussian_weights, mean_texts
+from clipadapt.methods.prompt_method import Batch
 from clipadapt.training.loop import Run, train
 from tests.golden import NAMES, Golden, assert_close, golden_backbone
 from tests.pictures import colours

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from clipadapt.methods.prompt_method import Batch
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn.functional import cross_entropy, layer_norm, normalize
@@ -13,6 +12,7 @@ from clipadapt.backbones import load_backbone
 from clipadapt.features import encode_classes
 from clipadapt.methods import create
 from clipadapt.methods.prompt_learning.vpt import VisualPrompts
+from clipadapt.methods.prompt_method import Batch
 from tests.golden import NAMES, Golden, assert_close, golden_backbone
 from tests.methods.prompt_learning.test_golden_promptsrc import VARIANTS, parameter_names
 from tests.pictures import colours

@@ -6,13 +6,13 @@ import dataclasses
 
 import pytest
 import torch
-from clipadapt.methods.prompt_method import Batch
 from torch.nn.functional import cross_entropy, normalize
 
 from clipadapt.backbones import Backbone, Insertion, load_backbone
 from clipadapt.methods import create
 from clipadapt.methods.prompt_learning.coop import ContextLearner
 from clipadapt.methods.prompt_learning.gopro import StyleLearner, encode_with_statistics, views_of
+from clipadapt.methods.prompt_method import Batch
 from clipadapt.nn.prompts import word_vectors
 from tests.pictures import colours
 from tests.tiny import tiny_clip

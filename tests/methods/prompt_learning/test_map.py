@@ -6,7 +6,6 @@ import json
 
 import pytest
 import torch
-from clipadapt.methods.prompt_method import Batch
 from torch.nn.functional import cross_entropy, normalize
 
 import clipadapt
@@ -14,6 +13,7 @@ from clipadapt.backbones import Backbone, Insertion, load_backbone
 from clipadapt.errors import ClipadaptError
 from clipadapt.methods import create
 from clipadapt.methods.prompt_learning.map import GENERIC, AttributeLearner, described
+from clipadapt.methods.prompt_method import Batch
 from tests.pictures import COLOURS, colours
 from tests.tiny import tiny, tiny_clip
 

@@ -6,7 +6,6 @@ import math
 
 import pytest
 import torch
-from clipadapt.methods.prompt_method import Batch
 from torch import Tensor
 
 from clipadapt.backbones import Backbone, Insertion, load_backbone
@@ -16,6 +15,7 @@ from clipadapt.features import encode_images
 from clipadapt.methods import create
 from clipadapt.methods.prompt_learning.coop import ContextLearner
 from clipadapt.methods.prompt_learning.mocoop import MixtureLearner, general_groups, guidance, routing
+from clipadapt.methods.prompt_method import Batch
 from clipadapt.training.loop import seeded
 from tests.golden import assert_close
 from tests.pictures import colours

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from clipadapt.methods.tower_method import class_encoder, tower_parameters
 from torch.nn.functional import cross_entropy, normalize
 
 from clipadapt.backbones import load_backbone
@@ -12,6 +11,7 @@ from clipadapt.backbones.families import FAMILIES
 from clipadapt.features import encode_classes
 from clipadapt.methods import create
 from clipadapt.methods.robust_fine_tuning.full_fine_tune import layers_above
+from clipadapt.methods.tower_method import class_encoder, tower_parameters
 from tests.pictures import colours
 from tests.tiny import tiny, tiny_clip
 

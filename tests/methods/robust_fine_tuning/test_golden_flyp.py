@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from clipadapt.methods.tower_method import Captions
 from torch.nn.functional import cross_entropy, normalize
 
 import clipadapt
@@ -13,6 +12,7 @@ from clipadapt.data import class_texts
 from clipadapt.losses.contrastive import info_nce
 from clipadapt.losses.mpm_nce import mpm_nce
 from clipadapt.methods import create
+from clipadapt.methods.tower_method import Captions
 from tests.golden import Golden, assert_close, golden_backbone
 from tests.pictures import colours
 from tests.tiny import tiny_clip

@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from clipadapt.methods.tower_method import Captions
 from torch.func import functional_call
 from torch.nn.functional import cross_entropy, normalize
 
@@ -13,6 +12,7 @@ from clipadapt.backbones import load_backbone
 from clipadapt.data import class_texts
 from clipadapt.errors import ClipadaptError
 from clipadapt.methods import create
+from clipadapt.methods.tower_method import Captions
 from clipadapt.nn.adapters import put_back
 from clipadapt.training.loop import batches, seeded
 from clipadapt.training.schedules import cosine
