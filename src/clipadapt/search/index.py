@@ -28,12 +28,11 @@ from clipadapt.embeddings import Embeddings
 from clipadapt.errors import ArtifactError, ClipadaptError, unknown_name
 from clipadapt.features.retrieval import top
 from clipadapt.files import written_aside
-from clipadapt.methods import Method, load
+from clipadapt.methods import load
 from clipadapt.search.stores.registry import STORES, open_store
 from clipadapt.search.where import Where
 
 if TYPE_CHECKING:
-    from clipadapt.backbones import Backbone
     from clipadapt.search.stores.store import VectorStore
 
 FORMAT = 1  # raised when an older version of the library could not read index.json any more
@@ -77,7 +76,7 @@ class Index:
             self.check(self._given)
 
     @classmethod
-    def open(cls, folder: str | Path, model: Backbone | Method | str | Path | None = None) -> Index:
+    def open(cls, folder: str | Path, model: Any | str | Path | None = None) -> Index:
         """The embeddings in `folder` with the store that was made of them.
 
         Args:
@@ -104,7 +103,7 @@ class Index:
         return cls(embeddings, store, state["store"], model)
 
     @cached_property
-    def model(self) -> Backbone | Method:
+    def model(self) -> Any:
         """What encodes queries: a backbone or an adapted model."""
         if self._given is not None:
             return self._given
@@ -123,7 +122,7 @@ class Index:
         """Whether the model reads texts otherwise than the backbone it was adapted from."""
         return self.model.kind != "backbone" and self.model.adapts_texts
 
-    def check(self, model: Backbone | Method) -> None:
+    def check(self, model: Any) -> None:
         """Raise `ArtifactError` unless `model` sees pictures as they were embedded."""
         adapted = model.kind != "backbone"
         if adapted and model.backbone_ is None:

@@ -14,14 +14,13 @@ from clipadapt.features import encode_images
 from clipadapt.features.encoder import in_text_space
 
 if TYPE_CHECKING:
-    from clipadapt.backbones import Backbone
-    from clipadapt.methods.base import Method
+    pass
 
 Weighted = str | tuple[str, float]
 
 
 def query_vector(
-    model: Backbone | Method,
+    model: Any,
     texts: str | Sequence[Weighted] = (),
     images: Any = (),
     minus: str | Sequence[Weighted] = (),

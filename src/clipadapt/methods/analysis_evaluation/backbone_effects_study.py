@@ -29,7 +29,6 @@ from clipadapt.data import Dataset, MultiLabelDataset
 from clipadapt.data.splits import stratified_folds
 from clipadapt.errors import ClipadaptError
 from clipadapt.methods import Classifier, Run, TrainingData, Wrapper, hyper, method
-from clipadapt.methods.kinds.wrapper import unfitted
 from clipadapt.methods.tasks.classification import Head
 
 
@@ -121,7 +120,7 @@ class BackboneEffectsStudy(Wrapper, Classifier):
             raise ClipadaptError(f"{self.card.key}: backbones must be a list of names, not {self.backbones!r}.")
         towers = [model, *(load_backbone(source, model.device) for source in self.backbones)]
         self.inner_ = [self._fit_inner(tower, data.support, run) for tower in towers]
-        from_names = unfitted(self).card.signal == "none"
+        from_names = self._unfitted().card.signal == "none"
         judged = data.val if data.val is not None else data.support if from_names else None
         if judged is not None:
             logits, labels = [inner.image_logits(judged)[0] for inner in self.inner_], torch.tensor(judged.labels)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, ClassVar
 
 from clipadapt.methods.base import Method
@@ -21,7 +21,6 @@ def unfitted(wrapper: Any) -> Any:
     return replace(wrapper.method)
 
 
-@dataclass(kw_only=True)
 class Wrapper(Method):
     """Has a hyper-parameter `method`, a key or an unfitted method; write `_fit(model, data, run)`, which sets `inner_`.
 
@@ -29,7 +28,7 @@ class Wrapper(Method):
     """
 
     kind: ClassVar[str] = "wrapper"
-    inner_: ClassVar[list[Any]]
+    inner_: list[Any]
 
     def _learn(self, model: Any, data: TrainingData, run: Run) -> None:
         self._fit(model, data, run)
@@ -40,4 +39,8 @@ class Wrapper(Method):
 
     def _fit_inner(self, model: Any, support: Any, run: Run) -> Any:
         """The wrapped method, fitted; its training is reported, and kept until it ends, with this method's."""
-        return unfitted(self).fit(model, support, report=run.report, resume=run.folder)
+        return self._unfitted().fit(model, support, report=run.report, resume=run.folder)
+
+    def _unfitted(self) -> Any:
+        """See `unfitted`."""
+        return unfitted(self)

@@ -22,8 +22,8 @@ random crops. The official code keeps the epoch that is best on the test set; he
 
 The divergence is a sum over hundreds of entries against a distance below 2, so at the published weight the latent tells
 almost nothing: on the embedded model, features made of one class are within 0.002 (1 - cosine) of their mean, where
-those of images are within 0.27. What is made is then a prompt's text feature, and on drawn sketches (3 seeds) an untrained
-synthesis helped new classes about as much; a smaller `kl` spreads the features.
+those of images are within 0.27. What is made is then a prompt's text feature, and on drawn sketches (3 seeds) an
+untrained synthesis helped new classes about as much; a smaller `kl` spreads the features.
 """
 
 from collections.abc import Sequence
@@ -38,7 +38,6 @@ from clipadapt.data.items import FeatureItem
 from clipadapt.errors import ClipadaptError
 from clipadapt.features import encode_images
 from clipadapt.methods import Classifier, Run, TrainingData, Wrapper, hyper, method
-from clipadapt.methods.kinds.wrapper import unfitted
 from clipadapt.nn.prompts import ClassPrompts, random_vectors
 from clipadapt.training.loop import batches, seeded, train
 
@@ -107,7 +106,7 @@ class Ship(Wrapper, Classifier):
     seed: int = hyper(1, "initial values, latents and order of the images in the synthesis")
 
     def _learn(self, model: Backbone, data: TrainingData, run: Run) -> None:
-        inner = unfitted(self)
+        inner = self._unfitted()
         if not (inner.kind == "features" or (inner.kind == "prompts" and not inner.learner.on_pixels)):
             raise ClipadaptError(f"ship synthesises features, and {inner.card.key} learns from images.")
         inner.fit(model, self._completed(model, data.support, run), val=data.val, report=run.report, resume=run.folder)
