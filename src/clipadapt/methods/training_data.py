@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any
 
@@ -43,6 +43,11 @@ class TrainingData:
             support = Dataset(items=[], labels=[], class_names=list(class_names))
         names = None if class_names is None else list(class_names)
         return cls(support, val, unlabelled, names, task)
+
+    def with_more(self, more: Dataset) -> TrainingData:
+        """The same with the labelled images of `more`, whose class names are those of the support set, added to it."""
+        items, labels = [*self.support.items, *more.items], [*self.support.labels, *more.labels]
+        return replace(self, support=replace(self.support, items=items, labels=labels, domains=None))
 
     @property
     def labelled(self) -> int:
