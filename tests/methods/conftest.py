@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn.functional import normalize
 
-from clipadapt.methods.prompt_method import Batch
+from clipadapt.methods.kinds.prompts import Batch
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from sklearn.multiclass import OneVsRestClassifier
 from clipadapt.backbones import load_backbone
 from clipadapt.losses.ranking import pairwise_ranking
 from clipadapt.methods import create
-from clipadapt.methods.prompt_method import Batch
+from clipadapt.methods.kinds.prompts import Batch
 from clipadapt.metrics.multilabel import mean_average_precision
 from tests.tiny import tiny_clip
 
@@ -42,7 +42,7 @@ def test_linear_probe_chooses_its_strength_by_map_on_val():
 
 def test_coop_learns_by_the_ranking_loss():
     backbone = load_backbone(tiny_clip())
-    learner = create("coop", n_ctx=2)._learner(backbone, ["cat", "red house", "star"])
+    learner = create("coop", n_ctx=2).bind(backbone, ["cat", "red house", "star"])
     images = torch.nn.functional.normalize(torch.randn(4, backbone.dim), dim=-1)
     targets = torch.tensor([[1, 0, 0], [1, 1, 0], [0, 0, 0], [0, 1, 1]]).bool()
     loss = learner.loss(Batch(torch.arange(4), targets, images, None))
