@@ -26,20 +26,20 @@ def measure(precision: str, attention: str, tokens: int, dropped: float, chunk: 
     import torch
     from transformers import CLIPTokenizer
 
-    from clipadapt.backbones.scratch import scratch_clip
-    from clipadapt.training.contrastive import Towers, backward
+    from clipadapt.backbones.scratch import scratch_backbone
     from clipadapt.training.pairs import Batch
+    from clipadapt.training.towers import Towers, backward
 
     torch.set_num_threads(1)
     vocabulary = {f"word{index}": index for index in range(8000)} | {"<|startoftext|>": 8000, "<|endoftext|>": 8001}
-    model = scratch_clip(CLIPTokenizer(vocab=vocabulary, merges=[]))
-    model.set_attn_implementation(attention)
-    towers = Towers(model, precision).train()
+    backbone = scratch_backbone(CLIPTokenizer(vocab=vocabulary, merges=[]))
+    backbone.model.set_attn_implementation(attention)
+    towers = Towers(backbone, precision).train()
     generator = torch.Generator().manual_seed(0)
     ids = torch.full((PAIRS, tokens), 8001)
     ids[:, :7] = torch.randint(0, 8000, (PAIRS, 7), generator=generator)
     keep = torch.rand(PAIRS, 36, generator=generator).argsort(dim=1)[:, int(36 * dropped) :] if dropped else None
-    batch = Batch(torch.randn(PAIRS, 3, 48, 48, generator=generator), ids, keep)
+    batch = Batch({"image": torch.randn(PAIRS, 3, 48, 48, generator=generator)}, {"text": ids}, {}, keep)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     seconds = []
     for _ in range(REPEATS):

@@ -16,8 +16,8 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from transformers import CLIPModel, CLIPTokenizer
 
+from clipadapt.backbones import load_backbone
 from clipadapt.backbones.scratch import save_clip
 from clipadapt.data.corpus.pairs import Corpus
 from clipadapt.evaluation.studies.pretraining import corpus_hooks
@@ -32,13 +32,12 @@ def main() -> None:
     parser.add_argument("corpus", type=Path, help="folder of the corpus")
     options = parser.parse_args()
 
-    tokenizer = CLIPTokenizer.from_pretrained(options.run / "model")
-    save_clip(CLIPModel.from_pretrained(options.run / "model"), tokenizer, EMBEDDED, dtype=torch.float16)
+    trained = load_backbone(options.run / "model")
+    save_clip(trained.model, trained.tokenizer, EMBEDDED, dtype=torch.float16)
 
-    model = CLIPModel.from_pretrained(EMBEDDED, dtype=torch.float32).eval()
+    backbone = load_backbone(EMBEDDED)
     corpus = Corpus.open(options.corpus)
-    hooks = corpus_hooks(corpus, tokenizer, model.config.vision_config.image_size)
-    figures = {name: hook(model) for name, hook in hooks.items()}
+    figures = {name: hook(backbone) for name, hook in corpus_hooks(corpus, backbone.image_size[0]).items()}
     for name, values in figures.items():
         print(name, json.dumps(values))
 
@@ -56,9 +55,9 @@ def main() -> None:
             "pictures": facts["splits"],
         },
         "model": {
-            "parameters": sum(parameter.numel() for parameter in model.parameters()),
+            "parameters": sum(parameter.numel() for parameter in backbone.model.parameters()),
             "bytes": sum(file.stat().st_size for file in EMBEDDED.iterdir()),
-            "vocabulary": len(tokenizer),
+            "vocabulary": len(backbone.tokenizer),
         },
         "recipe": recipe,
         "versions": {name: version(name) for name in ("torch", "transformers")} | {"python": platform.python_version()},

@@ -1,7 +1,7 @@
 """Settings with which each method learns something in seconds on tiny data; for tests only.
 
-They were chosen by hand on noisy plain colours and digits that tests make, to make tests short. Nothing that the library
-reports was measured with them.
+They were chosen by hand on noisy plain colours and digits, to make tests short. Nothing that the library reports was
+measured with them.
 """
 
 from __future__ import annotations

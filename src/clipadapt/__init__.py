@@ -1,9 +1,11 @@
-"""clipadapt: make a pretrained CLIP-like vision-language model good at your pictures."""
+"""clipadapt: make a pretrained CLIP-like vision-language model good at your images."""
 
 from __future__ import annotations
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
+
+from clipadapt import renamed
 
 __version__ = "0.1.0"
 
@@ -38,6 +40,9 @@ if TYPE_CHECKING:
     from clipadapt.methods import create as create
     from clipadapt.methods import list_methods as list_methods
     from clipadapt.methods import load as load
+
+
+renamed.install()
 
 
 def __getattr__(name: str) -> Any:

@@ -8,7 +8,7 @@ from typing import Any
 
 
 def lazily(package: str, homes: Mapping[str, str]) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
-    """`__getattr__` and `__dir__` of `package`, whose public names are kept in other modules: `homes` maps name to module."""
+    """`__getattr__` and `__dir__` of `package`, whose public names are in other modules: `homes` says where."""
 
     def get(name: str) -> Any:
         if name not in homes:

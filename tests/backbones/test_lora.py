@@ -1,4 +1,4 @@
-"""Named linear layers of every family take peft's adapters: identity at the start, gradients everywhere."""
+"""Linear layers of every family take low-rank pairs, ours and peft's: the same ones, with gradients everywhere."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import torch
 
 from clipadapt.backbones import load_backbone
 from clipadapt.errors import BackboneError, ClipadaptError
+from clipadapt.nn.updates import LowRank
+from clipadapt.training.loop import seeded
 
 
 def names(backbone) -> set[str]:
@@ -15,31 +17,51 @@ def names(backbone) -> set[str]:
 
 
 @pytest.mark.parametrize("kinds", [("q", "v"), ("k", "o"), ("fc1", "fc2")])
-def test_lora_on_every_family(backbone, pixels, texts, kinds):
-    other = backbone.copy()
-    targets = other.target_modules("both", kinds)
+def test_low_rank_pairs_in_every_family(backbone, pixels, texts, kinds):
+    targets = backbone.target_modules("both", kinds)
     assert len(targets) == 2 * 3 * len(kinds)
-    config = peft.LoraConfig(r=2, target_modules=targets)
-    wrapped = peft.get_peft_model(other.model, config)
-    assert len(wrapped.targeted_module_names) == len(targets)
-    images, sentences = other.encode_images(pixels), other.encode_texts(texts)
-    torch.testing.assert_close(images, backbone.encode_images(pixels))  # B is zero at the start
-    torch.testing.assert_close(sentences, backbone.encode_texts(texts))
+    plain = backbone.encode_images(pixels), backbone.encode_texts(texts)
+    update = LowRank(backbone.model, targets, 2)
+    with update.attached(backbone.model):
+        images, sentences = backbone.encode_images(pixels), backbone.encode_texts(texts)
+    torch.testing.assert_close(images, plain[0], rtol=0, atol=0)  # B is zero at the start
+    torch.testing.assert_close(sentences, plain[1], rtol=0, atol=0)
     (images.sum(0)[0] + sentences.sum(0)[0]).backward()
-    ups = [parameter for name, parameter in other.model.named_parameters() if "lora_B" in name]
+    ups = [parameter for name, parameter in update.by_name().items() if name.endswith(".B")]
     assert len(ups) == len(targets)
     assert all(parameter.grad is not None and parameter.grad.abs().sum() > 0 for parameter in ups)
-    assert not any(p.requires_grad for name, p in other.model.named_parameters() if "lora" not in name)
+    assert all(parameter.grad is None for parameter in backbone.model.parameters())
 
 
-def test_merged_adapters_are_exported_and_change_the_fingerprint(clip, pixels, tmp_path):
+@pytest.mark.parametrize("kinds", [("q", "k", "v"), ("fc1", "fc2", "o")])
+def test_peft_draws_the_same_pairs_in_every_family(backbone, pixels, texts, kinds):
+    other = backbone.copy()
+    targets = other.target_modules("both", kinds)
+    with seeded(1):
+        wrapped = peft.get_peft_model(other.model, peft.LoraConfig(r=2, lora_alpha=3, target_modules=targets))
+    assert len(wrapped.targeted_module_names) == len(targets)
+    with seeded(1):
+        update = LowRank(backbone.model, targets, 2, scaling=1.5)
+    for name, parameter in update.by_name().items():
+        site, half = name.rsplit(".", 1)
+        theirs = getattr(other.model.get_submodule(site), f"lora_{half}")["default"].weight
+        assert torch.equal(parameter, theirs)
+        with torch.no_grad():
+            theirs += 0.1
+            parameter += 0.1
+    with update.attached(backbone.model):
+        torch.testing.assert_close(backbone.encode_images(pixels), other.encode_images(pixels), rtol=0, atol=1e-5)
+        torch.testing.assert_close(backbone.encode_texts(texts), other.encode_texts(texts), rtol=0, atol=1e-5)
+
+
+def test_merged_pairs_are_exported_and_change_the_fingerprint(clip, pixels, tmp_path):
     other = clip.copy()
-    wrapped = peft.get_peft_model(other.model, peft.LoraConfig(r=2, target_modules=other.target_modules("vision")))
-    for name, parameter in wrapped.named_parameters():
-        if "lora_" in name:
-            torch.nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(0))
-    adapted = other.encode_images(pixels).detach()
-    other.model = wrapped.merge_and_unload()
+    update = LowRank(other.model, other.target_modules("vision"), 2)
+    for parameter in update.parameters():
+        torch.nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(0))
+    with update.attached(other.model):
+        adapted = other.encode_images(pixels).detach()
+    other.model.load_state_dict(update.merged(other.model), strict=False)
     torch.testing.assert_close(other.encode_images(pixels), adapted, rtol=0, atol=1e-5)
     other.save(tmp_path / "merged")
     again = load_backbone(tmp_path / "merged")

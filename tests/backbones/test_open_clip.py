@@ -11,7 +11,8 @@ from PIL import Image
 from torch import nn
 from torch.nn.functional import normalize
 
-from clipadapt.backbones import Insertion, load_backbone
+from clipadapt.backbones import AttentionMode, Backbone, Insertion, load_backbone
+from clipadapt.backbones.two_towers import TwoTowers
 from clipadapt.errors import BackboneError
 
 
@@ -93,6 +94,25 @@ def test_fingerprint_and_copy(open_clip):
     with torch.no_grad():
         other.model.visual.proj.bias[0] += 1
     assert other.fingerprint != backbone.fingerprint
+    assert isinstance(backbone, TwoTowers)
+    assert not isinstance(backbone, Backbone)
+    third = backbone.with_weights({"visual.proj.bias": lambda bias: bias * 2})
+    pixels = torch.randn(2, 3, 16, 16)
+    assert not torch.equal(third.encode(pixels), backbone.encode(pixels))
+    assert third.fingerprint not in (backbone.fingerprint, other.fingerprint)
+    assert third.copy().image_fingerprint == third.image_fingerprint != backbone.image_fingerprint
+
+
+def test_fingerprints_are_those_of_before(open_clip):
+    """As the class computed them when it was a child of `Backbone`."""
+    with torch.no_grad():
+        for parameter in open_clip.model.parameters():
+            parameter.fill_(0.5)
+    backbone = load_backbone("open_clip:RN50/openai")
+    assert (backbone.fingerprint, backbone.image_fingerprint) == (
+        "03e87195605d560facfe211aceaaa6e4",
+        "9c46e46a4f2dcbc0d612419079f4728a",
+    )
 
 
 def test_everything_else_is_refused_by_name(open_clip, tmp_path):
@@ -110,6 +130,10 @@ def test_everything_else_is_refused_by_name(open_clip, tmp_path):
         lambda: backbone.inserted(text=[insertion]).__enter__(),
         lambda: backbone.attention("vv").__enter__(),
         lambda: backbone.save(tmp_path / "out"),
+        lambda: backbone.edited(AttentionMode("vv")),
+        lambda: backbone.tower("vision"),
+        lambda: backbone.prompt_encoder(torch.zeros(1, 9, dtype=torch.int64)),
+        lambda: backbone.project_rows(torch.zeros(1, 1, 5)),
     ):
         with pytest.raises(BackboneError, match="open_clip:RN50/openai comes through OpenCLIP, which encodes only"):
             refused()

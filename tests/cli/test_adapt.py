@@ -160,7 +160,7 @@ def test_unreadable_pictures_are_refused_or_skipped(adapt, photos, tmp_path):
     shutil.copytree(photos, damaged)
     broken = sorted((damaged / "red").iterdir())[0]
     broken.write_bytes(b"no picture")
-    assert f"{broken} is not a picture" in adapt("--shots", 5, source=damaged, code=1).stderr
+    assert f"{broken} is not an image" in adapt("--shots", 5, source=damaged, code=1).stderr
     document = json.loads(adapt("--shots", 5, "--on-error", "skip", "--json", source=damaged).stdout)
     assert [entry["picture"] for entry in document["data"]["unreadable"]] == [str(broken)]
     assert document["data"]["support"] + document["held_out"]["pictures"] == 31

@@ -49,7 +49,7 @@ def test_a_shard_that_fails_is_named_and_made_the_next_time(run, photos, backbon
     result = run(*command, "--json", code=1)
     document = json.loads(result.stdout)
     assert document["made"] == [0, 2]
-    assert document["failed"] == {"1": f"{bad} is empty (0 bytes); a picture file is needed."}
+    assert document["failed"] == {"1": f"{bad} is empty (0 bytes); an image file is needed."}
     assert "1 shard of 3 failed: 1; the same command makes only what is missing." in result.stderr
     document = json.loads(run(*command, "--on-error", "skip", "--json").stdout)
     assert (document["made"], document["pictures"], document["skipped"]) == ([1], 2, 1)

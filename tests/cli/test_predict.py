@@ -37,7 +37,7 @@ def test_unreadable_pictures_are_reported_and_the_rest_is_predicted(run, model, 
     bad.write_bytes(b"")
     result = run("predict", model, bad, good, missing, "--json", code=1)
     first, second, third = map(json.loads, result.stdout.splitlines())
-    assert first == {"file": str(bad), "error": f"{bad} is empty (0 bytes); a picture file is needed."}
+    assert first == {"file": str(bad), "error": f"{bad} is empty (0 bytes); an image file is needed."}
     assert len(second["predictions"]) == 3
     assert "No such file" in third["error"]
     assert "2 pictures of 3 could not be read" in result.stderr

@@ -1,4 +1,4 @@
-"""`clipadapt pretrain run` on a handful of pictures: it trains, can be continued, and ends in a plain folder."""
+"""`clipadapt pretrain run` on a handful of images: it trains, can be continued, and ends in a plain folder."""
 
 import json
 
@@ -20,7 +20,7 @@ RECIPE = {"preset": "tiny", "vocabulary": 560, "steps": 2, "batch_size": 4, "pre
 
 @pytest.fixture
 def corpus(tmp_path):
-    """One plain picture a colour, as `clipadapt pretrain corpus` keeps them."""
+    """One plain image a colour, as `clipadapt pretrain corpus` keeps them."""
     folder = tmp_path / "corpus"
     folder.mkdir()
     images = np.full((len(COLOURS), 64, 64, 4), 255, np.uint8)

@@ -1,4 +1,4 @@
-"""Small picture files that the readers' tests share."""
+"""Small image files that the readers' tests share."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ def _png(colour: tuple[int, int, int]) -> bytes:
 
 @pytest.fixture
 def png():
-    """colour -> an encoded 8 x 8 picture of that colour."""
+    """colour -> an encoded 8 x 8 image of that colour."""
     return _png
 
 
 @pytest.fixture
 def pets(tmp_path) -> Path:
-    """A folder of three classes with 2, 3 and 1 pictures, each of its own colour."""
+    """A folder of three classes with 2, 3 and 1 images, each of its own colour."""
     root = tmp_path / "pets"
     for row, (name, count) in enumerate({"cat": 2, "dog": 3, "great_owl": 1}.items()):
         (root / name).mkdir(parents=True)

@@ -27,7 +27,7 @@ def test_root_is_the_files_own_folder_by_default(pets):
     assert coop_split(write(pets, PARTS)).test.items[0].open().getpixel((0, 0)) == (0, 50, 0)
 
 
-def test_root_may_be_absent_until_a_picture_is_read(tmp_path):
+def test_root_may_be_absent_until_an_image_is_read(tmp_path):
     split = coop_split(write(tmp_path, PARTS), root=tmp_path / "later")
     assert split.few_shot(1, seed=1)[0].counts == [1, 1]
     with pytest.raises(DataError, match=r"later/cat/0\.png cannot be read"):
@@ -41,7 +41,7 @@ def test_real_split_files(shared):
         assert (*map(len, parts), len(split.train.class_names)) == sizes
 
 
-def test_real_pictures_are_where_the_split_says(shared):
+def test_real_images_are_where_the_split_says(shared):
     split = coop_split(
         shared / "data" / "coop-splits" / "split_zhou_Caltech101.json",
         root=shared / "data" / "caltech101" / "101_ObjectCategories",

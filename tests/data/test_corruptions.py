@@ -13,22 +13,8 @@ from PIL import Image
 
 from clipadapt.backbones import load_backbone
 from clipadapt.data import Playground
-from clipadapt.data.corruptions.kinds import (
-    _FUNCTIONS,
-    GROUPS,
-    KINDS,
-    PARAMETERS,
-    SEVERITIES,
-    SIDE,
-    _overwritten,
-    _scaled,
-    corrupt,
-    corrupted,
-    disk,
-    frost,
-    kinds_of,
-    plasma,
-)
+from clipadapt.data.corruptions.effects import EFFECTS, SIDE, _overwritten, _scaled, disk, frost, plasma
+from clipadapt.data.corruptions.kinds import GROUPS, KINDS, PARAMETERS, SEVERITIES, corrupt, corrupted, kinds_of
 from clipadapt.data.items import FeatureItem
 from clipadapt.errors import ClipadaptError, DataError
 from clipadapt.features import encode_images
@@ -56,7 +42,7 @@ def values(image: Image.Image) -> np.ndarray:
 
 def of(kind: str, severity: int, x: np.ndarray, seed: int = 0) -> np.ndarray:
     """The corruption before it is clipped and cut to 8 bits."""
-    return _FUNCTIONS[kind](x, PARAMETERS[kind][severity - 1], np.random.default_rng(seed))
+    return EFFECTS[kind](x, PARAMETERS[kind][severity - 1], np.random.default_rng(seed))
 
 
 def test_fifteen_kinds_in_four_groups():

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -29,6 +31,15 @@ def written(folder: Path, **fields) -> Path:
 
 def counts(split):
     return [len(split.train), len(split.val), len(split.test)]
+
+
+def test_no_module_of_data_needs_torch():
+    code = (
+        "import sys, pkgutil, importlib, clipadapt.data as data\n"
+        "for module in pkgutil.walk_packages(data.__path__, 'clipadapt.data.'): importlib.import_module(module.name)\n"
+        "sys.exit('torch' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
 @pytest.mark.parametrize("name", definitions())

@@ -1,15 +1,27 @@
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
+
 import numpy as np
 import pytest
 
-from clipadapt.data import Dataset, Split, find_duplicates, image_folder, image_list
+from clipadapt.data import (
+    BytesItem,
+    Dataset,
+    Examples,
+    Item,
+    Split,
+    as_items,
+    find_duplicates,
+    image_folder,
+    image_list,
+)
 from clipadapt.errors import ClipadaptError, DataError
 
 
 @pytest.fixture
 def letters() -> Dataset:
-    """Five classes with four pictures each, in two domains."""
+    """Five classes with four images each, in two domains."""
     labels = [c for _ in range(4) for c in range(5)]
     domains = ["photo", "sketch"] * 10
     return image_list([f"{i}.jpg" for i in range(20)], labels, list("abcde"), domains=domains, name="letters")
@@ -68,6 +80,71 @@ def test_split_folds_and_few_shot_return_disjoint_parts(letters):
     assert letters.few_shot(2, seed=1).paths == letters.few_shot(2, seed=1).paths != letters.few_shot(2, seed=2).paths
 
 
+def test_labels_are_the_targets_of_a_data_set(letters):
+    assert letters.targets == letters.labels
+    assert replace(letters, labels=[0] * 20).targets == [0] * 20
+    assert Dataset(letters.items, letters.labels, letters.class_names, letters.domains, "letters") == letters
+
+
+@dataclass(frozen=True)
+class Text(Item[str]):
+    name: str
+    text: str
+
+    def open(self) -> str:
+        return self.text
+
+    def digest(self) -> str:
+        return self.text.encode().hex()
+
+
+@dataclass(frozen=True, repr=False)
+class Translations(Examples[str]):
+    items: list[Item]
+    targets: list[str]
+    domains: list[str] | None = None
+    name: str = "translations"
+
+
+def test_examples_may_be_of_anything_and_have_any_target():
+    data = Translations([Text("1", "one"), Text("2", "two")], ["un", "deux"])
+    assert repr(data) == "Translations('translations': 2 items)"
+    assert repr(data.select([1])) == "Translations('translations': 1 items)"
+    assert data.select([1, 0]) == Translations(data.items[::-1], ["deux", "un"])
+    assert [item.open() for item in as_items(data)] == ["one", "two"]
+    with pytest.raises(DataError, match="translations: 2 items but 1 targets"):
+        Translations(data.items, ["un"])
+    assert not isinstance(data, Dataset)
+    assert isinstance(BytesItem("x", b""), Item)
+
+
+def test_a_stream_gives_every_class_and_image_to_one_step(letters):
+    steps = letters.stream(tasks=2, seed=None)
+    assert [step.name for step in steps] == ["task 1", "task 2"]
+    assert [step.data.class_names for step in steps] == [["a", "b", "c"], ["d", "e"]]
+    assert [step.class_names for step in steps] == [["a", "b", "c"], ["a", "b", "c", "d", "e"]]
+    assert [step.data.counts for step in steps] == [[4, 4, 4], [4, 4]]
+    assert sorted(path for step in steps for path in step.data.paths) == sorted(letters.paths)
+    assert steps[1].data == replace(letters.only(["d", "e"]), name="letters, task 2")
+    assert letters.stream(tasks=2, seed=0) == steps, "0 is the given order too"
+
+
+def test_a_stream_is_drawn_by_its_seed_alone(letters):
+    orders = {tuple(letters.stream(2, seed=seed)[-1].class_names) for seed in range(1, 9)}
+    assert len(orders) > 4
+    train, test = letters.split(test=0.25)
+    for seed in (1, 2):
+        assert [s.class_names for s in train.stream(2, seed)] == [s.class_names for s in test.stream(2, seed)]
+    (only,) = letters.stream(tasks=1, seed=None)
+    assert (only.data.labels, only.class_names) == (letters.labels, letters.class_names)
+
+
+@pytest.mark.parametrize("tasks", [0, 3, -1])
+def test_a_stream_has_at_least_two_classes_a_task(letters, tasks):
+    with pytest.raises(DataError, match=f"5 classes do not make {tasks} tasks; there must be a task, and at least two"):
+        letters.stream(tasks)
+
+
 def test_published_split_samples_before_it_halves(letters):
     split = Split(letters, letters, letters)
     train, val = split.few_shot(16, seed=1)
@@ -96,10 +173,10 @@ def test_duplicates_are_found_by_content(pets):
 @pytest.mark.parametrize(
     ("fields", "sentence"),
     [
-        ({"labels": [0]}, "toys: 2 pictures but 1 labels"),
+        ({"labels": [0]}, "toys: 2 items but 1 labels"),
         ({"labels": [0, 2]}, "label 2 does not point into its 2 class names"),
         ({"labels": [0, -1]}, "label -1 does not point"),
-        ({"domains": ["x"]}, "2 pictures but 1 domains"),
+        ({"domains": ["x"]}, "2 items but 1 domains"),
     ],
 )
 def test_inconsistent_lists_are_refused(letters, fields, sentence):
@@ -118,10 +195,10 @@ def test_labels_may_be_names_numbers_or_arrays():
 @pytest.mark.parametrize(
     ("labels", "class_names", "sentence"),
     [
-        (["cat", None], None, "picture 1 has the label None"),
-        ([0.5, 1.0], None, r"picture 0 has the label 0\.5; a class name or integer is needed"),
-        ([["cat"], ["cat", "dog"]], None, r"picture 0 has the label \['cat'\]"),
-        (["cat"], None, "2 pictures but 1 labels"),
+        (["cat", None], None, "image 1 has the label None"),
+        ([0.5, 1.0], None, r"image 0 has the label 0\.5; a class name or integer is needed"),
+        ([["cat"], ["cat", "dog"]], None, r"image 0 has the label \['cat'\]"),
+        (["cat"], None, "2 items but 1 labels"),
         (["cat", "dgo"], ["cat", "dog"], "Unknown class 'dgo'; did you mean 'dog'?"),
         ([0, 5], ["cat", "dog"], "label 5 does not point into its 2 class names"),
         ([0, 1], "cat", "class_names is the string 'cat'; a list of names is needed"),
@@ -132,6 +209,6 @@ def test_unusable_labels_are_refused(labels, class_names, sentence):
         image_list(["a.jpg", "b.jpg"], labels, class_names)
 
 
-def test_a_list_without_pictures_is_refused():
-    with pytest.raises(DataError, match="pictures holds no picture"):
+def test_a_list_without_images_is_refused():
+    with pytest.raises(DataError, match="images holds no image"):
         image_list([], [])

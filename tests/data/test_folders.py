@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 
-from clipadapt.data import image_folder, picture_files
+from clipadapt.data import image_files, image_folder
 from clipadapt.errors import DataError
 
 
@@ -15,7 +15,7 @@ def test_one_class_per_sub_folder(pets):
     assert data.counts == [2, 3, 1]
     assert data.paths[:3] == [str(pets / "cat" / "0.png"), str(pets / "cat" / "1.png"), str(pets / "dog" / "0.png")]
     assert data.items[3].open().getpixel((0, 0)) == (50, 50, 0)
-    assert repr(data) == "Dataset('pets': 6 pictures, 3 classes)"
+    assert repr(data) == "Dataset('pets': 6 images, 3 classes)"
 
 
 def test_deeper_folders_and_upper_case_endings_belong_to_the_class(pets):
@@ -36,8 +36,8 @@ def test_hidden_files_and_other_files_are_skipped(pets):
     assert data.counts == [2, 3, 1]
 
 
-def test_picture_files_of_a_flat_folder(pets):
-    assert picture_files(pets / "cat") == [str(pets / "cat" / "0.png"), str(pets / "cat" / "1.png")]
+def test_image_files_of_a_flat_folder(pets):
+    assert image_files(pets / "cat") == [str(pets / "cat" / "0.png"), str(pets / "cat" / "1.png")]
 
 
 def test_each_wrong_root_has_its_sentence(tmp_path, pets):
@@ -48,10 +48,10 @@ def test_each_wrong_root_has_its_sentence(tmp_path, pets):
     archive = shutil.make_archive(str(tmp_path / "photos"), "zip", pets)
     with pytest.raises(DataError, match=r"photos\.zip is an archive; unpack it and give the folder"):
         image_folder(archive)
-    with pytest.raises(DataError, match="cat holds 2 pictures and no sub-folders; put the pictures of each class"):
+    with pytest.raises(DataError, match="cat holds 2 images and no sub-folders; put the images of each class"):
         image_folder(pets / "cat")
     (pets / "empty").mkdir()
-    with pytest.raises(DataError, match=r"The class folder .*empty holds no pictures"):
+    with pytest.raises(DataError, match=r"The class folder .*empty holds no images"):
         image_folder(pets)
 
 

@@ -27,7 +27,7 @@ def test_columns_are_found_by_their_types(pets):
     assert data.items[1].open().getpixel((0, 0)) == (50, 50, 0)
 
 
-def test_pictures_stored_in_the_data_set_are_read_without_files(pets):
+def test_images_stored_in_the_data_set_are_read_without_files(pets):
     source = table(pets).map(lambda row: row, load_from_cache_file=False)
     source = datasets.Dataset.from_list(
         [{"img": {"bytes": (pets / "cat/1.png").read_bytes(), "path": None}, "kind": 0}], features=source.features
@@ -68,7 +68,7 @@ def test_each_wrong_data_set_has_its_sentence(pets):
         hub_dataset(whole.to_iterable_dataset())
     with pytest.raises(DataError, match="has no column 'label'; its columns are: img, kind"):
         hub_dataset(whole, label="label")
-    with pytest.raises(DataError, match="The column 'kind' does not hold pictures"):
+    with pytest.raises(DataError, match="The column 'kind' does not hold images"):
         hub_dataset(whole, image="kind")
     with pytest.raises(DataError, match="0 columns are of type ClassLabel; name one by label=…: img, kind"):
         hub_dataset(table(pets, Value("int64"), [1, 2]))

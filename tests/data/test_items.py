@@ -1,4 +1,4 @@
-"""Every kind of picture file has one defined outcome: upright 8-bit RGB, or one clear sentence that names it."""
+"""Every kind of image file has one defined outcome: upright 8-bit RGB, or one clear sentence that names it."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ def noise(size=(32, 24), mode="RGB"):
 
 
 def test_rgb_is_returned_as_stored(tmp_path):
-    picture = noise()
-    opened = save(picture, tmp_path / "a.png").open()
+    image = noise()
+    opened = save(image, tmp_path / "a.png").open()
     assert opened.mode == "RGB"
-    assert opened.tobytes() == picture.tobytes()
+    assert opened.tobytes() == image.tobytes()
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -44,7 +44,7 @@ def test_exif_orientation_is_applied(tmp_path, orientation):
     assert item.open().size == ((32, 24) if orientation < 5 else (24, 32))
 
 
-def test_damaged_exif_leaves_the_picture_readable(tmp_path):
+def test_damaged_exif_leaves_the_image_readable(tmp_path):
     broken = b"Exif\x00\x00MS\x00*\x00\x00\x00\x08" + bytes(20)
     item = save(noise(), tmp_path / "odd.png", exif=broken)
     assert item.open().size == (32, 24)
@@ -94,20 +94,20 @@ def test_an_animation_gives_its_first_frame(tmp_path, ending):
 
 
 @pytest.mark.parametrize("ending", ["jpg", "png", "webp", "gif", "tif", "bmp"])
-def test_a_truncated_picture_is_refused(tmp_path, ending):
+def test_a_truncated_image_is_refused(tmp_path, ending):
     item = save(noise(), tmp_path / f"cut.{ending}")
     data = item.read()
     (tmp_path / f"cut.{ending}").write_bytes(data[: len(data) // 2])
-    with pytest.raises(DataError, match=rf"cut\.{ending} is (a damaged or truncated|not a) picture"):
+    with pytest.raises(DataError, match=rf"cut\.{ending} is (a damaged or truncated|not an) image"):
         item.open()
 
 
-def test_a_corrupt_picture_is_refused(tmp_path):
+def test_a_corrupt_image_is_refused(tmp_path):
     item = save(noise(), tmp_path / "bad.png")
     data = bytearray(item.read())
     data[60:200] = bytes(140)
     (tmp_path / "bad.png").write_bytes(data)
-    with pytest.raises(DataError, match=r"bad\.png is a damaged or truncated picture"):
+    with pytest.raises(DataError, match=r"bad\.png is a damaged or truncated image"):
         item.open()
 
 
@@ -118,15 +118,15 @@ def test_an_empty_file_is_refused(tmp_path):
 
 
 def test_a_text_file_is_refused(tmp_path):
-    (tmp_path / "note.jpg").write_text("not a picture")
-    with pytest.raises(DataError, match=r"note\.jpg is not a picture in a format that can be read"):
+    (tmp_path / "note.jpg").write_text("not an image")
+    with pytest.raises(DataError, match=r"note\.jpg is not an image in a format that can be read"):
         FileItem(str(tmp_path / "note.jpg")).open()
 
 
 def test_a_missing_file_and_a_folder_are_refused(tmp_path):
     with pytest.raises(DataError, match=r"gone\.jpg cannot be read: No such file"):
         FileItem(str(tmp_path / "gone.jpg")).open()
-    with pytest.raises(DataError, match="is a folder, not a picture"):
+    with pytest.raises(DataError, match="is a folder, not an image"):
         FileItem(str(tmp_path)).digest()
 
 
@@ -146,7 +146,7 @@ def test_16_bit_colour_keeps_its_high_bytes():
     assert (opened.getpixel((0, 0)), opened.getpixel((1, 0))) == ((0xFF, 0x80, 0), (0x12, 0xAB, 0))
 
 
-def test_an_enormous_picture_is_refused_before_it_is_decoded(monkeypatch):
+def test_an_enormous_image_is_refused_before_it_is_decoded(monkeypatch):
     item = BytesItem("bomb.png", png(50_000, 50_000, 8, 2, b""))
     with pytest.raises(DataError, match=r"bomb\.png has more than 178,956,970 pixels; shrink it first"):
         item.open()
@@ -170,7 +170,7 @@ def test_digest_follows_the_content_not_the_name(tmp_path):
     assert len(first.digest()) == 32
 
 
-def test_digest_of_decoded_and_generated_pictures():
+def test_digest_of_decoded_and_generated_images():
     wide, tall = ImageItem("wide", Image.new("RGB", (4, 2))), ImageItem("tall", Image.new("RGB", (2, 4)))
     assert wide.digest() == ImageItem("again", Image.new("RGB", (4, 2))).digest() != tall.digest()
     one, two = (GeneratedItem("drawn", key, noise) for key in ("noise 1", "noise 2"))
@@ -178,7 +178,7 @@ def test_digest_of_decoded_and_generated_pictures():
     assert one.open().tobytes() == noise().tobytes()
 
 
-def test_part_of_a_file_is_a_picture(tmp_path):
+def test_part_of_a_file_is_an_image(tmp_path):
     encoded = BytesIO()
     noise().save(encoded, "PNG")
     (tmp_path / "pack").write_bytes(b"before" + encoded.getvalue() + b"after")
@@ -215,14 +215,14 @@ def test_as_items_takes_every_usual_form(tmp_path):
 @pytest.mark.parametrize(
     ("images", "sentence"),
     [
-        (np.zeros((8, 8, 3), np.uint8), r"shape \(N,H,W,3\) or \(N,H,W\), not \(8, 8, 3\); put a single picture in a"),
-        (np.zeros((2, 8, 8)), "Picture 0 is an array of float64; uint8 values 0 to 255 are needed"),
-        (np.zeros((2, 8, 8, 5), np.uint8), r"Picture 0 has shape \(8, 8, 5\)"),
-        (["a.jpg", 3], "Picture 1 is a int; a path, PIL image or uint8 array is needed"),
+        (np.zeros((8, 8, 3), np.uint8), r"shape \(N,H,W,3\) or \(N,H,W\), not \(8, 8, 3\); put a single image in a"),
+        (np.zeros((2, 8, 8)), "Image 0 is an array of float64; uint8 values 0 to 255 are needed"),
+        (np.zeros((2, 8, 8, 5), np.uint8), r"Image 0 has shape \(8, 8, 5\)"),
+        (["a.jpg", 3], "Image 1 is a int; a path, PIL image or uint8 array is needed"),
         (7, "not int"),
     ],
 )
-def test_as_items_refuses_what_is_not_a_picture(images, sentence):
+def test_as_items_refuses_what_is_not_an_image(images, sentence):
     with pytest.raises(DataError, match=sentence):
         as_items(images)
 
@@ -249,7 +249,7 @@ def test_a_head_that_tells_less_or_nothing(monkeypatch):
     monkeypatch.setattr("PIL.ImageFile.ImageFile.load", None)  # nothing is decoded
     assert items.header(png.getvalue()) == {"width": 32, "height": 24}
     assert items.header(jpeg.getvalue()) == {"width": 32, "height": 24, "taken": None}
-    assert items.header(b"") == items.header(b"no picture") == items.header(jpeg.getvalue()[:20]) == {}
+    assert items.header(b"") == items.header(b"no image") == items.header(jpeg.getvalue()[:20]) == {}
 
 
 def test_a_jpeg_is_reduced_only_as_far_as_was_asked(tmp_path):

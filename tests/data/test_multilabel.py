@@ -32,7 +32,7 @@ def many() -> MultiLabelDataset:
 def test_what_a_data_set_says_of_itself(rooms):
     assert len(rooms) == 6
     assert rooms.counts == [2, 2, 2, 1, 2]
-    assert repr(rooms) == "MultiLabelDataset('rooms': 6 pictures, 5 classes)"
+    assert repr(rooms) == "MultiLabelDataset('rooms': 6 images, 5 classes)"
     assert rooms.targets.dtype == bool
     assert rooms.targets.astype(int).tolist() == [
         [1, 0, 0, 0, 0],
@@ -71,11 +71,11 @@ def test_a_picture_can_be_in_base_and_in_new(rooms):
 @pytest.mark.parametrize(
     ("fields", "sentence"),
     [
-        ({"labels": [frozenset()]}, "toys: 2 pictures but 1 labels"),
+        ({"labels": [frozenset()]}, "toys: 2 items but 1 labels"),
         ({"labels": [frozenset(), frozenset({0, 2})]}, "label 2 does not point into its 2 class names"),
         ({"labels": [frozenset({-1}), frozenset()]}, "label -1 does not point"),
         ({"labels": [frozenset(), 1]}, r"toys: the labels of picture 1 are 1; a frozenset is needed"),
-        ({"domains": ["x"]}, "2 pictures but 1 domains"),
+        ({"domains": ["x"]}, "2 items but 1 domains"),
     ],
 )
 def test_inconsistent_lists_are_refused(rooms, fields, sentence):

@@ -12,21 +12,16 @@ import sys
 import numpy as np
 import pytest
 
+from clipadapt.data.playground.composition import CONTAINERS, COUNTS, RELATIONS
 from clipadapt.data.playground.drawing import (
-    COLOURS,
-    CONTAINERS,
-    COUNTS,
     HELDOUT_KINDS,
     HELDOUT_STYLE,
     KINDS,
-    RELATIONS,
-    STYLES,
-    TEXTURES,
     TRAIN_KINDS,
     TRAIN_STYLES,
     Playground,
 )
-from clipadapt.data.playground.styles import distance
+from clipadapt.data.playground.styles import COLOURS, STYLES, TEXTURES, distance
 from clipadapt.errors import ClipadaptError, DataError
 
 SCENES = [Playground(seed=5).scene(index) for index in range(300)]

@@ -26,8 +26,8 @@ def test_shards_written_by_the_library_are_read_in_place(tmp_path):
     for number in range(2):
         with wds.TarWriter(str(tmp_path / f"pets-{number}.tar")) as writer:
             for index in range(3):
-                picture = Image.new("RGB", (8, 8), (number * 100, index * 100, 0))
-                writer.write({"__key__": f"sample{index}", "png": picture, "cls": index % 2})
+                image = Image.new("RGB", (8, 8), (number * 100, index * 100, 0))
+                writer.write({"__key__": f"sample{index}", "png": image, "cls": index % 2})
     data = webdataset(tmp_path / "pets-*.tar", class_names=["cat", "dog"])
     assert (data.class_names, data.labels) == (["cat", "dog"], [0, 1, 0] * 2)
     assert data.paths[4] == f"{tmp_path / 'pets-1.tar'}:sample1.png"
@@ -45,29 +45,29 @@ def test_labels_in_json_and_text(tmp_path, png):
     assert webdataset(write(tmp_path / "b.tar", {"1.cls": b"ape\n", "1.png": png((0, 0, 0))})).class_names == ["ape"]
 
 
-def test_samples_without_a_picture_are_left_out(tmp_path, png):
+def test_samples_without_an_image_are_left_out(tmp_path, png):
     shard = write(tmp_path / "a.tar", {"1.txt": b"caption", "2.png": png((0, 0, 0)), "2.cls": b"0"})
     assert len(webdataset(shard)) == 1
 
 
 def test_each_wrong_shard_has_its_sentence(tmp_path, png):
-    picture = {"1.png": png((0, 0, 0))}
+    image = {"1.png": png((0, 0, 0))}
     with pytest.raises(DataError, match=r"none-\*\.tar names no shard"):
         webdataset(tmp_path / "none-*.tar")
     with pytest.raises(DataError, match="An empty list names no shard"):
         webdataset([])
     with pytest.raises(DataError, match=r"a\.tar, sample '1' has no label; a \.cls file or a \.json file with"):
-        webdataset(write(tmp_path / "a.tar", picture))
+        webdataset(write(tmp_path / "a.tar", image))
     with pytest.raises(DataError, match=r"sample '1' has no label"):
-        webdataset(write(tmp_path / "a.tar", picture | {"1.json": json.dumps({"class": 1}).encode()}))
+        webdataset(write(tmp_path / "a.tar", image | {"1.json": json.dumps({"class": 1}).encode()}))
     with pytest.raises(DataError, match=r"sample '1': its \.json is not valid"):
-        webdataset(write(tmp_path / "a.tar", picture | {"1.json": b"{"}))
+        webdataset(write(tmp_path / "a.tar", image | {"1.json": b"{"}))
     with pytest.raises(DataError, match=r"b\.tar\.gz cannot be read as an uncompressed tar file"):
-        webdataset(write(tmp_path / "b.tar.gz", picture, "w:gz"))
-    with pytest.raises(DataError, match="shards holds no picture"):
+        webdataset(write(tmp_path / "b.tar.gz", image, "w:gz"))
+    with pytest.raises(DataError, match="shards holds no image"):
         webdataset(write(tmp_path / "c.tar", {"1.txt": b"x"}))
     with pytest.raises(ClipadaptError, match="Unknown class 'gnu'"):
-        webdataset(write(tmp_path / "d.tar", picture | {"1.cls": b"gnu"}), class_names=["cat"])
+        webdataset(write(tmp_path / "d.tar", image | {"1.cls": b"gnu"}), class_names=["cat"])
 
 
 def test_a_shard_cut_short_is_refused(tmp_path, png):

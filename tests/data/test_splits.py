@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from clipadapt.data import coop_split
-from clipadapt.data.splits import sample_shots, stratified_folds, stratified_split
+from clipadapt.data.splits import class_groups, sample_shots, stratified_folds, stratified_split
 from clipadapt.errors import DataError
 
 PUBLISHED = {"caltech101": "split_zhou_Caltech101.json", "dtd": "split_zhou_DescribableTextures.json"}
@@ -83,3 +83,13 @@ def test_impossible_requests_are_refused():
         stratified_split(LABELS, 30, 0)
     with pytest.raises(DataError, match=r"between 2 and the number of pictures \(18\), not 1"):
         stratified_folds(LABELS, 1, 0)
+
+
+@pytest.mark.parametrize(("classes", "tasks", "sizes"), [(19, 4, [5, 5, 5, 4]), (10, 5, [2] * 5), (3, 1, [3])])
+def test_groups_of_classes_differ_by_at_most_one(classes, tasks, sizes):
+    for seed in (None, 0, 1, 2):
+        groups = class_groups(classes, tasks, seed)
+        assert [len(group) for group in groups] == sizes
+        together = [c for group in groups for c in group]
+        assert sorted(together) == list(range(classes))
+        assert (together == sorted(together)) == (not seed)

@@ -87,9 +87,9 @@ def test_parquet_of_paths(pets):
     assert data.paths == [str(pets / "cat/0.png"), str(pets / "dog/0.png")]
 
 
-def test_parquet_of_encoded_pictures(pets):
-    pictures = [(pets / "cat/0.png").read_bytes(), (pets / "dog/1.png").read_bytes()]
-    pa.parquet.write_table(pa.table({"image": pictures, "label": ["cat", "dog"]}), pets / "t.parquet")
+def test_parquet_of_encoded_images(pets):
+    images = [(pets / "cat/0.png").read_bytes(), (pets / "dog/1.png").read_bytes()]
+    pa.parquet.write_table(pa.table({"image": images, "label": ["cat", "dog"]}), pets / "t.parquet")
     data = image_table(pets / "t.parquet")
     assert isinstance(data.items[1], BytesItem)
     assert data.paths[1] == f"{pets / 't.parquet'} row 2"
@@ -111,7 +111,7 @@ def test_parquet_written_by_datasets_brings_its_class_names(pets):
         ({"image": ["a.png"]}, "has no column 'label'; its columns are: image"),
         ({"image": ["cat/0.png", None], "label": [1, 2]}, r"t\.parquet row 2: the column 'image' is empty"),
         ({"image": ["cat/0.png"], "label": [float("nan")]}, r"t\.parquet row 1: the column 'label' is empty"),
-        ({"image": [7], "label": [1]}, r"t\.parquet row 1: a path or an encoded picture is needed, not int"),
+        ({"image": [7], "label": [1]}, r"t\.parquet row 1: a path or an encoded image is needed, not int"),
         ({"image": ["cat/7.png"], "label": [1]}, r"t\.parquet row 1: .*7\.png does not exist"),
     ],
 )
@@ -128,7 +128,7 @@ def test_a_missing_extra_is_named(pets, monkeypatch):
         image_table(pets / "t.parquet")
 
 
-# -- several labels a picture ------------------------------------------------------------------------------------------
+# -- several labels an image ------------------------------------------------------------------------------------------
 
 SEVERAL = "image,label,where\ncat/0.png,pet;asleep,home\ndog/0.png, pet ; , zoo\ncat/1.png,,zoo\n"
 ONE_HOT = "where,image,pet,asleep\nhome,cat/0.png,1,1\nzoo,dog/0.png,1,0\nzoo,cat/1.png,0,0\n"
@@ -170,8 +170,8 @@ def test_a_column_for_each_class(pets):
     ],
 )
 def test_several_labels_in_parquet(pets, columns, names, labels):
-    pictures = [(pets / "cat/0.png").read_bytes(), (pets / "dog/1.png").read_bytes()]
-    pa.parquet.write_table(pa.table({"image": pictures, **columns}), pets / "t.parquet")
+    images = [(pets / "cat/0.png").read_bytes(), (pets / "dog/1.png").read_bytes()]
+    pa.parquet.write_table(pa.table({"image": images, **columns}), pets / "t.parquet")
     data = image_table(pets / "t.parquet", multi_label=True)
     assert (data.class_names, data.labels) == (names, labels)
     assert data.items[1].open().getpixel((0, 0)) == (50, 50, 0)

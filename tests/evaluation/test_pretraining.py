@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
+from clipadapt.backbones.preprocess import OPENAI_MEAN, OPENAI_STD
 from clipadapt.data.corpus.pairs import Corpus
 from clipadapt.evaluation.studies.pretraining import corpus_hooks
-from clipadapt.training.pairs import PIXEL_MEAN, PIXEL_STD
 
 COLOURS = {
     "red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255), "white": (255, 255, 255), "black": (0, 0, 0),
@@ -25,21 +25,24 @@ class WordIds:
         return {"input_ids": torch.tensor(found)[:, None]}
 
 
-class ColourModel:
-    """A CLIP whose features are mean colours; `shift` confuses every text with the next one."""
+class ColourBackbone:
+    """A backbone whose features are mean colours; `shift` confuses every text with the next one."""
 
-    device = torch.device("cpu")
-    config = SimpleNamespace(text_config=SimpleNamespace(max_position_embeddings=8))
+    preprocess = SimpleNamespace(mean=OPENAI_MEAN, std=OPENAI_STD)
+    tokenizer = WordIds()
+    context_length = 8
 
     def __init__(self, shift=0):
         self.shift = shift
 
-    def get_image_features(self, pixel_values):
-        return SimpleNamespace(pooler_output=pixel_values.mean((2, 3)))
+    def encode_images(self, pixels, normalize):
+        assert not normalize
+        return pixels.mean((2, 3))
 
-    def get_text_features(self, input_ids):
-        colours = torch.tensor(list(COLOURS.values()), dtype=torch.uint8)[(input_ids[:, 0] + self.shift) % len(COLOURS)]
-        return SimpleNamespace(pooler_output=(colours / 255 - torch.tensor(PIXEL_MEAN)) / torch.tensor(PIXEL_STD))
+    def encode_tokens(self, ids, normalize):
+        assert not normalize
+        colours = torch.tensor(list(COLOURS.values()), dtype=torch.uint8)[(ids[:, 0] + self.shift) % len(COLOURS)]
+        return (colours / 255 - torch.tensor(OPENAI_MEAN)) / torch.tensor(OPENAI_STD)
 
 
 @pytest.fixture(scope="module")
@@ -50,26 +53,26 @@ def hooks(tmp_path_factory):
         images[index, ..., :3] = colour
         split = "heldout-style" if name in TRAINED else "heldout-name"
         pairs.append({"source": "fluent-emoji-flat", "name": name, "texts": [name], "split": split, "kind": "emoji"})
-    # A second picture of the first name, in another skin tone and the wrong colour, must not be judged.
+    # A second image of the first name, in another skin tone and the wrong colour, must not be judged.
     pairs.append(pairs[0] | {"texts": ["red", "red, dark skin tone"]})
     corpus = Corpus(tmp_path_factory.mktemp("corpus"), images, pairs)
-    return corpus_hooks(corpus, WordIds(), 16, playground_per_kind=1)
+    return corpus_hooks(corpus, 16, playground_per_kind=1)
 
 
 def test_perfect_model(hooks):
-    style = hooks["heldout_style"](ColourModel())
+    style = hooks["heldout_style"](ColourBackbone())
     assert style == {"top1": 1, "top1_ensemble": 1, "top1_new_names": 1, "names": 6, "new_names": 3}
-    assert hooks["retrieval"](ColourModel())["text_to_image"] > 0.8  # but for the wrong red, if it was the one drawn
+    assert hooks["retrieval"](ColourBackbone())["text_to_image"] > 0.8  # but for the wrong red, if it was the one drawn
 
 
 def test_confused_model(hooks):
-    style = hooks["heldout_style"](ColourModel(shift=1))
+    style = hooks["heldout_style"](ColourBackbone(shift=1))
     assert style["top1"] == style["top1_ensemble"] == 0
-    assert hooks["retrieval"](ColourModel(shift=1))["text_to_image"] < 0.5
+    assert hooks["retrieval"](ColourBackbone(shift=1))["text_to_image"] < 0.5
 
 
 def test_playground_tells_kinds_apart_from_chance_only(hooks):
-    figures = hooks["playground"](ColourModel())
+    figures = hooks["playground"](ColourBackbone())
     assert figures["new_kinds"] == 6
     assert figures["top1"] < 0.1  # colours say nothing about kinds, and every text is the same to this model
     assert {"top1_new_kinds", "top1_new_style", "kinds"} <= set(figures)

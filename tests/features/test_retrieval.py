@@ -112,8 +112,18 @@ def test_a_memory_of_pairs(tower):
         torch.testing.assert_close(memory["texts"], tower.encode_texts(["a red star", "a star"]))
     assert memory["text_of"].tolist() == [0, 1, 0]
     assert memory["images"].shape == (3, 16)
-    assert repr(pairs) == "Pairs('pairs': 3 pictures, 2 captions)"
-    assert pairs.select([1]).paths == ["picture 1"]
+    assert repr(pairs) == "Pairs('pairs': 3 images, 2 captions)"
+
+
+def test_a_memory_of_images_with_several_captions(tower):
+    images = [Image.new("RGB", (32, 32), colour) for colour in ("red", "green")]
+    pairs = image_pairs([(images[0], ["a red star", "a star"]), (images[1], "a star")])
+    memory = encode_memory(tower, pairs)
+    assert memory["text_of"].tolist() == [0, 1, 1]
+    assert torch.equal(memory["images"], encode_images(tower, [images[0], images[0], images[1]]).features)
+    assert encode_memory(tower, pairs, pictures=False)["images"].shape == (0, 16)
+    with pytest.raises(DataError, match="no image"):
+        encode_memory(tower, Pairs(["un chat"], [("a cat",)]))
 
 
 def test_what_is_no_memory_is_refused(tower):

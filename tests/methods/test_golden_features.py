@@ -13,7 +13,8 @@ from torch.nn.functional import cross_entropy, normalize
 from clipadapt.methods import create
 from clipadapt.methods.feature_adapter.clip_adapter import adapt
 from clipadapt.methods.training_free_few_shot.gda_clip import GRID, discriminant
-from clipadapt.methods.training_free_few_shot.tip_adapter import cache_logits, search
+from clipadapt.nn.cache import cache_logits
+from clipadapt.training.cache_search import best_cache
 from clipadapt.training.loop import train
 from clipadapt.training.schedules import cosine
 
@@ -95,7 +96,7 @@ def test_tip_adapter_search(case):
 def test_tip_adapter_f(case):
     c = case("tip_adapter_f")
     losses: list[float] = []
-    # One batch holds the whole support set, so the order of the pictures cannot matter.
+    # One batch holds the whole support set, so the order of the images cannot matter.
     head = create("tip-adapter-f", batch_size=1000).fit_features(
         c.x[c.support], c.y[c.support], c.t, report=lambda step: losses.append(step["loss"])
     )
@@ -118,7 +119,7 @@ def test_tip_adapter_f_official_rule_selects_on_test(case):
     if "best_weight" in c:
         close(head.keys_, c["best_weight"], 2e-5)
         val = c.x[c.val]
-        beta, alpha = search(100 * val @ c.t.T, val @ head.keys_.T, head.values_, c.y[c.val])
+        beta, alpha = best_cache(100 * val @ c.t.T, val @ head.keys_.T, head.values_, c.y[c.val])
         assert (beta, alpha) == pytest.approx((float(c["beta"]), float(c["alpha"])))
 
 

@@ -1,4 +1,4 @@
-"""What methods for one class a picture do where pictures show several."""
+"""What methods for one class an image do where images show several."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def test_linear_probe_equals_scikit_learns_one_against_the_rest():
     logits = create("linear-probe", strength=3.0).fit_features(x, targets, np.eye(3, 8)).logits(x)
     reference = OneVsRestClassifier(LogisticRegression(C=3.0, max_iter=1000)).fit(x.astype(float), targets[:, :2])
     np.testing.assert_allclose(logits[:, :2], reference.decision_function(x.astype(float)), atol=2e-3)
-    np.testing.assert_allclose(logits[:, 2], np.log(0.5 / 40.5), atol=1e-5)  # never shown: its smoothed log-odds
+    np.testing.assert_allclose(logits[:, 2], np.log(0.5 / 40.5), atol=1e-5)  # never present: its smoothed log-odds
 
 
 def test_linear_probe_chooses_its_strength_by_map_on_val():

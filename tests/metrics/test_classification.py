@@ -44,7 +44,7 @@ def test_by_hand():
     assert ant == ClassScores("ant", 3, pytest.approx(1 / 3), pytest.approx(1 / 2), pytest.approx(2 / 5))
     assert bee == ClassScores("bee", 2, pytest.approx(1 / 2), pytest.approx(1 / 4), pytest.approx(1 / 3))
     assert cow == ClassScores("cow", 1, 0.0, None, 0.0)  # never predicted: precision is not defined
-    assert doe == ClassScores("doe", 0, None, None, None)  # no picture, no prediction
+    assert doe == ClassScores("doe", 0, None, None, None)  # no image, no prediction
 
 
 def test_mistakes_come_by_frequency_then_by_class():
@@ -69,6 +69,6 @@ def test_wilson_at_the_ends():
     assert wide[0] < narrow[0] < 0.5 < narrow[1] < wide[1]
 
 
-def test_no_picture_has_no_accuracy():
-    with pytest.raises(ValueError, match="at least one picture"):
+def test_no_image_has_no_accuracy():
+    with pytest.raises(ValueError, match="at least one image"):
         accuracy([], [])

@@ -43,10 +43,10 @@ def assert_equal(scores, expected):
     assert scores.median_rank == median
 
 
-PICTURE_OF = np.array([3, 0, 0, 1, 2, 2, 2, 5, 5, 1])  # of ten captions; picture 4 has none
+PICTURE_OF = np.array([3, 0, 0, 1, 2, 2, 2, 5, 5, 1])  # of ten captions; image 4 has none
 
 
-def test_texts_and_pictures_find_each_other():
+def test_texts_and_images_find_each_other():
     texts, images = unit(0, 10, 6), unit(1, 6, 6)
     ks = (1, 3, 50)
     found = text_to_image(texts, images, PICTURE_OF, ks)
@@ -57,7 +57,7 @@ def test_texts_and_pictures_find_each_other():
 
 
 @pytest.mark.parametrize("cells", [1, 100, 1 << 24])
-def test_pictures_find_their_class(cells):
+def test_images_find_their_class(cells):
     images, labels = unit(2, 25, 4), np.random.default_rng(3).integers(0, 5, 25)
     labels[7] = 99  # alone in its class: no query
     expected = plain(images, images, lambda i, j: labels[i] == labels[j], (1, 5, 10), skip_self=True)

@@ -1,4 +1,4 @@
-"""Adapters behind named modules: nothing at the start, nothing left behind, shared as asked, merged exactly."""
+"""Bottlenecks and linear adapters: their formulas, what they share, what they drop. See also test_updates.py."""
 
 from __future__ import annotations
 
@@ -9,16 +9,7 @@ from torch.nn.functional import gelu
 
 from clipadapt.backbones import load_backbone
 from clipadapt.errors import ClipadaptError
-from clipadapt.nn.adapters import (
-    Adapters,
-    Bottleneck,
-    LinearAdapter,
-    bottlenecks,
-    for_another_task,
-    learned,
-    merged,
-    put_back,
-)
+from clipadapt.nn.updates import Bottleneck, Bottlenecks, LinearAdapter, LinearAdapters, SiteUpdate
 from tests.tiny import tiny
 
 
@@ -58,7 +49,7 @@ def test_attached_to_every_family_and_nothing_left(family, pixels):
     fingerprint, state = backbone.fingerprint, set(backbone.model.state_dict())
     ids = backbone.tokenize(["a photo of a cat", "red dog"])
     plain = backbone.encode_images(pixels), backbone.encode_tokens(ids)
-    adapters = bottlenecks(backbone.model, sites_of(backbone), reduction=8)
+    adapters = Bottlenecks(backbone.model, sites_of(backbone), reduction=8)
     assert len(adapters.parts) == 12
     with adapters.attached(backbone.model):
         torch.testing.assert_close(backbone.encode_images(pixels), plain[0], rtol=0, atol=0)
@@ -73,15 +64,8 @@ def test_attached_to_every_family_and_nothing_left(family, pixels):
     assert backbone.fingerprint == fingerprint
 
 
-def test_hooks_are_removed_after_an_error(backbone):
-    adapters = bottlenecks(backbone.model, sites_of(backbone))
-    with pytest.raises(RuntimeError, match="stop"), adapters.attached(backbone.model):
-        raise RuntimeError("stop")
-    assert not any(m._forward_hooks for m in backbone.model.modules())
-
-
 def test_gradients_reach_the_adapters_only(backbone, pixels):
-    adapters = bottlenecks(backbone.model, backbone.target_modules("vision", ("o", "fc2")))
+    adapters = Bottlenecks(backbone.model, backbone.target_modules("vision", ("o", "fc2")))
     with adapters.attached(backbone.model):
         backbone.encode_images(pixels).square().sum().backward()
         backbone.encode_images(pixels)[:, 0].sum().backward()
@@ -95,7 +79,7 @@ def test_a_site_that_gives_a_tuple_has_its_first_part_adapted():
             return x, "kept"
 
     model = nn.Sequential(Pair())
-    adapters = Adapters({"0": Bottleneck(4, 2)})
+    adapters = SiteUpdate(model, {"0": Bottleneck(4, 2)})
     randomize(adapters)
     x = torch.randn(3, 4)
     with adapters.attached(model):
@@ -106,7 +90,7 @@ def test_a_site_that_gives_a_tuple_has_its_first_part_adapted():
 
 def test_sharing_among_sites():
     model = nn.ModuleDict({"a": nn.Linear(5, 8), "b": nn.Linear(8, 8), "c": nn.Linear(8, 16)})
-    made = {share: bottlenecks(model, "abc", reduction=4, share=share) for share in ("none", "down", "up", "all")}
+    made = {share: Bottlenecks(model, "abc", reduction=4, share=share) for share in ("none", "down", "up", "all")}
     parts = {share: [adapters.at(site) for site in "abc"] for share, adapters in made.items()}
     a, b, c = parts["none"]
     assert a.down is not b.down
@@ -131,7 +115,7 @@ def test_sharing_among_sites():
 
 def test_one_adapter_for_layers_and_towers_is_trained_as_one():
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
-    adapters = bottlenecks(model, ["0", "1"], reduction=2, share="all")
+    adapters = Bottlenecks(model, ["0", "1"], reduction=2, share="all")
     x = torch.randn(3, 4)
     with adapters.attached(model):
         y = model(x)
@@ -144,8 +128,8 @@ def test_one_adapter_for_layers_and_towers_is_trained_as_one():
 @pytest.mark.parametrize("share", ["none", "down", "up", "all"])
 def test_sharing_among_tasks(within, share):
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
-    first = bottlenecks(model, ["0", "1"], reduction=2, share=within)
-    second = for_another_task(first, share)
+    first = Bottlenecks(model, ["0", "1"], reduction=2, share=within)
+    second = first.for_another_task(share)
     assert (second is first) == (share == "all")
     for site in ("0", "1"):
         assert (second.at(site).down is first.at(site).down) == (share in ("down", "all"))
@@ -161,14 +145,16 @@ def test_sharing_among_tasks(within, share):
 
 
 @pytest.mark.parametrize("share", ["none", "down", "up", "all"])
-def test_kept_and_put_back(backbone, pixels, share):
+def test_shared_parts_are_kept_once_and_restored(backbone, pixels, share):
     sites = backbone.target_modules("vision", ("o", "fc2"))
-    adapters = bottlenecks(backbone.model, sites, share=share)
+    adapters = Bottlenecks(backbone.model, sites, share=share)
     randomize(adapters)
-    kept = learned(adapters)
-    assert sum(t.numel() for t in kept.values()) == sum(p.numel() for p in adapters.parameters())
-    again = put_back(bottlenecks(backbone.model, sites, share=share), kept)
-    assert not any(p.requires_grad for p in again.parameters())
+    kept = adapters.tensors()
+    assert sum(t.numel() for t in kept.values()) == adapters.count
+    again = Bottlenecks.restore(kept, backbone.model, sites, share=share)
+    first, second = (again.at(site) for site in sites[:2])
+    assert (first.down is second.down) == (share in ("down", "all"))
+    assert (first.up is second.up) == (share in ("up", "all"))
     features = []
     for one in (adapters, again):
         with one.attached(backbone.model):
@@ -180,8 +166,7 @@ def test_kept_and_put_back(backbone, pixels, share):
 def test_a_linear_adapter_merges(backbone, pixels, rank):
     sites = sites_of(backbone)
     torch.manual_seed(0)
-    widths = {site: backbone.model.get_submodule(site).out_features for site in sites}
-    adapters = Adapters({s: LinearAdapter(w, rank, scale=0.7, drop=0.5) for s, w in widths.items()}).eval()
+    adapters = LinearAdapters(backbone.model, sites, rank, scale=0.7, drop=0.5).eval()
     plain = backbone.encode_images(pixels)
     with adapters.attached(backbone.model):
         torch.testing.assert_close(backbone.encode_images(pixels), plain, rtol=0, atol=0)
@@ -189,16 +174,16 @@ def test_a_linear_adapter_merges(backbone, pixels, rank):
     with adapters.attached(backbone.model):
         attached = backbone.encode_images(pixels), backbone.encode_texts(["a cat"])
     assert (attached[0] - plain).abs().max() > 1e-3
-    weights = merged(backbone.model, adapters)
+    weights = adapters.merged(backbone.model)
     assert set(weights) == {f"{site}.{kind}" for site in sites for kind in ("weight", "bias")}
     other = backbone.copy()
     other.model.load_state_dict(weights, strict=False)
     for one, expected in zip((other.encode_images(pixels), other.encode_texts(["a cat"])), attached, strict=True):
         torch.testing.assert_close(one, expected, rtol=0, atol=1e-5)
     state = backbone.model.state_dict()
-    for name, tensor in merged(backbone.model, adapters, 0.0).items():
+    for name, tensor in adapters.merged(backbone.model, 0.0).items():
         torch.testing.assert_close(tensor, state[name], rtol=0, atol=0)
-    half = merged(backbone.model, adapters, 0.5)
+    half = adapters.merged(backbone.model, 0.5)
     for name, tensor in half.items():
         torch.testing.assert_close(tensor, (state[name] + weights[name]) / 2)
 
@@ -217,11 +202,11 @@ def test_dropping_is_by_example_and_keeps_the_mean():
 
 def test_bad_input(backbone):
     with pytest.raises(ClipadaptError, match=r"no module called 'vision_model\.nothing'"):
-        bottlenecks(backbone.model, ["vision_model.nothing"])
+        Bottlenecks(backbone.model, ["vision_model.nothing"])
     with pytest.raises(ClipadaptError, match="share"):
-        bottlenecks(backbone.model, sites_of(backbone), share="half")
+        Bottlenecks(backbone.model, sites_of(backbone), share="half")
     with pytest.raises(ClipadaptError, match="at least one site"):
-        bottlenecks(backbone.model, [])
-    other = bottlenecks(nn.Sequential(nn.Linear(2, 2)), ["0"])
+        Bottlenecks(backbone.model, [])
+    other = Bottlenecks(nn.Sequential(nn.Linear(2, 2)), ["0"])
     with pytest.raises(ClipadaptError, match="no module called"), other.attached(nn.ReLU()):
         pass

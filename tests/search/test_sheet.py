@@ -80,7 +80,7 @@ def test_pictures_that_cannot_be_shown_say_why(tmp_path):
     found = Page(text)
     assert found.all("img") == []
     assert len(found.all("a")) == 1
-    assert "is not a picture in a format that can be read" in text
+    assert "is not an image in a format that can be read" in text
     assert "gone.png cannot be read" in text
 
 

@@ -50,7 +50,7 @@ def test_a_picture_that_cannot_be_read_has_its_error_in_its_place(ask, folders):
     assert answer.status_code == 200
     assert len(good["predictions"]) == 4
     assert none["error"].startswith("Picture 2 is not a picture")
-    assert cut["error"].startswith("Picture 3 is a damaged or truncated picture")
+    assert cut["error"].startswith("Picture 3 is a damaged or truncated image")
 
 
 def test_only_unreadable_pictures_are_a_bad_request(ask):

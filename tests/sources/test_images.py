@@ -70,7 +70,7 @@ def test_support_of_labels_in_the_order_of_the_names(backbone):
     support = support_of(data, backbone, ["blue", "red"], 99, 1)
     assert support.class_names == ["blue", "red"]
     assert pixels(support.only(["red"])) == pixels(data.only(["red"]))
-    with pytest.raises(ClipadaptError, match=r"source pictures has no picture of 'teal'; it has pictures of 'blue', "):
+    with pytest.raises(ClipadaptError, match=r"source images has no picture of 'teal'; it has pictures of 'blue', "):
         support_of(data, backbone, ["blue", "teal"], 99, 1)
     empty = dataclasses.replace(data.select(range(6)), name="six")  # none of yellow, which it knows by name
     with pytest.raises(ClipadaptError, match="source six has no picture of 'yellow'"):

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from clipadapt.backbones import load_backbone
 from clipadapt.errors import ArtifactError
-from clipadapt.training.loop import Run, batches, seeded, train
+from clipadapt.training.loop import Run, batches, seeded, stream, train
 from clipadapt.training.pixels import Pixels
 from clipadapt.training.search import best_on
 from tests.pictures import colours
@@ -159,3 +162,95 @@ def test_accuracy_is_reported_where_the_loss_gives_it():
     hits = iter([[True, False], [True, True]])
     train(lambda rows: (x.sum(), torch.tensor(next(hits))), torch.optim.SGD([x], lr=0.1), [0, 0], run=Run(seen.append))
     assert [line["accuracy"] for line in seen] == [0.5, 0.75]
+
+
+def test_a_run_knows_how_many_numbers_were_trained():
+    run = Run()
+    assert run.trained == 0
+    x, y = torch.zeros(3, 2, requires_grad=True), torch.zeros(5, requires_grad=True)
+    groups = [{"params": [x]}, {"params": [y], "lr": 1.0}]
+    train(lambda rows: x.sum() + y.sum(), torch.optim.SGD(groups, lr=0.1), [0], run=run)
+    assert run.trained == 11
+
+
+def test_the_stream_of_a_step_depends_on_seed_and_step_alone():
+    expected = torch.rand(3, generator=torch.Generator().manual_seed(2 * 1_000_003 + 5))
+    assert torch.equal(torch.rand(3, generator=stream(2, 5)), expected)
+    assert not torch.equal(torch.rand(3, generator=stream(5, 2)), expected)
+
+
+class Ahead:
+    """Steps that are prepared as they are taken."""
+
+    def __init__(self):
+        self.first: list[int] = []
+
+    def __len__(self):
+        return 12
+
+    def stream(self, first):
+        self.first.append(first)
+        yield from batches(8, 2, epochs=3, seed=1)[first:]
+
+
+def test_steps_may_be_a_stream_that_goes_on_where_the_run_does(tmp_path):
+    steps, x = Ahead(), torch.zeros(1, requires_grad=True)
+
+    def descend_on(given, folder=None, report=None):
+        x.data.fill_(1.0)
+        train(lambda rows: ((x - rows.sum()) ** 2).sum(), torch.optim.SGD([x], lr=0.1), given,
+              run=Run(report, folder, every=0))  # fmt: skip
+        return x.detach().clone()
+
+    def interrupt(line):
+        if line["step"] == 5:
+            raise Interrupted
+
+    plain = descend_on(batches(8, 2, epochs=3, seed=1))
+    with pytest.raises(Interrupted):
+        descend_on(steps, tmp_path, interrupt)
+    assert torch.equal(descend_on(steps, tmp_path), plain)
+    assert steps.first == [0, 4]
+
+
+def test_a_run_that_is_stopped_is_left_after_the_step_and_goes_on(tmp_path):
+    whole, _ = descend(lr=0.1)
+    run = Run(None, tmp_path, every=0)
+    run.report = lambda line: setattr(run, "stopped", line["step"] == 5)
+    weights, average = torch.ones(3, requires_grad=True), torch.zeros(3)
+    with seeded(1):
+        losses = train(
+            lambda rows: ((weights - rows.sum() - torch.rand(3)) ** 2).sum(),
+            torch.optim.SGD([weights], lr=0.1),
+            batches(8, 2, epochs=3, seed=1),
+            schedule=lambda step: 1 / (1 + step),
+            run=run,
+            after_step=lambda step: average.add_(weights.detach()),
+            state=[average],
+        )
+    assert len(losses) == 5
+    resumed, seen = descend(tmp_path, lr=0.1)
+    assert torch.equal(resumed, whole)
+    assert seen[0]["step"] == 6
+
+
+def test_a_run_kept_before_the_one_format_goes_on(tmp_path):
+    """Then the losses were in the header."""
+    whole, _ = descend(lr=0.1)
+    with pytest.raises(Interrupted):
+        descend(tmp_path, stop_at=5, lr=0.1)
+    file = tmp_path / "run-1.safetensors"
+    tensors = load_file(file)
+    losses = tensors.pop("losses").tolist()
+    save_file(tensors, file, metadata={"progress": json.dumps({"losses": losses, "seconds": 1.0})})
+    resumed, seen = descend(tmp_path, lr=0.1)
+    assert torch.equal(resumed, whole)
+    assert seen[0]["step"] == 5
+
+
+def test_a_kept_run_of_another_number_of_tensors_is_refused(tmp_path):
+    with pytest.raises(Interrupted):
+        descend(tmp_path, stop_at=5, lr=0.1)
+    x = torch.zeros(3, requires_grad=True)
+    with pytest.raises(ArtifactError, match="belongs to another run"):
+        train(lambda rows: x.sum(), torch.optim.SGD([x], lr=0.1), [0], run=Run(None, tmp_path))

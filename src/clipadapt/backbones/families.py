@@ -20,12 +20,13 @@ TowerName = Literal["text", "vision"]
 
 
 @dataclass(frozen=True)
-class Tower:
+class TowerParts:
     """Where the parts of one tower are, as dotted names: from the model, or (attention, linears) from a block."""
 
     embeddings: str
     blocks: str
     norm: str  # after the last block
+    config: str  # the tower's part of the model's configuration
     tokens: str = ""  # the table of token vectors (text towers)
     positions: str = ""  # the table of position vectors (causal text towers, and so the next two)
     projection: str = ""  # from the normed pooled row to the joint space
@@ -41,11 +42,14 @@ class Tower:
     mlp: str = "mlp"
 
 
-VIT = Tower("vision_model.embeddings", "vision_model.encoder.layers", "vision_model.post_layernorm")
-GPT = Tower(
+VIT = TowerParts(
+    "vision_model.embeddings", "vision_model.encoder.layers", "vision_model.post_layernorm", "vision_config"
+)
+GPT = TowerParts(
     "text_model.embeddings",
     "text_model.encoder.layers",
     "text_model.final_layer_norm",
+    "text_config",
     tokens="text_model.embeddings.token_embedding",
     positions="text_model.embeddings.position_embedding",
     projection="text_projection",
@@ -59,17 +63,19 @@ _BERT_BLOCK = {
     "fc1": "intermediate.dense",
     "fc2": "output.dense",
 }
-ROBERTA = Tower(
+ROBERTA = TowerParts(
     "text_model.roberta.embeddings",
     "text_model.roberta.encoder.layers",
     "text_model.pre_LN",
+    "text_config",
     tokens="text_model.roberta.embeddings.word_embeddings",
     **_BERT_BLOCK,
 )
-BERT = Tower(
+BERT = TowerParts(
     "text_model.embeddings",
     "text_model.encoder.layer",
     "",
+    "text_config",
     tokens="text_model.embeddings.word_embeddings",
     **_BERT_BLOCK,
 )
@@ -85,9 +91,9 @@ class Family:
     """
 
     model: str  # class name in transformers
-    text: Tower
+    text: TowerParts
     padding: Literal["causal", "masked", "fixed"]
-    vision: Tower = VIT
+    vision: TowerParts = VIT
     class_token: bool = True  # row 0 of the vision tower; without it a pooling head makes the image feature
     patchified: bool = False  # the vision tower takes flattened patches and their grid instead of pixels
     position_offset: int = 0  # rows of the position table that texts cannot use

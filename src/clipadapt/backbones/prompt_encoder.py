@@ -15,21 +15,23 @@ packing is not valid, `explain` says why, and the plain computation is done.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
 
-from clipadapt.backbones.families import submodule
-from clipadapt.backbones.surgery import ATTENTION, Insertion, check_insertion, put_in
+from clipadapt.backbones.attention import ATTENTION
+from clipadapt.backbones.edits import ReducedBlock
+from clipadapt.backbones.families import TowerParts
+from clipadapt.backbones.insertion import Insertion, put_in
+from clipadapt.backbones.surgery import check_insertion, inserted_tokens
+from clipadapt.backbones.text_tower import TextTower
 from clipadapt.errors import BackboneError
-
-if TYPE_CHECKING:
-    from clipadapt.backbones.backbone import Backbone
 
 # Packed rows that pass through the tower together: few enough for a CPU's caches, enough for full-speed products.
 CHUNK_ROWS = {"cpu": 1024, "cuda": 32768}
@@ -74,18 +76,18 @@ class PromptEncoder:
 
         (n, W)        the same for every prompt
         (C, n, W)     a set for each prompt
-        (G, 1, n, W)  a set for each of G groups: pictures (CoCoOp) or prompts of an ensemble
+        (G, 1, n, W)  a set for each of G groups: images (CoCoOp) or prompts of an ensemble
         (G, C, n, W)  a set for each prompt of each group
 
     It returns (C, D), or (G, C, D) where there are groups; gradients reach the tokens.
     """
 
-    def __init__(self, backbone: Backbone, ids: Tensor, memory: int) -> None:
-        self._backbone, self._memory = backbone, memory
-        self.ids = ids.to(backbone.device)  # (C, L)
+    def __init__(self, tower: TextTower, ids: Tensor, memory: int) -> None:
+        self._tower, self._memory = tower, memory
+        self.ids = ids.to(tower.device)  # (C, L)
         self._packs: dict[int, _Packed] = {}
-        if "causal-text" in backbone.capabilities:
-            self._ends = backbone.end_positions(self.ids)  # (C,)
+        if tower.padding == "causal":
+            self._ends = tower.end_positions(self.ids)  # (C,)
             self.ids = self.ids[:, : int(self._ends.max()) + 1]
 
     def __call__(self, insertions: Sequence[Insertion] = (), *, normalize: bool = True) -> Tensor:
@@ -111,7 +113,7 @@ class PromptEncoder:
     def _check(self, insertion: Insertion) -> None:
         tokens, classes = insertion.tokens, len(self.ids)
         flat = tokens.flatten(0, -3) if tokens.ndim > 3 else tokens
-        check_insertion(self._backbone, "text", replace(insertion, tokens=flat))
+        check_insertion(self._tower, replace(insertion, tokens=flat))
         sets = {2: (), 3: (classes,), 4: (1, classes)}.get(tokens.ndim)
         if sets is None or (sets and tokens.shape[-3] not in sets):
             shapes = f"(n, W), ({classes}, n, W), (G, 1, n, W) or (G, {classes}, n, W)"
@@ -121,15 +123,17 @@ class PromptEncoder:
 
     def _obstacle(self, insertions: Sequence[Insertion]) -> str | None:
         """Why rows cannot be shared, or None."""
-        backbone = self._backbone
-        if "causal-text" not in backbone.capabilities:
-            return f"in the text tower of {backbone.family} every row sees the later ones"
-        if "text" in backbone.prompted:
+        tower = self._tower
+        if tower.padding != "causal":
+            return f"in the text tower of {tower.family} every row sees the later ones"
+        if tower.prompted is not None:
             return "tokens are already inserted into the text tower"
-        if "text" in backbone.watched:
+        if "after_blocks" in tower.lasting:
             return "rows of the text tower are read or changed between its blocks"
-        for block in backbone.blocks("text"):
-            attention: Any = block.get_submodule(backbone.tower("text").attention)
+        for layer, block in enumerate(tower.blocks):
+            if isinstance(block, ReducedBlock):
+                return "blocks of the text tower lack a part"
+            attention = tower.attention(layer)
             if attention.config._attn_implementation == ATTENTION:
                 return "the text tower's attention is changed"
             if attention.training and attention.dropout:
@@ -174,22 +178,22 @@ class PromptEncoder:
     def _plain(self, insertions: Sequence[Insertion]) -> Tensor:
         groups, classes = _groups(insertions), len(self.ids)
         flat = [replace(i, tokens=_flat(i.tokens, groups, classes), at=_flat_rows(i.at, groups)) for i in insertions]
-        with self._backbone.inserted(text=flat):
-            features = self._backbone.encode_tokens(self.ids.repeat(groups or 1, 1), normalize=False)
+        with inserted_tokens(self._tower, flat) if flat else nullcontext():
+            features = self._tower.encode(self.ids.repeat(groups or 1, 1), normalize=False)
         return features.unflatten(0, (groups, classes)) if groups else features
 
     # -- sharing ----------------------------------------------------------------------------------------------------
 
     def _shared(self, insertions: Sequence[Insertion]) -> Tensor:
-        backbone, tower = self._backbone, self._backbone.tower("text")
+        tower = self._tower
         groups = _groups(insertions)
         shared = self._shared_rows(insertions)
         packed = self._pack(shared)
         in_prefix, in_rest = self._divide(insertions, shared, packed)
-        blocks = [_Block(backbone, block) for block in backbone.blocks("text")]
-        positions: Any = submodule(backbone.model, tower.positions).weight  # (L, W)
+        blocks = [_Block(tower.parts, block) for block in tower.blocks]
+        positions = tower.part("positions").weight  # (L, W)
 
-        prefix = backbone.embed_tokens(self.ids[:1, :shared])  # (1, P, W)
+        prefix = tower.embed(self.ids[:1, :shared])  # (1, P, W)
         prefix = _put(prefix, [i for i in in_prefix if i.layer == "input" and i.mode == "replace"])
         prefix = prefix + positions[:shared]
         prefix = _put(prefix, [i for i in in_prefix if i.layer == "input" and i.mode == "insert"])
@@ -201,7 +205,7 @@ class PromptEncoder:
             if number < len(blocks) - 1:  # the last block's prefix rows reach nothing
                 prefix = block.after_attention(prefix, scaled_dot_product_attention(query, key, value, is_causal=True))
 
-        rest = (backbone.embed_tokens(packed.ids))[None]  # (1, R, W)
+        rest = (tower.embed(packed.ids))[None]  # (1, R, W)
         rest = _write(rest, in_rest.get("input", [])) + positions[packed.rows]
         budget = self._memory
         pooled = []
@@ -215,7 +219,7 @@ class PromptEncoder:
             else:
                 pooled.append(run(inputs, *flat))
         ends = torch.cat(pooled, 1)[:, packed.order.argsort()]  # (G, C, W)
-        features = backbone.project_texts(ends)  # (G, C, D)
+        features = tower.project(ends)  # (G, C, D)
         return features if groups else features[0]
 
     def _chunk_rows(self, groups: int) -> int:
@@ -258,12 +262,11 @@ class PromptEncoder:
 class _Block:
     """One transformer block taken apart: what comes before its attention, and what after. Pre-norm, as in CLIP."""
 
-    def __init__(self, backbone: Backbone, block: nn.Module) -> None:
-        tower = backbone.tower("text")
-        self.norm1, self.norm2 = block.get_submodule(tower.norm1), block.get_submodule(tower.norm2)
-        self.q, self.k, self.v, self.o = (block.get_submodule(getattr(tower, kind)) for kind in "qkvo")
-        self.mlp = block.get_submodule(tower.mlp)
-        attention: Any = block.get_submodule(tower.attention)
+    def __init__(self, parts: TowerParts, block: nn.Module) -> None:
+        self.norm1, self.norm2 = block.get_submodule(parts.norm1), block.get_submodule(parts.norm2)
+        self.q, self.k, self.v, self.o = (block.get_submodule(getattr(parts, kind)) for kind in "qkvo")
+        self.mlp = block.get_submodule(parts.mlp)
+        attention: Any = block.get_submodule(parts.attention)
         self.heads: int = attention.num_heads
 
     def heads_first(self, rows: Tensor) -> Tensor:

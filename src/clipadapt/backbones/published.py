@@ -10,13 +10,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from clipadapt.data.items import FeatureItem, Item
 from clipadapt.errors import ClipadaptError, unknown_name
 
 
 class PublishedFeatures:
     """What a feature method asks of a backbone, from one feature for each class.
 
-    Its pictures are `FeatureItem`s. It has no tower, tokenizer or pixels, so its `capabilities` are empty and methods
+    Its images are `FeatureItem`s. It has no tower, tokenizer or pixels, so its `capabilities` are empty and methods
     that need one of these refuse it by name.
 
     source          what the features are called in results
@@ -48,7 +49,15 @@ class PublishedFeatures:
                 raise unknown_name(f"class of {self.source}", name, list(self._features))
         return torch.stack([self._features[name] for name in class_names])
 
+    def prepare(self, item: Item) -> Tensor:
+        """A `FeatureItem` -> its feature (D,)."""
+        return item.feature if isinstance(item, FeatureItem) else self._absent()
+
+    def encode(self, batch: Tensor) -> Tensor:
+        """Features (B, D) as they are."""
+        return batch
+
     def _absent(self, *args: Any, **kwargs: Any) -> Any:
         raise ClipadaptError(f"{self.source} is published features: there is no model to encode anything else with.")
 
-    encode = prepare = encode_images = encode_texts = encode_tokens = preprocess = _absent
+    encode_images = encode_texts = encode_tokens = preprocess = _absent

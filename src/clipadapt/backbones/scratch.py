@@ -13,6 +13,8 @@ from safetensors.torch import save
 from torch import Tensor
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, PreTrainedTokenizerBase
 
+from clipadapt.backbones.backbone import Backbone
+from clipadapt.backbones.families import Pretrained
 from clipadapt.errors import BackboneError, unknown_name
 
 PRESETS: Mapping[str, Mapping[str, int]] = {
@@ -77,6 +79,19 @@ def scratch_clip(
     return model
 
 
+def scratch_backbone(
+    tokenizer: PreTrainedTokenizerBase, preset: str = "small", *, seed: int = 0, **sizes: int
+) -> Backbone:
+    """`scratch_clip` as a backbone, to be trained."""
+    model = scratch_clip(tokenizer, preset, seed=seed, **sizes)
+    return Backbone(f"new:{preset}", Pretrained("clip", model, _processor(model), tokenizer))
+
+
+def _processor(model: CLIPModel) -> CLIPImageProcessorPil:
+    side: int = model.config.vision_config.image_size  # type: ignore
+    return CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
+
+
 @torch.no_grad()
 def _initialise(model: CLIPModel, generator: torch.Generator) -> None:
     """OpenAI's initialisation of CLIP (its released code); biases zero and norms one as constructed."""
@@ -116,12 +131,10 @@ def save_clip(
     folder.mkdir(parents=True, exist_ok=True)
     config = copy.deepcopy(model.config)
     config.architectures, config.dtype = [type(model).__name__], "float32"
-    side: int = config.vision_config.image_size  # type: ignore
-    preprocessing = CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
     weights = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in model.state_dict().items()}
     with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as aside:
         Path(aside, "model.safetensors").write_bytes(save(weights, metadata={"format": "pt"}))
-        for part in (config, tokenizer, preprocessing):
+        for part in (config, tokenizer, _processor(model)):
             part.save_pretrained(aside)
         for file in sorted(Path(aside).iterdir()):
             os.replace(file, folder / file.name)

@@ -106,6 +106,7 @@ def load_tower(backbone: str | None, model: str | None, device: str) -> Any:
 def load_both(backbone: str | None, model: str | None, device: str) -> tuple[Any, Any]:
     """What encodes the pictures, and the backbone that it was adapted from, or is."""
     from clipadapt.backbones import load_backbone
+    from clipadapt.features.encoder import in_text_space
     from clipadapt.methods import load
     from clipadapt.methods.artifact import origin_of
 
@@ -114,7 +115,7 @@ def load_both(backbone: str | None, model: str | None, device: str) -> tuple[Any
         return plain, plain
     origin = origin_of(model)
     base = None if origin is None else load_backbone(origin["source"], device)
-    return load(model, base).image_tower(), base
+    return in_text_space(load(model, base).encoder), base
 
 
 def report(rows: list[dict[str, Any]], target: str, total: int, seconds: float, as_json: bool) -> None:

@@ -58,11 +58,10 @@ def export(
         pictures = whole if test is None else test
     with err.status("Loading the model"):
         from clipadapt.methods import load
-        from clipadapt.methods.base import WeightMethod
 
         fitted = load(model)
     if form is Format.TRANSFORMERS:
-        if not isinstance(fitted, WeightMethod):
+        if fitted.kind != "weights":
             raise ClipadaptError(
                 f"{fitted.card.key} changes no weights of the towers, so there is nothing but its backbone to write; "
                 "--format onnx has the head, too."

@@ -15,7 +15,7 @@ from clipadapt.cli import console
 from clipadapt.cli.console import AsJson, counted, out
 from clipadapt.errors import ClipadaptError
 
-SIGNALS = {"none": "class names", "labels": "labels", "unlabelled": "unlabelled pictures"}
+SIGNALS = {"none": "class names", "labels": "labels", "unlabelled": "unlabelled images"}
 
 
 def methods(
@@ -25,35 +25,43 @@ def methods(
     as_json: AsJson = False,
 ) -> None:
     """List the methods, or show one with its hyper-parameters."""
-    from clipadapt.methods import list_methods, method_class
+    from clipadapt.methods import list_methods
+    from clipadapt.methods.registry import card
 
     keys = list_methods(pattern)
     if not keys:
         if set("*?[") & set(pattern):
             raise ClipadaptError(f"No method's key matches {pattern!r}; `clipadapt methods` lists them all.")
-        method_class(pattern)  # raises the error that names the nearest keys
-    entries = [entry(key) for key in keys]
+        card(pattern)  # raises the error that names the nearest keys
     if as_json:
-        console.print_json(entries)
+        console.print_json([entry(key) for key in keys])
     elif keys == [pattern]:
-        show_one(entries[0])
+        show_one(entry(pattern))
     else:
-        show_all(entries)
+        show_all([facts_of(key) for key in keys])
+
+
+def facts_of(key: str) -> dict[str, Any]:
+    """A method's card as JSON values; the method itself, and so torch, is not imported."""
+    from clipadapt.methods.registry import card
+
+    facts = dataclasses.asdict(card(key))
+    return facts | {"requires": sorted(facts["requires"])}
 
 
 def entry(key: str) -> dict[str, Any]:
     """A method's card and hyper-parameters as JSON values."""
     from clipadapt.methods import method_class
+    from clipadapt.methods.card import settings_of
 
     cls = method_class(key)
-    card = {field.name: getattr(cls.card, field.name) for field in dataclasses.fields(cls.card)}
-    card["requires"] = sorted(card["requires"])
     parameters = []
-    for field in dataclasses.fields(cls):
+    for name, field in settings_of(cls).items():
         default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
-        known = {name: field.metadata.get(name) for name in ("doc", "low", "high", "choices")}
-        parameters.append({"name": field.name, "default": default, **known})
-    return {**card, "summary": (cls.__doc__ or "").strip().split("\n")[0], "hyperparameters": parameters}
+        known = {fact: field.metadata.get(fact) for fact in ("doc", "low", "high", "choices")}
+        parameters.append({"name": name, "default": default, **known})
+    summary = (cls.__doc__ or "").strip().split("\n")[0]
+    return {**facts_of(key), "summary": summary, "hyperparameters": parameters}
 
 
 def show_all(entries: list[dict[str, Any]]) -> None:
@@ -72,9 +80,9 @@ def show_all(entries: list[dict[str, Any]]) -> None:
 def facts(card: dict[str, Any]) -> str:
     """What a method trains, learns from and needs, in one line."""
     parts = [f"arXiv {card['arxiv']}"] if card["arxiv"] else []
-    parts += [f"trains {card['trains']}", f"from {SIGNALS.get(card['signal'], card['signal'])}"]
+    parts += [f"trains {card['trains'] or 'nothing'}", f"from {SIGNALS.get(card['signal'], card['signal'])}"]
     if card["unlabelled"] and card["signal"] == "labels":
-        parts[-1] += " or unlabelled pictures"
+        parts[-1] += " or unlabelled images"
     if card["requires"]:
         parts.append(f"needs {', '.join(card['requires'])}")
     return " · ".join(parts)
@@ -83,7 +91,7 @@ def facts(card: dict[str, Any]) -> str:
 def show_one(card: dict[str, Any]) -> None:
     """The card, and a table of hyper-parameters."""
     out.print(f"[bold]{card['key']}[/]  {card['summary']}")
-    out.print(f"{card['title']} ({card['family']}, {card['task']})", markup=False)
+    out.print(f"{card['title']} ({card['family']}, {card['problem']})", markup=False)
     out.print(facts(card), style="dim", markup=False)
     drawn = console.table("hyper-parameter", "default", "values", "meaning")
     drawn.columns[0].no_wrap = True

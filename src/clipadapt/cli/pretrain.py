@@ -1,4 +1,4 @@
-"""`clipadapt pretrain`: build the corpus of named pictures, and train a small CLIP on it."""
+"""`clipadapt pretrain`: build the corpus of named images, and train a small CLIP on it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-app = typer.Typer(help="Train a small CLIP from scratch on pictures that anybody can get again.", no_args_is_help=True)
+app = typer.Typer(help="Train a small CLIP from scratch on images that anybody can get again.", no_args_is_help=True)
 
 
 @app.command()
@@ -17,7 +17,7 @@ def corpus(
     archives: Annotated[
         Path | None, typer.Option("--from", help="Folder of packages fetched before; missing ones are put there.")
     ] = None,
-    playground: Annotated[int, typer.Option(help="Pictures of the playground to draw.")] = 22_000,
+    playground: Annotated[int, typer.Option(help="Images of the playground to draw.")] = 22_000,
     workers: Annotated[int | None, typer.Option(help="Processes that draw; default: one per core.")] = None,
 ) -> None:
     """Fetch icon sets, annotations and clip art, and draw them into OUT (about 1.2 GB)."""
@@ -37,7 +37,7 @@ def run(
     ] = False,
 ) -> None:
     """Train a CLIP on CORPUS by a recipe; the weights are in OUT/model at any time (a plain transformers folder)."""
-    from clipadapt.backbones.scratch import scratch_clip
+    from clipadapt.backbones.scratch import scratch_backbone
     from clipadapt.backbones.vocabulary import train_tokenizer
     from clipadapt.data.corpus.pairs import Corpus
     from clipadapt.evaluation.studies.pretraining import corpus_hooks
@@ -51,13 +51,11 @@ def run(
         values["steps"] = steps
     source = Corpus.open(corpus)
     tokenizer = train_tokenizer(source.training_texts(), vocabulary)
-    model = scratch_clip(tokenizer, **sizes)
-    vision: Any = model.config.vision_config
-    hooks = corpus_hooks(source, tokenizer, vision.image_size)
+    backbone = scratch_backbone(tokenizer, **sizes)
+    hooks = corpus_hooks(source, backbone.image_size[0])
     plan = Recipe.from_dict(values)
     train_contrastive(
-        model,
-        tokenizer,
+        backbone,
         source,
         plan,
         out,

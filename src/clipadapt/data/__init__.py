@@ -1,16 +1,16 @@
-"""Labelled pictures from folders, tables, split files, hub data sets and shards; splits, templates, the playground."""
+"""Labelled images from folders, tables, split files, hub data sets and shards; splits, templates, the playground."""
 
 from __future__ import annotations
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from clipadapt.data.examples import Dataset, Occurrence, Split, as_items, find_duplicates
+from clipadapt.data.examples import Dataset, Examples, Occurrence, Split, Step, as_items, find_duplicates
 from clipadapt.data.items import BytesItem, EncodedItem, FileItem, GeneratedItem, ImageItem, Item
 from clipadapt.data.multilabel import MultiLabelDataset
 from clipadapt.data.pairs import Pairs, image_pairs
 from clipadapt.data.readers.coop import coop_split
-from clipadapt.data.readers.folders import image_folder, picture_files
+from clipadapt.data.readers.folders import image_files, image_folder, picture_files
 from clipadapt.data.readers.hub import hub_dataset
 from clipadapt.data.readers.lists import image_list
 from clipadapt.data.readers.shards import webdataset
@@ -24,6 +24,7 @@ __all__ = [
     "BytesItem",
     "Dataset",
     "EncodedItem",
+    "Examples",
     "FileItem",
     "GeneratedItem",
     "ImageItem",
@@ -33,11 +34,13 @@ __all__ = [
     "Pairs",
     "Playground",
     "Split",
+    "Step",
     "as_items",
     "class_texts",
     "coop_split",
     "find_duplicates",
     "hub_dataset",
+    "image_files",
     "image_folder",
     "image_list",
     "image_pairs",

@@ -1,4 +1,4 @@
-"""One picture, read only when it is needed: where it lies, how it is decoded, and what identifies its content."""
+"""One item, such as an image, read only when it is needed: where it is, how it is decoded, what identifies it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from hashlib import blake2b
 from io import BytesIO
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
@@ -20,13 +20,13 @@ from clipadapt.errors import DataError
 if TYPE_CHECKING:
     import torch
 
-# Larger pictures are refused before they are decoded: as RGB this many pixels already take 0.5 GB.
+# Larger images are refused before they are decoded: as RGB this many pixels already take 0.5 GB.
 MAX_PIXELS = 178_956_970
 
 # What Pillow's decoders raise on damaged files besides OSError.
 _DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, IndexError, KeyError, TypeError)
 
-# How a picture stored with this EXIF orientation is turned upright.
+# How an image stored with this EXIF orientation is turned upright.
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -39,30 +39,33 @@ _TURNS = {
 _ON_ITS_SIDE = (5, 6, 7, 8)
 
 
-class Item(ABC):
-    """One picture. `name` is what people see (a path, or "pets.parquet row 12")."""
+Content = TypeVar("Content", covariant=True)
+
+
+class Item(ABC, Generic[Content]):
+    """One item, whose content `open` gives. `name` is what people see (a path, or "pets.parquet row 12")."""
 
     name: str
 
     @abstractmethod
-    def open(self) -> Image.Image:
-        """The picture, upright, as 8-bit RGB; raises `DataError` naming it when it cannot be decoded."""
+    def open(self) -> Content:
+        """The content: of an image, upright 8-bit RGB; raises `DataError` naming the item when it cannot be decoded."""
 
     @abstractmethod
     def digest(self) -> str:
         """32 hex digits that identify the content; taken from the encoded bytes, so nothing is decoded."""
 
-    def fetched(self) -> Item:
-        """The same picture with its bytes at hand where each reading is a transfer, such as over a network."""
+    def fetched(self) -> Item[Content]:
+        """The same item with its bytes in memory where each reading is a transfer, such as over a network."""
         return self
 
-    def open_reduced(self, least: int) -> Image.Image:
+    def open_reduced(self, least: int) -> Content:
         """As `open`, but a JPEG may be decoded smaller, its shorter side still at least `least` pixels."""
         return self.open()
 
 
-class EncodedItem(Item):
-    """A picture kept in a picture format (JPEG, PNG, WebP, …); subclasses say where its bytes are."""
+class EncodedItem(Item[Image.Image]):
+    """An image kept in an image format (JPEG, PNG, WebP, …); subclasses say where its bytes are."""
 
     @abstractmethod
     def read(self) -> bytes:
@@ -80,7 +83,7 @@ class EncodedItem(Item):
 
 @dataclass(frozen=True)
 class FileItem(EncodedItem):
-    """A picture file, or a stretch of a larger file (a member of a tar shard)."""
+    """An image file, or a stretch of a larger file (a member of a tar shard)."""
 
     path: str
     start: int = 0  # bytes
@@ -97,14 +100,14 @@ class FileItem(EncodedItem):
                 file.seek(self.start)
                 return file.read(self.length)
         except IsADirectoryError:
-            raise DataError(f"{self.path} is a folder, not a picture; image_folder() reads folders.") from None
+            raise DataError(f"{self.path} is a folder, not an image; image_folder() reads folders.") from None
         except OSError as error:
             raise DataError(f"{self.name} cannot be read: {error.strerror or error}.") from None
 
 
 @dataclass(frozen=True)
 class BytesItem(EncodedItem):
-    """An encoded picture in memory."""
+    """An encoded image in memory."""
 
     name: str
     data: bytes = field(repr=False)
@@ -114,8 +117,8 @@ class BytesItem(EncodedItem):
 
 
 @dataclass(frozen=True)
-class ImageItem(Item):
-    """A decoded picture in memory."""
+class ImageItem(Item[Image.Image]):
+    """A decoded image in memory."""
 
     name: str
     image: Image.Image = field(repr=False)
@@ -132,14 +135,14 @@ class ImageItem(Item):
 
 
 @dataclass(frozen=True)
-class GeneratedItem(Item):
-    """A picture that `draw` makes on demand; equal `key`s promise equal pictures.
+class GeneratedItem(Item[Image.Image]):
+    """An image that `draw` makes on demand; equal `key`s promise equal images.
 
     `draw` must be a module-level function or a method of a picklable object for the item to travel to other processes.
     """
 
     name: str
-    key: str  # everything the picture depends on, the drawing code's version included
+    key: str  # everything the image depends on, the drawing code's version included
     draw: Callable[[], Image.Image] = field(repr=False)
 
     def open(self) -> Image.Image:
@@ -150,7 +153,7 @@ class GeneratedItem(Item):
 
 
 @dataclass(frozen=True)
-class FeatureItem(Item):
+class FeatureItem(Item[Image.Image]):
     """An example of which only the unit feature (D,) is known; `features.encode_images` takes it as it is."""
 
     name: str
@@ -169,13 +172,13 @@ def hash_bytes(data: bytes) -> str:
 
 
 def decode(data: bytes, name: str, least: int | None = None) -> Image.Image:
-    """The picture encoded in `data` as upright 8-bit RGB (see `to_rgb`); of an animation, the first frame.
+    """The image encoded in `data` as upright 8-bit RGB (see `to_rgb`); of an animation, the first frame.
 
     With `least`, a JPEG is decoded at 1/2, 1/4 or 1/8 of its size where that leaves at least so many pixels a side.
-    Raises `DataError` naming it when `data` is empty, truncated, corrupt, not a picture, or above `MAX_PIXELS`.
+    Raises `DataError` naming it when `data` is empty, truncated, corrupt, not an image, or above `MAX_PIXELS`.
     """
     if not data:
-        raise DataError(f"{name} is empty (0 bytes); a picture file is needed.")
+        raise DataError(f"{name} is empty (0 bytes); an image file is needed.")
     try:
         with Image.open(BytesIO(data)) as image:
             if image.width * image.height > MAX_PIXELS:
@@ -184,15 +187,15 @@ def decode(data: bytes, name: str, least: int | None = None) -> Image.Image:
                 image.draft(None, (least, least))
             return to_rgb(image)
     except UnidentifiedImageError:
-        raise DataError(f"{name} is not a picture in a format that can be read (JPEG, PNG, WebP, …).") from None
+        raise DataError(f"{name} is not an image in a format that can be read (JPEG, PNG, WebP, …).") from None
     except Image.DecompressionBombError:  # ours, or Pillow's own, which a program may have lifted
         raise DataError(f"{name} has more than {MAX_PIXELS:,} pixels; shrink it first.") from None
     except _DECODE_ERRORS as error:
-        raise DataError(f"{name} is a damaged or truncated picture: {str(error).rstrip('.')}.") from None
+        raise DataError(f"{name} is a damaged or truncated image: {str(error).rstrip('.')}.") from None
 
 
 def header(data: bytes) -> dict[str, Any]:
-    """What the head of an encoded picture says: `width` and `height` in pixels, upright; `taken`, a datetime.
+    """What the head of an encoded image says: `width` and `height` in pixels, upright; `taken`, a datetime.
 
     `taken` is EXIF's DateTimeOriginal, if there is one. Nothing is decoded; {} where the head cannot be read.
     """
@@ -236,7 +239,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    # Not ImageOps.exif_transpose: it writes the whole EXIF block anew and fails where any part of it is damaged.
+    # Not ImageOps.exif_transpose: it rewrites the whole EXIF block and fails where any part of it is damaged.
     try:
         orientation = image.getexif().get(ExifTags.Base.Orientation)
     except (SyntaxError, ValueError, struct.error):  # the pixels are sound all the same

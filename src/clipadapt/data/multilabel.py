@@ -8,12 +8,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from clipadapt.data.examples import Pictures
+from clipadapt.data.examples import Labelled
 from clipadapt.errors import DataError
 
 
 @dataclass(frozen=True, repr=False)
-class MultiLabelDataset(Pictures[frozenset[int]]):
+class MultiLabelDataset(Labelled[frozenset[int]]):
     """Pictures that each show any number of classes; `items`, `labels` and, if given, `domains` are parallel lists.
 
     `only` and `base_new_split` keep the pictures that show one of the classes in question, with those labels alone.
@@ -45,7 +45,7 @@ class MultiLabelDataset(Pictures[frozenset[int]]):
         return frozenset(new_label[c] for c in label if c in new_label)
 
     @property
-    def targets(self) -> np.ndarray:
+    def targets(self) -> np.ndarray:  # type: ignore[override]
         """(N, C) bool: which picture shows which class."""
         targets = np.zeros((len(self), len(self.class_names)), dtype=bool)
         for row, label in zip(targets, self.labels, strict=True):

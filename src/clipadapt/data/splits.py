@@ -1,4 +1,4 @@
-"""Choosing pictures by their labels: the published few-shot sampler, stratified splits and folds.
+"""Choosing pictures by their labels: the published few-shot sampler, stratified splits and folds, groups of classes.
 
 Everything here works on lists of labels and returns indices, so that it serves data sets and features alike.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from itertools import pairwise
 
 from clipadapt.errors import DataError
 
@@ -61,3 +62,18 @@ def stratified_folds(labels: Sequence[int], k: int, seed: int) -> list[list[int]
             folds[dealt % k].append(index)
             dealt += 1
     return [sorted(fold) for fold in folds]
+
+
+def class_groups(classes: int, tasks: int, seed: int | None) -> list[list[int]]:
+    """The classes 0 to C - 1 in `tasks` groups whose sizes differ by at most one, the larger ones first.
+
+    Their order is drawn by `seed`; with None or 0 it is ascending. Every group has at least two classes.
+    """
+    if not 1 <= tasks <= classes // 2:
+        raise DataError(
+            f"{classes} classes do not make {tasks} tasks; there must be a task, and at least two classes in each."
+        )
+    order = random.Random(seed).sample(range(classes), classes) if seed else list(range(classes))
+    size, larger = divmod(classes, tasks)
+    starts = [task * size + min(task, larger) for task in range(tasks + 1)]
+    return [order[start:stop] for start, stop in pairwise(starts)]

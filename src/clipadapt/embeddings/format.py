@@ -14,16 +14,15 @@ import json
 import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from clipadapt.data import EncodedItem, Item, as_items
-from clipadapt.data.items import hash_bytes, header
+from clipadapt.data import as_items
 from clipadapt.embeddings import remote
+from clipadapt.embeddings.facts import OWN, NotedItem, join_tables, table_of
 from clipadapt.embeddings.listing import Given, Listing, arrow, hash_lines
 from clipadapt.errors import ArtifactError, ClipadaptError
 from clipadapt.features.encode import encode_images
@@ -32,7 +31,6 @@ from clipadapt.files import written_aside
 
 if TYPE_CHECKING:
     import pyarrow
-    from PIL import Image
 
     from clipadapt.backbones import Backbone
 
@@ -156,7 +154,7 @@ def _listing(images: Any, columns: Mapping[str, Sequence[Any]]) -> Listing:
         return images
     items = as_items(images)
     for name, values in columns.items():
-        if len(values) != len(items) or name in _OWN:
+        if len(values) != len(items) or name in OWN:
             raise ClipadaptError(
                 f"The column {name!r} must have one value a picture, and not be called name or digest."
             )
@@ -178,13 +176,13 @@ def _write_part(
     try:
         out.mkdir(parents=True, exist_ok=True)
         items, known = listing.stretch(listing.count * index // count, listing.count * (index + 1) // count, work)
-        noted = [_Noted(item) for item in items]
+        noted = [NotedItem(item) for item in items]
         encoded = encode_images(
             backbone, noted, cache=work, precision="float16", fast_decode=made_of["fast_decode"], **options
         )
         matrix = np.ascontiguousarray(encoded.features.numpy(), np.float16)  # (n, D), exact: rounded already
         kept = [noted[position] for position in encoded.kept]
-        table = _table(kept, encoded.digests, known.take(pa.array(encoded.kept, pa.int64())))
+        table = table_of(kept, encoded.digests, known.take(pa.array(encoded.kept, pa.int64())))
         state = made_of | {
             "backbone": {"source": backbone.source, "fingerprint": backbone.fingerprint},
             "model": model,
@@ -210,55 +208,6 @@ def _write_part(
             "command goes on from there."
         ) from None
     shutil.rmtree(work, ignore_errors=True)
-
-
-@dataclass(frozen=True)
-class _Noted(Item):
-    """A picture of which the head is looked at when its bytes are read anyway, for the digest."""
-
-    item: Item
-    facts: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def name(self) -> str:  # type: ignore[override]
-        return self.item.name
-
-    def open(self) -> Image.Image:
-        return self.item.open()
-
-    def open_reduced(self, least: int) -> Image.Image:
-        return self.item.open_reduced(least)
-
-    def fetched(self) -> Item:
-        item = self.item.fetched()
-        return self if item is self.item else _Noted(item, self.facts)
-
-    def digest(self) -> str:
-        if not isinstance(self.item, EncodedItem):
-            return self.item.digest()
-        data = self.item.read()
-        self.facts.update(header(data))
-        return hash_bytes(data)
-
-
-_OWN = ("name", "digest")  # columns that are the library's; a source's own of these names are called source_…
-
-
-def _table(kept: Sequence[_Noted], digests: Sequence[str], known: pyarrow.Table) -> pyarrow.Table:
-    """A row a picture: its name and digest, what its head says, and what was `known` of it, which goes before that."""
-    pa = arrow()
-    taken = [item.facts.get("taken") for item in kept]
-    columns = {
-        "name": pa.array([item.name for item in kept], pa.string()),
-        "digest": pa.array(digests, pa.string()),
-        "width": pa.array([item.facts.get("width") for item in kept], pa.int32()),
-        "height": pa.array([item.facts.get("height") for item in kept], pa.int32()),
-        "taken": pa.array(taken, pa.timestamp("ms")),
-        "year": pa.array([moment and moment.year for moment in taken], pa.int32()),
-    }
-    for name in known.column_names:
-        columns[f"source_{name}" if name in _OWN else name] = known[name]
-    return pa.table(columns)
 
 
 class Embeddings:
@@ -331,10 +280,7 @@ class Embeddings:
         for state, table in zip(self._states, tables, strict=True):
             if table.num_rows != state["rows"]:
                 raise ArtifactError(f"{self._path(state, 'parquet')} has {table.num_rows} rows, not {state['rows']}.")
-        try:
-            return pa.concat_tables(tables, promote_options="permissive")
-        except pa.ArrowException:  # a column that is of numbers in one part and of text in another
-            return pa.concat_tables([_as_text(table, _mixed(tables)) for table in tables], promote_options="permissive")
+        return join_tables(tables)
 
     @cached_property
     def names(self) -> list[str]:
@@ -362,26 +308,6 @@ class Embeddings:
     def _damaged(self, state: dict[str, Any], why: str) -> ArtifactError:
         path = self._path(state, "npy")
         return ArtifactError(f"{path} is missing or damaged ({why}); delete its .json and embed that shard again.")
-
-
-def _mixed(tables: Sequence[pyarrow.Table]) -> set[str]:
-    """The columns whose types in different parts have none in common."""
-    pa, schemas = arrow(), [table.schema for table in tables]
-    mixed = set()
-    for name in {name for schema in schemas for name in schema.names}:
-        kinds = {schema.field(name).type for schema in schemas if name in schema.names}
-        try:
-            pa.unify_schemas([pa.schema([(name, kind)]) for kind in kinds], promote_options="permissive")
-        except pa.ArrowException:
-            mixed.add(name)
-    return mixed
-
-
-def _as_text(table: pyarrow.Table, columns: set[str]) -> pyarrow.Table:
-    for place, name in enumerate(table.column_names):
-        if name in columns:
-            table = table.set_column(place, name, table[name].cast(arrow().string()))
-    return table
 
 
 def _at_hand(url: str) -> Path:

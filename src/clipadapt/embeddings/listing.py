@@ -20,7 +20,7 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from clipadapt.data import BytesItem, FileItem, Item, picture_files
-from clipadapt.data.readers.folders import PICTURE_SUFFIXES
+from clipadapt.data.readers.folders import IMAGE_SUFFIXES
 from clipadapt.data.readers.shards import read_samples
 from clipadapt.embeddings import remote
 from clipadapt.errors import ClipadaptError, DataError
@@ -188,7 +188,7 @@ def _folder(source: str) -> Files:
 
 def _is_picture(path: str) -> bool:
     hidden = any(part.startswith(".") or part == "__MACOSX" for part in path.split("/"))
-    return not hidden and os.path.splitext(path)[1].lower() in PICTURE_SUFFIXES
+    return not hidden and os.path.splitext(path)[1].lower() in IMAGE_SUFFIXES
 
 
 def _text_list(source: str) -> Files:
@@ -316,7 +316,7 @@ class Tars:
         facts: list[dict[str, Any]] = []
         for name, _ in self.shards[start:stop]:
             for sample in read_samples(_local(name, work), name):
-                items.append(sample.picture)
+                items.append(sample.image)
                 facts.append(_facts(sample.texts, f"{name}, sample {sample.key!r}"))
         columns = dict.fromkeys(column for row in facts for column in row)
         return items, as_table({column: [row.get(column) for row in facts] for column in columns})

@@ -9,6 +9,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 
 from clipadapt.data import Item
+from clipadapt.errors import ClipadaptError
 
 
 @runtime_checkable
@@ -72,3 +73,13 @@ class Adapted:
     def prepare(self, item: Item) -> torch.Tensor:
         """As the backbone does it."""
         return self.backbone.prepare(item)
+
+
+def in_text_space(encoder: Any) -> Any:
+    """The encoder itself; ClipadaptError where its image features do not live in the text space."""
+    if not encoder.aligned:
+        raise ClipadaptError(
+            f"The model produces {encoder.dim}-dimensional image features that are not comparable with text features: "
+            "embed or search without the model."
+        )
+    return encoder

@@ -10,7 +10,7 @@ from torch import Tensor
 from clipadapt.data import Dataset
 from clipadapt.data.captions import read_captions
 from clipadapt.data.pairs import Pairs
-from clipadapt.errors import ClipadaptError
+from clipadapt.errors import ClipadaptError, DataError
 from clipadapt.features.classes import encode_classes
 from clipadapt.features.encode import encode_images
 
@@ -33,12 +33,23 @@ def encode_memory(
     Returns:
         texts: (T, D) unit rows.
         images: (M, D) unit rows; M is 0 for sentences alone, and with `pictures` off.
-        text_of: (M,) int64, the text of each picture.
+        text_of: (M,) int64, the text of each image; an image with several captions is there once for each.
 
     Raises:
         ClipadaptError: the memory is none of these.
+        DataError: the items of pairs are not images.
     """
-    if isinstance(memory, Dataset):
+    items: Any = memory
+    if isinstance(memory, Pairs):
+        names = memory.texts
+        row_of_text = {text: row for row, text in enumerate(names)}
+        text_of, items = [], []
+        if pictures:
+            if any(isinstance(item, str) for item in memory.items):
+                raise DataError(f"{memory.name}: its items are texts, so that there is no image to remember.")
+            text_of = [row_of_text[text] for captions in memory.captions for text in captions]
+            items = [item for item, captions in zip(memory.items, memory.captions, strict=True) for _ in captions]
+    elif isinstance(memory, Dataset):
         row_of = {label: row for row, label in enumerate(dict.fromkeys(memory.labels))}
         names = [memory.class_names[label] for label in row_of] if len(memory) else memory.class_names
         text_of = [row_of[label] for label in memory.labels] if pictures else []
@@ -54,9 +65,9 @@ def encode_memory(
                 "A memory is a list of sentences, a .txt or .jsonl file of them, a data set, or "
                 f"clipadapt.data.image_pairs([(picture, caption), ...]), not {type(memory).__name__} of other things."
             )
-    if isinstance(memory, Dataset) and not isinstance(memory, Pairs):
+    if isinstance(memory, Dataset):
         texts = encode_classes(backbone, names, templates)
     else:
         texts = encode_classes(backbone, [prefix + name for name in names], "{}")
-    images = encode_images(backbone, memory).features if text_of else torch.empty(0, backbone.dim)
+    images = encode_images(backbone, items).features if text_of else torch.empty(0, backbone.dim)
     return {"texts": texts, "images": images, "text_of": torch.tensor(text_of, dtype=torch.int64)}

@@ -35,7 +35,7 @@ def lerp(first: Tensor, second: Tensor, weight: float) -> Tensor:
 
 
 def multi_modal_mixup(image: Tensor, text: Tensor, weight: float, logit_scale: float, mix: Mix = slerp) -> Tensor:
-    """m2-Mix: each picture and each text against its pair, with the mixed other pairs as hard negatives.
+    """m2-Mix: each image and each text against its pair, with the mixed other pairs as hard negatives.
 
         m_j = mix(image_j, text_j)        mean over i, and over both modalities x, of
         -log  exp(s image_i . text_i) / (exp(s image_i . text_i) + sum_{j != i} exp(s x_i . m_j))
@@ -54,7 +54,7 @@ def multi_modal_mixup(image: Tensor, text: Tensor, weight: float, logit_scale: f
 
 
 def uni_modal_mixup(mixed: Tensor, other: Tensor, weight: float, logit_scale: float, mix: Mix = slerp) -> Tensor:
-    """V-Mix (pictures mixed, texts as they are) or, with the two exchanged, L-Mix; symmetric InfoNCE with soft labels.
+    """V-Mix (images mixed, texts as they are) or, with the two exchanged, L-Mix; symmetric InfoNCE with soft labels.
 
     Row i is mixed with row B - 1 - i; the target is `weight` for its own pair and the rest for that other one.
     """
@@ -64,7 +64,7 @@ def uni_modal_mixup(mixed: Tensor, other: Tensor, weight: float, logit_scale: fl
 
 
 def both_modal_mixup(image: Tensor, text: Tensor, weight: float, logit_scale: float, mix: Mix = slerp) -> Tensor:
-    """VL-Mix: pictures and texts, each mixed within its modality by the same weight; two positives for each row.
+    """VL-Mix: images and texts, each mixed within its modality by the same weight; two positives for each row.
 
     Row i is mixed with row B - 1 - i, and both i and B - 1 - i count as its pair, each with a target of 1.
     """

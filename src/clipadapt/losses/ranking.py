@@ -1,4 +1,4 @@
-"""Ranking objectives over scores of classes of which a picture can show several."""
+"""Ranking objectives over scores of classes of which an image can show several."""
 
 from __future__ import annotations
 

@@ -8,6 +8,7 @@ _HOMES = {
     "Card": "clipadapt.methods.card",
     "Classifier": "clipadapt.methods.tasks.classification",
     "FeatureMethod": "clipadapt.methods.kinds.features",
+    "FineTuningMethod": "clipadapt.methods.kinds.weights",
     "ImageMethod": "clipadapt.methods.kinds.images",
     "Method": "clipadapt.methods.base",
     "PromptLearner": "clipadapt.methods.kinds.prompts",
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from clipadapt.methods.kinds.images import ImageMethod as ImageMethod
     from clipadapt.methods.kinds.prompts import PromptLearner as PromptLearner
     from clipadapt.methods.kinds.prompts import PromptMethod as PromptMethod
+    from clipadapt.methods.kinds.weights import FineTuningMethod as FineTuningMethod
     from clipadapt.methods.kinds.weights import WeightMethod as WeightMethod
     from clipadapt.methods.kinds.wrapper import Wrapper as Wrapper
     from clipadapt.methods.loading import load as load

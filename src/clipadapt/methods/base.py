@@ -2,7 +2,8 @@
 
 A method is a dataclass. Its fields are hyper-parameters; `fit` learns and returns self; what was learned is kept in
 attributes that end in an underscore. Two bases make it complete: a task, which says what a fitted one answers
-(`methods.tasks`), and a kind, which says how it learns (`methods.kinds`). Nothing here knows a class, an image or a loss.
+(`methods.tasks`), and a kind, which says how it learns (`methods.kinds`). Nothing here knows a class, an image or a
+loss.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import Any, ClassVar, Self
 
 from clipadapt.errors import ClipadaptError
 from clipadapt.methods.artifact import save
-from clipadapt.methods.card import Card, check_hyperparameter, hyper
+from clipadapt.methods.card import Card, check_hyperparameter, hyper, settings_of
 from clipadapt.methods.recipe import recipe
 from clipadapt.methods.training_data import TrainingData, why_not
 from clipadapt.training.loop import Report, Run
@@ -35,14 +36,18 @@ class Method:
     templates: Any = hyper("photo", "prompt templates of the class names: a set's name, template(s), file or mapping")
 
     def __post_init__(self) -> None:
-        for f in dataclasses.fields(self):
-            value = getattr(self, f.name)
-            check_hyperparameter(f"{self.card.key}: {f.name} = {value!r}", value, f.metadata)
+        for name, value in self.settings.items():
+            check_hyperparameter(f"{self.card.key}: {name} = {value!r}", value, settings_of(self)[name].metadata)
 
     @classmethod
     def hyperparameters(cls) -> list[str]:
         """The names of its hyper-parameters."""
-        return [f.name for f in dataclasses.fields(cls)]
+        return list(settings_of(cls))
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Its hyper-parameters and their values."""
+        return {name: getattr(self, f.name) for name, f in settings_of(self).items()}
 
     # -- learning ---------------------------------------------------------------------------------------------------
 
@@ -108,8 +113,8 @@ class Method:
         return data
 
     def _learn(self, model: Any, data: TrainingData, run: Run) -> None:
-        """The kind's part of `fit`, on data that have been checked and prepared."""
-        raise NotImplementedError
+        """The kind's part of `fit`, on data that have been checked and prepared; by default nothing is learned."""
+        self._restore(model)
 
     def _close(self, data: TrainingData) -> None:
         """The task's part of `fit`, once everything has been learned."""

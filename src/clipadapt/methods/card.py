@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import dataclasses
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -61,9 +62,11 @@ TASKS = {
 }
 KINDS: dict[str, dict[str, Any]] = {
     "FeatureMethod": {"kind": "features"},
+    "CacheMethod": {"kind": "features"},
     "PromptMethod": {"kind": "prompts", "requires": frozenset({"texts", "prompts"})},
     "TowerPromptMethod": {"kind": "prompts", "requires": frozenset({"texts", "prompts", "gradients"})},
     "WeightMethod": {"kind": "weights", "requires": frozenset({"texts", "weights"})},
+    "FineTuningMethod": {"kind": "weights", "requires": frozenset({"texts", "weights"})},
     "ImageMethod": {"kind": "images", "signal": "none", "requires": frozenset({"texts"})},
     "Wrapper": {"kind": "wrapper"},
     "TestTimeMethod": {"kind": "test-time", "signal": "none"},
@@ -98,22 +101,31 @@ def hyper(
     low: float | None = None,
     high: float | None = None,
     choices: Any = None,
-    alias: str | None = None,
+    check: Callable[[Any], str | None] | None = None,
+    name: str | None = None,
 ) -> Any:
     """A hyper-parameter field: its default, what it is (unit, range, source), and the values it may take.
 
-    Under its `alias` `create` takes it, too, and recipes keep it: what it was called before a fact of methods took the
-    name.
+    Args:
+        check: says of a value what it must be ("must be a list of words"), or None where it is that.
+        name: what users call it, where the attribute is called otherwise because every method has one of that name.
     """
-    meta = {"doc": doc, "low": low, "high": high, "choices": choices, "alias": alias}
+    meta = {"doc": doc, "low": low, "high": high, "choices": choices, "check": check, "name": name}
     if isinstance(default, list | dict):
         return field(default_factory=lambda: default, metadata=meta)
     return field(default=default, metadata=meta)
 
 
+def settings_of(cls: Any) -> dict[str, Any]:
+    """The hyper-parameter fields of a method's class by the names that users call them."""
+    return {f.metadata.get("name") or f.name: f for f in dataclasses.fields(cls)}
+
+
 def check_hyperparameter(where: str, value: Any, facts: Any) -> None:
     """Refuse a value that `facts`, the metadata of its `hyper` field, do not allow; `where` names it."""
-    low, high, choices = map(facts.get, ("low", "high", "choices"))
+    low, high, choices, check = map(facts.get, ("low", "high", "choices", "check"))
+    if check is not None and (wanted := check(value)) is not None:
+        raise ClipadaptError(f"{where} {wanted}.")
     if choices is not None and value not in choices:
         raise ClipadaptError(f"{where} is not one of {', '.join(map(repr, choices))}.")
     if (low is None and high is None) or value is None:

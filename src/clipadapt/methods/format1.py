@@ -48,7 +48,17 @@ def upgraded(config: dict[str, Any], tensors: dict[str, Tensor]) -> tuple[dict[s
     if key == "backbone-effects-study":
         return _backbone_effects(config, tensors)
     plain.setdefault("trained_", _trained(key, config["hyperparameters"], tensors))
-    return config, tensors
+    return config, {_renamed(path): tensor for path, tensor in tensors.items()}
+
+
+def _renamed(path: str) -> str:
+    """What of a model changes was kept under five names, and is `update_` now."""
+    name, _, key = path.partition(".")
+    if name in ("tower_", "lora_", "adapters_"):
+        return f"update_.{key}"
+    if name in ("places_", "values_") and key:
+        return f"update_.{key}.{name[:-1]}"
+    return "update_.tokens" if name == "tokens_" else path
 
 
 def _trained(key: str, hyperparameters: dict[str, Any], tensors: dict[str, Tensor]) -> int:

@@ -71,7 +71,7 @@ def _backbone_for(origin: dict[str, str] | None, where: str, backbone: Backbone 
     if backbone.fingerprint != origin["fingerprint"]:
         raise ArtifactError(
             f"{where} was adapted from the backbone {origin['source']!r} ({origin['fingerprint'][:12]}), and "
-            f"{backbone.source!r} ({backbone.fingerprint[:12]}) is another one: its weights, preprocessing or tokenizer "
-            "differ."
+            f"{backbone.source!r} ({backbone.fingerprint[:12]}) is another one: its weights, preprocessing or "
+            "tokenizer differ."
         )
     return backbone

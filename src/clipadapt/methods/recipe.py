@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ PLAIN = (bool, int, float, str, list, tuple, dict, type(None))
 
 def recipe(method: Any) -> dict[str, Any]:
     """The key and hyper-parameters of a method; a wrapped method nests, data sets and sources are named."""
-    values = {f.metadata.get("alias") or f.name: _json(getattr(method, f.name)) for f in dataclasses.fields(method)}
+    values = {name: _json(value) for name, value in method.settings.items()}
     return {"method": method.card.key, "hyperparameters": values}
 
 

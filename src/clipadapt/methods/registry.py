@@ -9,7 +9,7 @@ from importlib import import_module
 from typing import Any, TypeVar, dataclass_transform
 
 from clipadapt.errors import ClipadaptError, unknown_name
-from clipadapt.methods.card import Card, card_of, hyper
+from clipadapt.methods.card import Card, card_of, hyper, settings_of
 from clipadapt.methods.catalogue import cards, module_of
 
 M = TypeVar("M", bound=type)
@@ -65,10 +65,8 @@ def create(key: str, **hyperparameters: Any) -> Any:
     The type depends on the key: every one is a `Method`, most are `FeatureMethod`s with `fit_features`.
     """
     cls = method_class(key)
-    known = {f.name for f in dataclasses.fields(cls)}
-    aliases = {f.metadata.get("alias"): f.name for f in dataclasses.fields(cls)}
-    hyperparameters = {aliases.get(name, name): value for name, value in hyperparameters.items()}
+    known = settings_of(cls)
     for name in hyperparameters:
         if name not in known:
             raise ClipadaptError(f"{key}: {unknown_name('hyper-parameter', name, known)}")
-    return cls(**hyperparameters)
+    return cls(**{known[name].name: value for name, value in hyperparameters.items()})

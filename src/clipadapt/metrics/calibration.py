@@ -24,12 +24,12 @@ def expected_calibration_error(
 ) -> tuple[float, list[dict[str, Any]]]:
     """(ECE in [0, 1], the bins of the reliability diagram) over equal-width bins of the confidence.
 
-    ECE is the mean over pictures of |accuracy - mean confidence| of the bin that a picture falls in; bins are open
+    ECE is the mean over images of |accuracy - mean confidence| of the bin that an image falls in; bins are open
     below and closed above, as published, and empty ones are left out of the list.
     """
     confidence, hits = np.asarray(confidence, dtype=float), np.asarray(hits, dtype=float)
     if not len(confidence):
-        raise ValueError("the calibration error needs at least one picture")
+        raise ValueError("the calibration error needs at least one image")
     where = np.clip(np.ceil(confidence * bins).astype(int) - 1, 0, bins - 1)  # (N,)
     error, found = 0.0, []
     for b in np.unique(where):
@@ -43,10 +43,10 @@ def expected_calibration_error(
 
 
 def risk_coverage(confidence: ArrayLike, hits: ArrayLike) -> tuple[float, np.ndarray, np.ndarray]:
-    """(area under the curve, coverage (N,), risk (N,)): the error among the pictures kept, the surest first.
+    """(area under the curve, coverage (N,), risk (N,)): the error among the images kept, the surest first.
 
-    Pictures of equal confidence count as kept in part: their errors are spread evenly over them, so the order of the
-    pictures does not matter.
+    Images of equal confidence count as kept in part: their errors are spread evenly over them, so the order of the
+    images does not matter.
     """
     confidence, hits = np.asarray(confidence, dtype=float), np.asarray(hits, dtype=float)
     order = np.argsort(-confidence, kind="stable")

@@ -15,11 +15,11 @@ from numpy.typing import ArrayLike
 
 @dataclass(frozen=True)
 class ClassScores:
-    """One class: `support` pictures belong to it; a ratio whose denominator is zero is None.
+    """One class: `support` images belong to it; a ratio whose denominator is zero is None.
 
     Attributes:
-        recall: share of its pictures that are recognised; the class's accuracy.
-        precision: share of the pictures taken for this class that belong to it.
+        recall: share of its images that are recognised; the class's accuracy.
+        precision: share of the images taken for this class that belong to it.
         f1: harmonic mean of the two.
     """
 
@@ -31,15 +31,15 @@ class ClassScores:
 
 
 def accuracy(labels: ArrayLike, predicted: ArrayLike) -> float:
-    """Share of right predictions, in [0, 1]; of no picture it is not defined and raises ValueError."""
+    """Share of right predictions, in [0, 1]; of no image it is not defined and raises ValueError."""
     hits = np.asarray(labels) == np.asarray(predicted)
     if hits.size == 0:
-        raise ValueError("accuracy needs at least one picture")
+        raise ValueError("accuracy needs at least one image")
     return float(hits.mean())
 
 
 def macro_accuracy(labels: ArrayLike, predicted: ArrayLike) -> float:
-    """Mean of the classes' accuracies over those that have pictures: every class counts the same, however large."""
+    """Mean of the classes' accuracies over those that have images: every class counts the same, however large."""
     labels, predicted = np.asarray(labels), np.asarray(predicted)
     return float(np.mean([np.mean(predicted[labels == c] == c) for c in np.unique(labels)]))
 

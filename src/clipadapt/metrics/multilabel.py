@@ -16,7 +16,7 @@ from numpy.typing import ArrayLike
 def average_precision(targets: ArrayLike, scores: ArrayLike) -> np.ndarray:
     """(C,) average precision of each class, nan for a class without a positive.
 
-    It is the mean, over a class's positives, of the precision among the pictures that score at least as high; nothing
+    It is the mean, over a class's positives, of the precision among the images that score at least as high; nothing
     is interpolated, and equal scores count together (as in scikit-learn).
     """
     truth, values = checked(targets, scores)
@@ -39,7 +39,7 @@ def best_threshold(targets: ArrayLike, scores: ArrayLike) -> float:
     """The threshold t for which predicting `scores >= t` has the highest overall F1, among all that there are.
 
     It lies midway between the lowest score that it accepts and the next one below; of equally good ones it is the
-    highest. Choose it on support or validation pictures, never on those that are tested. Without a positive it raises
+    highest. Choose it on support or validation images, never on those that are tested. Without a positive it raises
     ValueError.
     """
     truth, values = checked(targets, scores)
@@ -53,7 +53,7 @@ def best_threshold(targets: ArrayLike, scores: ArrayLike) -> float:
 
 
 def _sweep(truth: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """For every distinct score, highest first: positives and pictures that score at least it, and the score."""
+    """For every distinct score, highest first: positives and images that score at least it, and the score."""
     order = np.argsort(-values, kind="stable")
     values = values[order]
     last = np.append(np.flatnonzero(np.diff(values)), len(values) - 1)  # of each run of equal scores
@@ -101,7 +101,7 @@ def f1_scores(targets: ArrayLike, predicted: ArrayLike) -> F1Scores:
 
 
 def top_k_predictions(scores: ArrayLike, k: int) -> np.ndarray:
-    """(N, C) bool: the `k` highest classes of each picture, of equals the first; ValueError unless 1 <= k <= C."""
+    """(N, C) bool: the `k` highest classes of each image, of equals the first; ValueError unless 1 <= k <= C."""
     _, values = checked(scores, scores)
     if not 1 <= k <= values.shape[1]:
         raise ValueError(f"k must lie between 1 and the number of classes ({values.shape[1]}), not {k}")

@@ -1,6 +1,6 @@
 """How good is a search: Recall@k, mAP, nDCG@k and median rank from features, in blocks of queries.
 
-What belongs together has the same group number: a picture and its captions, or the pictures of a class. An item of
+What belongs together has the same group number: an image and its captions, or the images of a class. An item of
 the gallery is relevant to a query when their groups are equal. Items rank by their product with the query, the largest
 first; of equal ones the lower number ranks first, as in `features.retrieval.nearest` and every exact search here.
 """
@@ -26,7 +26,7 @@ class RetrievalScores:
 
     queries      how many these are
     recall       k -> share of queries with at least one relevant item among the first k; this is what papers on
-                 picture-text retrieval call Recall@k (R@k), not the share of the relevant items that were found
+                 image-text retrieval call Recall@k (R@k), not the share of the relevant items that were found
     mean_average_precision
                  mAP: the mean, over a query's relevant items, of the precision down to their ranks
     ndcg         k -> gains of 1 over log2(1 + rank), as a share of the best possible order's
@@ -41,17 +41,17 @@ class RetrievalScores:
 
 
 def text_to_image(texts: Any, images: Any, picture_of: Any, ks: Sequence[int] = (1, 5, 10)) -> RetrievalScores:
-    """Each text looks for its picture: texts (T, D), images (N, D), and `picture_of` (T,) the pictures' numbers."""
+    """Each text looks for its image: texts (T, D), images (N, D), and `picture_of` (T,) the images' numbers."""
     return retrieval_scores(texts, images, picture_of, np.arange(len(images)), ks)
 
 
 def image_to_text(images: Any, texts: Any, picture_of: Any, ks: Sequence[int] = (1, 5, 10)) -> RetrievalScores:
-    """Each picture looks for its texts, of which it can have several: arguments as in `text_to_image`."""
+    """Each image looks for its texts, of which it can have several: arguments as in `text_to_image`."""
     return retrieval_scores(images, texts, np.arange(len(images)), picture_of, ks)
 
 
 def image_to_image(images: Any, labels: Any, ks: Sequence[int] = (1, 5, 10)) -> RetrievalScores:
-    """Each picture looks for the others of its class; itself is left out. Images (N, D), labels (N,) int."""
+    """Each image looks for the others of its class; itself is left out. Images (N, D), labels (N,) int."""
     return retrieval_scores(images, images, labels, labels, ks, others=True)
 
 

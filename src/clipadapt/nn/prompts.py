@@ -144,7 +144,7 @@ class ClassPrompts:
 
 
 def visual_prompts(first: Tensor, deeper: Sequence[Tensor] = ()) -> list[Insertion]:
-    """Prompts behind the patches of a picture: `first` (n, W) at the input, `deeper` before block 1, 2, ... (VPT)."""
+    """Prompts behind the patches of an image: `first` (n, W) at the input, `deeper` before block 1, 2, ... (VPT)."""
     count = first.shape[-2]
     inserted = Insertion(first, at=-count, mode="insert")
     return [inserted, *(Insertion(tokens, at=-count, layer=j) for j, tokens in enumerate(deeper, start=1))]

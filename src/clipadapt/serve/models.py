@@ -21,13 +21,13 @@ from torch import Tensor
 
 from clipadapt.backbones import Backbone, load_backbone
 from clipadapt.backbones.preprocess import Preprocess
-from clipadapt.data import BytesItem, class_texts
+from clipadapt.data import BytesItem
 from clipadapt.data.items import hash_bytes
 from clipadapt.errors import ArtifactError, ClipadaptError, unknown_name
 from clipadapt.features import encode_images
+from clipadapt.features.encoder import in_text_space
 from clipadapt.methods import Method, load
 from clipadapt.methods.artifact import origin_of
-from clipadapt.methods.prompt_method import PromptMethod
 from clipadapt.search.query import query_vector
 from clipadapt.serve.limits import check_picture, open_picture
 from clipadapt.serve.log import log
@@ -92,7 +92,7 @@ class Served:
     @property
     def backbone(self) -> Backbone:
         """The towers, adapted where the model adapts them."""
-        return self.model if isinstance(self.model, Backbone) else self.model._fitted("backbone_")
+        return self.model.backbone_ if isinstance(self.model, Method) else self.model
 
     @property
     def class_names(self) -> list[str]:
@@ -147,7 +147,7 @@ class Classify:
             assert isinstance(served.model, Method)
             rows = [row for row, (_, asked) in enumerate(items) if asked is served]
             with torch.no_grad():
-                probabilities = served.model.probabilities(served.model._logits(features[rows]))  # (len(rows), C)
+                probabilities = served.model.probabilities(served.model.head.logits(features[rows]))  # (len(rows), C)
             answers |= zip(rows, probabilities, strict=True)
         return [answers[row] for row in range(len(items))]
 
@@ -185,11 +185,10 @@ class EmbedPictures:
     served: Served
 
     def __call__(self, items: Sequence[Pixels | BytesItem]) -> list[Tensor]:
-        model = self.served.model
-        tower = model.image_tower() if isinstance(model, Method) else model
+        encoder = in_text_space(self.served.model.encoder)
         if self.served.tower is not None:
             return list(self.served.tower.features([item for item in items if isinstance(item, Pixels)]))
-        return list(encode_images(tower, items, cache=False).features)
+        return list(encode_images(encoder, items, cache=False).features)
 
 
 class Query(NamedTuple):
@@ -251,11 +250,10 @@ class Explain:
     def _text(self, why: Why) -> Tensor:
         """(D,) unit: the text as it is, or the class as the method's prompts name it."""
         model = self.served.model
-        if not why.is_class or isinstance(model, PromptMethod):
+        if not why.is_class:
             return model.encode_texts([why.text])[0]
         assert isinstance(model, Method)
-        sentences = class_texts([why.text], model.templates)[0]
-        return torch.nn.functional.normalize(model.encode_texts(sentences).mean(0), dim=0)
+        return model.encode_class(why.text)
 
 
 # -- loading ----------------------------------------------------------------------------------------------------------
@@ -351,10 +349,10 @@ class Models:
         model = load(folder, self._backbone_of(folder))
         if _revision(folder) != revision:
             raise ArtifactError(f"{folder} changed while it was read.")
-        if model._fitted("backbone_") is None:
+        if model.backbone_ is None:
             raise ArtifactError(f"{folder} was fitted on features and has no towers, so it takes no pictures.")
         model.probabilities(torch.zeros(1, len(model.class_names_)))  # refuses a multi-label model without a threshold
-        return Served(name, model, revision, _tower(model), model.image_fingerprint)
+        return Served(name, model, revision, _tower(model), model.encoder.image_fingerprint)
 
     def _backbone_of(self, folder: Path) -> Backbone | None:
         origin = origin_of(folder)
@@ -368,20 +366,11 @@ class Models:
 
 
 def _tower(model: Method) -> Tower | None:
-    """The image tower whose features the method's classifier takes; None if it looks at the pictures themselves.
-
-    Found by trying, on a grey picture, whether the classifier on the tower's features is all that `image_logits` does.
-    """
-    backbone = model._fitted("backbone_")
-    pixels = backbone.preprocess(Image.new("RGB", (64, 48), (90, 120, 150)))[None]  # (1, 3, H, W)
-    try:
-        with torch.no_grad():
-            logits = model._logits(model.encode_pixels(pixels.to(backbone.device)).float().cpu())
-        if not torch.allclose(logits, model.image_logits(pixels)[0], atol=1e-4):
-            return None
-    except (ClipadaptError, NotImplementedError):
+    """The image tower whose features the method's classifier takes; None if it looks at the images themselves."""
+    encoder = model.encoder
+    if model.head is None:
         return None
-    return Tower(model.image_fingerprint, model.encode_pixels, backbone.preprocess, backbone.device)
+    return Tower(encoder.image_fingerprint, encoder.encode, model.backbone_.preprocess, encoder.device)
 
 
 def _stamp(folder: Path) -> Any:

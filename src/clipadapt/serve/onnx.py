@@ -42,11 +42,12 @@ _TEXTS = ("a cat", "a photo of two red circles")
 class _Image(nn.Module):
     def __init__(self, method: Method) -> None:
         super().__init__()
-        self.method = method  # no module: its weights are constants of the graph, and its logit scale is a number
+        # No modules: their weights are constants of the graph, and the logit scale is a number.
+        self.encode, self.logits = method.encoder.encode, method.head.logits
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        features = self.method.encode_pixels(pixels)  # (N, D)
-        return features, self.method._logits(features)
+        features = self.encode(pixels)  # (N, D)
+        return features, self.logits(features)
 
 
 class _Text(nn.Module):
@@ -81,9 +82,11 @@ def export_onnx(method: Method, folder: Path | str, *, int8: bool = False) -> Pa
     folder = Path(folder)
     if folder.is_file() or (folder.is_dir() and any(folder.iterdir()) and not (folder / "config.json").exists()):
         raise ArtifactError(f"{folder} holds other files; give a new folder.")
-    backbone = method._fitted("backbone_")
-    if backbone is None:
-        raise ClipadaptError(f"This {method.card.key} was fitted on features, with no towers to export.")
+    backbone = method._model("it has no towers to export")
+    if method.head is None:
+        raise ClipadaptError(
+            f"{method.card.key} looks at images, not at features: its prediction is not a graph from pixels to logits."
+        )
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").unlink(missing_ok=True)  # an older model does not count any more
     height, width = backbone.image_size
@@ -91,7 +94,7 @@ def export_onnx(method: Method, folder: Path | str, *, int8: bool = False) -> Pa
     key = method.card.key
     _write(_Image(method).eval(), pixels[:2], ("pixels",), ("features", "logits"), folder / "image.onnx", key)
     with torch.no_grad():
-        expected = [method.encode_pixels(pixels), method.image_logits(pixels)[0]]
+        expected = [method.encoder.encode(pixels), method.image_logits(pixels)[0]]
     _compare(folder / "image.onnx", pixels, expected, key)
     names = ["image"]
     if _texts_are_plain(method):
@@ -195,15 +198,9 @@ class OnnxModel:
 
 
 def _texts_are_plain(method: Method) -> bool:
-    """Whether the method encodes free texts by the towers in `backbone_` and nothing else."""
+    """Whether free texts go through the towers in `backbone_` and nothing else, and a tokenizer can be written."""
     backbone: Any = method.backbone_
-    if "texts" not in backbone.capabilities or not hasattr(backbone.tokenizer, "backend_tokenizer"):
-        return False
-    try:
-        with torch.no_grad():
-            return torch.allclose(method.encode_texts(_TEXTS), backbone.encode_texts(_TEXTS), atol=1e-6)
-    except ClipadaptError:
-        return False
+    return method.plain_texts and "texts" in backbone.capabilities and hasattr(backbone.tokenizer, "backend_tokenizer")
 
 
 def _write(

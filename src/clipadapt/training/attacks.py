@@ -1,6 +1,6 @@
-"""Adversarial pictures: within a small distance of a picture, one that a classifier takes for something else.
+"""Adversarial images: within a small distance of an image, one that a classifier takes for something else.
 
-Attacks work on `plain` pictures, whose values are in [0, 1]; `PixelSpace` leads to what a backbone takes, and back.
+Attacks work on `plain` images, whose values are in [0, 1]; `PixelSpace` leads to what a backbone takes, and back.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ LEVEL = 1 / 255  # of an 8-bit channel, the unit in which attacks are measured
 
 @dataclass(frozen=True)
 class PixelSpace:
-    """Plain pictures (B, 3, H, W) in [0, 1] to the pixels that a backbone takes: (plain - mean) / std, and back."""
+    """Plain images (B, 3, H, W) in [0, 1] to the pixels that a backbone takes: (plain - mean) / std, and back."""
 
     mean: Tensor  # (3, 1, 1)
     std: Tensor  # (3, 1, 1)
@@ -52,17 +52,17 @@ def pgd(
     steps: int,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """Projected gradient descent in the L-infinity ball: pictures (B, 3, H, W) on which the cross-entropy is high.
+    """Projected gradient descent in the L-infinity ball: images (B, 3, H, W) on which the cross-entropy is high.
 
         x <- clip(x + step_size sign(grad CE(scores(x), labels)))     to [plain - eps, plain + eps] and to [0, 1]
 
     Madry et al., "Towards Deep Learning Models Resistant to Adversarial Attacks" (arXiv 1706.06083). The last x is
     returned; no gradient is left in the parameters that `scores` uses.
 
-    scores: differentiable, plain pictures (B, 3, H, W) -> (B, C) logits
+    scores: differentiable, plain images (B, 3, H, W) -> (B, C) logits
     labels: (B,) int64, the classes to move away from
     eps, step_size: in the units of `plain`, so 1 / 255 is one level of an 8-bit channel
-    generator: on the CPU, draws a start that is uniform in the ball; without it the pictures themselves are the start
+    generator: on the CPU, draws a start that is uniform in the ball; without it the images themselves are the start
     """
     if eps == 0:
         return plain.detach()
@@ -75,7 +75,7 @@ def pgd(
     for _ in range(steps):
         attacked.requires_grad_()
         with torch.enable_grad():
-            loss = cross_entropy(scores(attacked), labels, reduction="sum")  # pictures do not depend on one another
+            loss = cross_entropy(scores(attacked), labels, reduction="sum")  # images do not depend on one another
             (gradient,) = torch.autograd.grad(loss, attacked)
         attacked = torch.clamp(attacked.detach() + step_size * gradient.sign(), low, high)
     return attacked.detach()

@@ -3,87 +3,52 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from clipadapt.errors import ArtifactError
 from clipadapt.files import written_aside
-from clipadapt.training.averaging import EMA
 from clipadapt.training.sharding import share, whole
 
 ADAM_STATE = ("step", "exp_avg", "exp_avg_sq")
 
 
-def save_checkpoint(
+def save_progress(
     file: Path,
-    module: nn.Module,
-    ema: EMA,
-    optimizer: torch.optim.AdamW,
-    progress: dict[str, float],
+    kept: Sequence[Tensor],
+    optimizer: torch.optim.Optimizer,
+    losses: list[float],
+    seconds: float,
     *,
     write: bool = True,
 ) -> None:
-    """Write weights, averages, optimiser state and `progress` (JSON in the header) to one file, renamed into place.
+    """Write a training run after some steps to one file, renamed into place when it is whole.
 
-    Where they are shared out over processes all of these must call it, and one of them with `write`.
+    The file holds the tensors `kept.{i}`, of the optimiser `state.{i}.{key}` of parameter i, the random stream, and
+    the losses so far. Where tensors are shared out over processes all of these must call it, and one of them with
+    `write`.
     """
-    tensors: dict[str, Tensor] = {}
-    for (name, parameter), average in zip(module.named_parameters(), ema.averages, strict=True):
-        tensors[f"weight.{name}"], tensors[f"average.{name}"] = whole(parameter.detach()), whole(average)
-        for key in ADAM_STATE:
-            tensors[f"{key}.{name}"] = whole(optimizer.state[parameter][key])
-    if not write:
-        return
-    with written_aside(file) as aside:
-        save_file(tensors, aside, metadata={"progress": json.dumps({**progress, "ema_updates": ema.updates})})
-
-
-@torch.no_grad()
-def load_checkpoint(file: Path, module: nn.Module, ema: EMA, optimizer: torch.optim.AdamW) -> dict[str, Any]:
-    """Restore the state that `save_checkpoint` wrote, in place; returns the progress.
-
-    Raises ArtifactError for a file that is damaged or was written for another model.
-    """
-    parameters = dict(module.named_parameters())
-    device = next(iter(parameters.values())).device
-    try:
-        with safe_open(file, framework="pt", device=str(device)) as stored:
-            progress = json.loads(stored.metadata()["progress"])
-            for (name, parameter), average in zip(parameters.items(), ema.averages, strict=True):
-                parameter.copy_(share(stored.get_tensor(f"weight.{name}"), parameter))
-                average.copy_(share(stored.get_tensor(f"average.{name}"), average))
-                kept = {key: stored.get_tensor(f"{key}.{name}") for key in ADAM_STATE}
-                optimizer.state[parameter] = {k: v if k == "step" else share(v, parameter) for k, v in kept.items()}
-    except (SafetensorError, RuntimeError, TypeError, KeyError) as error:
-        raise ArtifactError(
-            f"{file} is damaged or belongs to another model; remove it to train afresh ({error})."
-        ) from error
-    ema.updates = progress.pop("ema_updates")
-    return progress
-
-
-def save_progress(
-    file: Path, kept: Sequence[Tensor], optimizer: torch.optim.Optimizer, losses: list[float], seconds: float
-) -> None:
-    """Write a few-shot run after some steps: tensors, optimiser state, the random stream, and the losses so far."""
-    tensors = {f"kept.{i}": tensor.detach() for i, tensor in enumerate(kept)}
-    tensors["random"] = torch.get_rng_state()
-    if torch.cuda.is_available():
-        tensors["random.cuda"] = torch.cuda.get_rng_state()
+    tensors = {f"kept.{i}": whole(tensor.detach()) for i, tensor in enumerate(kept)}
     for i, parameter in enumerate(p for group in optimizer.param_groups for p in group["params"]):
         for key, value in optimizer.state.get(parameter, {}).items():
             if value is not None:
-                tensors[f"state.{i}.{key}"] = torch.as_tensor(value)
+                tensors[f"state.{i}.{key}"] = whole(torch.as_tensor(value))
+    if not write:
+        return
+    tensors["losses"] = torch.tensor(losses, dtype=torch.float64)
+    tensors["random"] = torch.get_rng_state()
+    if torch.cuda.is_available():
+        tensors["random.cuda"] = torch.cuda.get_rng_state()
     file.parent.mkdir(parents=True, exist_ok=True)
-    progress = json.dumps({"losses": losses, "seconds": seconds})
     with written_aside(file) as aside:
-        save_file({k: v.contiguous() for k, v in tensors.items()}, aside, metadata={"progress": progress})
+        metadata = {"progress": json.dumps({"seconds": seconds})}
+        save_file({k: v.contiguous() for k, v in tensors.items()}, aside, metadata=metadata)
 
 
 @torch.no_grad()
@@ -95,25 +60,61 @@ def load_progress(file: Path, kept: Sequence[Tensor], optimizer: torch.optim.Opt
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     try:
         with safe_open(file, framework="pt") as stored:
-            progress = json.loads(stored.metadata()["progress"])
+            progress, names = json.loads(stored.metadata()["progress"]), set(stored.keys())
+            if len(kept) != sum(name.startswith("kept.") for name in names):
+                raise ValueError(f"{len(kept)} tensors are asked for")
             for i, tensor in enumerate(kept):
-                tensor.copy_(stored.get_tensor(f"kept.{i}"))
-            for name in stored.keys():  # noqa: SIM118 - no mapping
+                found = stored.get_tensor(f"kept.{i}")
+                if found.shape != tensor.shape:
+                    raise ValueError(f"tensor {i} is {tuple(found.shape)}, not {tuple(tensor.shape)}")
+                tensor.copy_(share(found.to(tensor.device), tensor))
+            for name in sorted(names):  # all processes in one order, as a share is dealt out to each of them
                 kind, _, rest = name.partition(".")
                 if kind == "state":
                     number, _, key = rest.partition(".")
                     parameter, value = parameters[int(number)], stored.get_tensor(name)
-                    optimizer.state[parameter][key] = value if key == "step" else value.to(parameter.device)
-            torch.set_rng_state(stored.get_tensor("random"))
-            if "random.cuda" in stored.keys() and torch.cuda.is_available():  # noqa: SIM118
+                    optimizer.state[parameter][key] = (
+                        value if key == "step" else share(value.to(parameter.device), parameter)
+                    )
+            if "random" in names:
+                torch.set_rng_state(stored.get_tensor("random"))
+            if "random.cuda" in names and torch.cuda.is_available():
                 torch.cuda.set_rng_state(stored.get_tensor("random.cuda"))
+            # Before the one format, losses were in the header.
+            losses = stored.get_tensor("losses").tolist() if "losses" in names else progress["losses"]
     except (SafetensorError, RuntimeError, TypeError, KeyError, IndexError, ValueError) as error:
-        raise ArtifactError(f"{file} is damaged or belongs to another run; remove it to train afresh.") from error
-    return progress["losses"], progress["seconds"]
+        raise _unusable(file, error) from error
+    return losses, progress["seconds"]
+
+
+def renew_checkpoint(file: Path, names: Sequence[str]) -> None:
+    """Rewrite a file in which `train_contrastive` once kept a run, by names of parameters, as `save_progress` does.
+
+    names: of the optimiser's parameters, in its order; their averages follow them. Any other file is left as it is.
+    Of the losses only the number is known. Raises ArtifactError as `load_progress` does.
+    """
+    try:
+        with safe_open(file, framework="pt") as stored:
+            progress = json.loads(stored.metadata()["progress"])
+            if "ema_updates" not in progress:
+                return
+            tensors = {"losses": torch.full((progress["step"],), math.nan, dtype=torch.float64)}
+            for i, name in enumerate(names):
+                tensors[f"kept.{i}"] = stored.get_tensor(f"weight.{name}")
+                tensors[f"kept.{len(names) + i}"] = stored.get_tensor(f"average.{name}")
+                tensors |= {f"state.{i}.{key}": stored.get_tensor(f"{key}.{name}") for key in ADAM_STATE}
+    except (SafetensorError, TypeError, KeyError, ValueError) as error:
+        raise _unusable(file, error) from error
+    with written_aside(file) as aside:
+        save_file(tensors, aside, metadata={"progress": json.dumps({"seconds": progress["seconds"]})})
+
+
+def _unusable(file: Path, error: Exception) -> ArtifactError:
+    return ArtifactError(f"{file} is damaged or belongs to another run; remove it to train afresh ({error}).")
 
 
 def rewind_log(file: Path, step: int) -> None:
-    """Drop the lines of a JSON-lines log that lie after `step`: the run will write them again."""
+    """Drop the lines of a JSON-lines log after `step`: the run will write them again."""
     if not file.exists():
         return
     lines: Iterable[str] = file.read_text(encoding="utf-8").splitlines(keepends=True)

@@ -1,4 +1,4 @@
-"""The one loop of few-shot training: batches, a loss, an optimiser, a schedule, reports, and resumption."""
+"""The one training loop: batches, a loss, an optimiser, a schedule, reports, and resumption."""
 
 from __future__ import annotations
 
@@ -9,38 +9,63 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from clipadapt.training.checkpoint import load_progress, save_progress
+from clipadapt.training.objective import Terms, total
 
 SAVE_EVERY = 20.0  # seconds between two savings of a training run
 
 Report = Callable[[dict[str, Any]], None]
-Loss = Tensor | tuple[Tensor, Tensor]  # the loss; or the loss and which of the batch's examples were right (B,)
+Loss = Terms | tuple[Terms, Tensor]  # the loss; or the loss and which of the batch's examples were right (B,)
+
+
+@runtime_checkable
+class Stream(Protocol):
+    """Steps that are prepared while others are taken."""
+
+    def __len__(self) -> int: ...
+
+    def stream(self, first: int) -> Iterator[Any]:
+        """The steps from number `first` on."""
 
 
 @dataclass
 class Run:
     """How the training runs of one fit are watched, and where they are kept so that an interrupted fit goes on.
 
-    report  called after each step with step, steps, loss, lr, seconds and, where the method knows, accuracy
-    folder  one file for each call of `train` in the fit, in order; None keeps nothing
-    every   seconds between two savings
+    report   called after each step with step, steps, loss, lr, seconds and, where they are known, accuracy and terms
+    folder   one file for each call of `train` in the fit, in order; None keeps nothing
+    every    seconds between two savings
+    trained  how many numbers the latest call of `train` trained
+    stopped  to be set by `report`: leave after this step, as if the run were interrupted
     """
 
     report: Report | None = None
     folder: Path | None = None
     every: float = field(default_factory=lambda: SAVE_EVERY)
     calls: int = field(default=0, init=False)
-    trained: int = field(default=0, init=False)  # numbers that the latest training run chose
+    trained: int = field(default=0, init=False)
+    stopped: bool = field(default=False, init=False)
 
     def next_file(self) -> Path | None:
         """Where the next training run of this fit is kept."""
         self.calls += 1
         return self.folder / f"run-{self.calls}.safetensors" if self.folder is not None else None
+
+    def begin(self, first: int) -> None:
+        """Called before the steps, of which `first` were taken before an interruption."""
+
+    def due(self, step: int, last: bool, seconds: float) -> bool:
+        """Whether the run is saved after `step` (from 1), `seconds` after the latest saving."""
+        return last or seconds >= self.every
+
+    def save(self, file: Path, kept: Sequence[Tensor], optimizer: torch.optim.Optimizer, *progress: Any) -> None:
+        """Keep the run's state in `file`; the arguments are those of `save_progress`."""
+        save_progress(file, kept, optimizer, *progress)
 
 
 UNWATCHED = Run()
@@ -55,10 +80,15 @@ def batches(n: int, batch_size: int, *, epochs: int, seed: int) -> list[Tensor]:
     return [rows for _ in range(epochs) for rows in torch.randperm(n, generator=generator).split(batch_size)]
 
 
+def stream(seed: int, step: int) -> torch.Generator:
+    """The random numbers of one step, whatever was drawn before it."""
+    return torch.Generator().manual_seed(1_000_003 * seed + step)
+
+
 def train(
     loss_of: Callable[[Any], Loss],
     optimizer: torch.optim.Optimizer,
-    steps: Sequence[Any],
+    steps: Sequence[Any] | Stream,
     *,
     schedule: Callable[[int], float] | None = None,
     clip_norm: float | None = None,
@@ -66,30 +96,45 @@ def train(
     after_step: Callable[[int], None] | None = None,
     state: Sequence[Tensor] = (),
 ) -> list[float]:
-    """Minimise `loss_of(step)` over `steps`, mostly row numbers of batches; returns the loss of every step.
+    """Minimise `loss_of(step)` over `steps`; returns the loss of every step.
 
-    `schedule(number)` is the factor on each group's learning rate at that step (constant where it is None);
-    `clip_norm` is the greatest norm of the whole gradient. A run that `run` keeps goes on where it was interrupted,
-    and ends bit for bit as it would have. Tensors that `after_step` changes in place belong in `state`: without them
-    such a run is not kept.
+    A run that `run` keeps goes on where it was interrupted, and ends bit for bit as it would have.
+
+    Args:
+        loss_of: the loss of a step, or its terms by name, alone or with which examples were right (see `Loss`). It may
+            leave the gradients in the parameters itself, and give the loss without a graph.
+        optimizer: of the parameters that are trained.
+        steps: mostly row numbers of batches.
+        schedule: the factor on each group's learning rate at a step, from 0; constant where it is None.
+        clip_norm: the greatest norm of the whole gradient.
+        run: reports and files.
+        after_step: called with the step's number, from 0, when the parameters have moved.
+        state: the tensors that `after_step` changes, all of them and in place. Without them such a run is not kept.
+
+    Raises:
+        FloatingPointError: the loss is not finite.
+        ArtifactError: the file of the run is damaged or belongs to another run.
     """
     base = [group["lr"] for group in optimizer.param_groups]
-    run.trained = sum(p.numel() for group in optimizer.param_groups for p in group["params"])
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    run.trained = sum(p.numel() for p in parameters)
     file = run.next_file() if after_step is None or state else None
-    kept = [*(p for group in optimizer.param_groups for p in group["params"]), *state]
+    kept = [*parameters, *state]
     losses, earlier = load_progress(file, kept, optimizer) if file is not None and file.exists() else ([], 0.0)
+    run.begin(len(losses))
     start = saved = time.perf_counter()
     right: deque[float] = deque(maxlen=50)
-    for number in range(len(losses), len(steps)):
+    for number, step in enumerate(_from(steps, len(losses)), start=len(losses)):
         factor = schedule(number) if schedule is not None else 1.0
         for group, lr in zip(optimizer.param_groups, base, strict=True):
             group["lr"] = lr * factor
         optimizer.zero_grad(set_to_none=True)
-        result = loss_of(steps[number])
-        loss, hits = result if isinstance(result, tuple) else (result, None)
-        loss.backward()
+        result = loss_of(step)
+        terms, hits = result if isinstance(result, tuple) else (result, None)
+        loss = total(terms)
+        if loss.requires_grad or all(p.grad is None for p in parameters):
+            loss.backward()
         if clip_norm is not None:
-            parameters = [p for group in optimizer.param_groups for p in group["params"]]
             torch.nn.utils.clip_grad_norm_(parameters, clip_norm)
         optimizer.step()
         losses.append(loss.item())
@@ -99,18 +144,28 @@ def train(
             after_step(number)
         now = time.perf_counter()
         if run.report is not None:
-            line = {"step": number + 1, "steps": len(steps), "loss": losses[-1], "lr": base[0] * factor}
+            line: dict[str, Any] = {"step": number + 1, "steps": len(steps), "loss": losses[-1], "lr": base[0] * factor}
             line["seconds"] = earlier + now - start
+            if isinstance(terms, dict):
+                line["terms"] = {name: term.item() for name, term in terms.items()}
             if hits is not None:
                 right.append(hits.float().mean().item())
                 line["accuracy"] = sum(right) / len(right)  # of the latest 50 batches, while they were learned from
             run.report(line)
-        if file is not None and (now - saved >= run.every or number + 1 == len(steps)):
-            save_progress(file, kept, optimizer, losses, earlier + now - start)
+        if file is not None and run.due(number + 1, number + 1 == len(steps), now - saved):
+            run.save(file, kept, optimizer, losses, earlier + now - start)
             saved = time.perf_counter()
+        if run.stopped:
+            break
     for group, lr in zip(optimizer.param_groups, base, strict=True):
         group["lr"] = lr
     return losses
+
+
+def _from(steps: Sequence[Any] | Stream, first: int) -> Iterator[Any]:
+    if isinstance(steps, Stream):
+        return steps.stream(first)
+    return (steps[number] for number in range(first, len(steps)))
 
 
 @contextmanager

@@ -1,11 +1,12 @@
-"""Batches of picture-text pairs: prepared by a background process, each training process its own share."""
+"""Batches of matched items: prepared by a background process, each training process its own share."""
 
 from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -13,43 +14,63 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedTokenizerBase
 
+from clipadapt.backbones.preprocess import OPENAI_MEAN, OPENAI_STD
 from clipadapt.backbones.text import clean
+from clipadapt.errors import ClipadaptError
+from clipadapt.training.loop import stream
 from clipadapt.training.recipe import Recipe
-
-PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)  # CLIP's, of RGB in [0, 1]
-PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 class PairSource(Protocol):
-    """Where picture-text pairs come from."""
+    """Where image-text pairs come from."""
 
-    def batch(self, step: int, batch_size: int, image_size: int, seed: int) -> tuple[Any, list[str]]:
-        """The batch of one step, a function of (seed, step) only: pixels (B, 3, S, S) and B texts.
+    def batch(
+        self, step: int, batch_size: int, image_size: int, seed: int
+    ) -> tuple[Any, list[str]] | Mapping[str, Any]:
+        """The batch of one step, a function of (seed, step) only: named streams of B entries each.
 
-        Pixels are uint8 RGB, or float32 already normalised; numpy or torch. Called in a background process.
+        images  (B, 3, S, S), uint8 RGB or float32 already normalised; they go through the image tower
+        texts   B strings, or B lists of K strings each; they go through the text tower
+        others  arrays (B, ...), such as stored features or `groups`; the objective gets them as they are
+
+        Names are those of `training.objective`. A pair (images, texts) stands for {"image": images, "text": texts}.
+        Arrays are numpy's or torch's. Called in a background process.
         """
 
 
 class Batch(NamedTuple):
-    """One process's share of a step."""
+    """One process's share of a step: streams by name."""
 
-    pixels: Tensor  # (B, 3, S, S)
-    ids: Tensor  # (B, L), L the longest text of the share
-    keep: Tensor | None  # (B, K) indices of the patches that are seen; None: all
+    images: dict[str, Tensor]  # (B, 3, S, S)
+    ids: dict[str, Tensor]  # (B, L) or (B, K, L), L the longest text of the share
+    given: dict[str, Tensor]  # (B, ...)
+    keep: Tensor | None = None  # (B, P) indices of the patches that are seen; None: all
+
+    @property
+    def size(self) -> int:
+        """How many items it holds."""
+        return len(next(iter((self.images | self.ids | self.given).values())))
 
     def split(self, size: int) -> list[Batch]:
-        """Consecutive parts of at most `size` pairs."""
-        parts = (slice(start, start + size) for start in range(0, len(self.ids), size))
-        return [Batch(self.pixels[p], self.ids[p], None if self.keep is None else self.keep[p]) for p in parts]
+        """Consecutive parts of at most `size` items."""
+        parts = (slice(start, start + size) for start in range(0, self.size, size))
+        return [self._each(itemgetter(part)) for part in parts]
 
-    def to(self, device: torch.device) -> Batch:
-        """The batch on `device`, its pixels as the image tower takes them."""
-        pixels, ids = self.pixels.to(device, non_blocking=True), self.ids.to(device, non_blocking=True)
-        keep = None if self.keep is None else self.keep.to(device, non_blocking=True)
-        if pixels.dtype == torch.uint8:
-            mean, std = (torch.tensor(values, device=device).view(3, 1, 1) for values in (PIXEL_MEAN, PIXEL_STD))
-            pixels = (pixels - 255 * mean) / (255 * std)
-        return Batch(pixels, ids, keep)
+    def to(
+        self, device: torch.device, mean: tuple[float, ...] = OPENAI_MEAN, std: tuple[float, ...] = OPENAI_STD
+    ) -> Batch:
+        """The batch on `device`; bytes become what an image tower takes that was trained with `mean` and `std`."""
+        batch = self._each(lambda rows: rows.to(device, non_blocking=True))
+        centre, spread = (torch.tensor(values, device=device).view(3, 1, 1) for values in (mean, std))
+        images = {
+            name: (pixels - 255 * centre) / (255 * spread) if pixels.dtype == torch.uint8 else pixels
+            for name, pixels in batch.images.items()
+        }
+        return batch._replace(images=images)
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        images, ids, given = ({n: change(rows) for n, rows in part.items()} for part in self[:3])
+        return Batch(images, ids, given, None if self.keep is None else change(self.keep))
 
 
 @dataclass
@@ -60,26 +81,47 @@ class Batches(Dataset):
     tokenizer: PreTrainedTokenizerBase
     recipe: Recipe
     image_size: int
-    patches: int  # N of one picture
+    patches: int  # N of one image
     context_length: int
     rank: int = 0
     world: int = 1
 
+    def __len__(self) -> int:
+        return self.recipe.steps
+
     def __getitem__(self, step: int) -> Batch:
         size, seed = self.recipe.batch_size, self.recipe.seed
         share = slice(self.rank * size // self.world, (self.rank + 1) * size // self.world)
-        pixels, texts = self.source.batch(step, size, self.image_size, seed)
-        # Padded to the longest text of the share only; the causal mask hides padding from every end token.
-        cleaned = [clean(text, self.tokenizer.all_special_tokens) for text in texts[share]]
+        drawn = self.source.batch(step, size, self.image_size, seed)
+        streams = drawn if isinstance(drawn, Mapping) else dict(zip(("image", "text"), drawn, strict=True))
+        batch = Batch({}, {}, {})
+        for name, values in streams.items():
+            part = values[share]
+            if isinstance(part, list):
+                batch.ids[name] = self._ids(name, part)
+            else:
+                rows = torch.as_tensor(part)
+                (batch.images if rows.ndim == 4 else batch.given)[name] = rows
+        if batch.images and (dropped := self.recipe.dropped_patches(step, self.patches)):
+            order = torch.rand(size, self.patches, generator=stream(seed, step)).argsort(dim=1)  # (B, N)
+            batch = batch._replace(keep=order[share, dropped:])
+        return batch
+
+    def _ids(self, name: str, texts: list[str] | list[list[str]]) -> Tensor:
+        """Token ids (B, L), or (B, K, L) of K texts an item.
+
+        Padded to the longest text only; the mask of the text tower hides padding.
+        """
+        count = {1 if isinstance(each, str) else len(each) for each in texts}
+        if len(count) > 1:
+            raise ClipadaptError(f"Each item of {name!r} needs equally many texts, not {min(count)} to {max(count)}.")
+        flat = [each for each in texts if isinstance(each, str)] or [text for each in texts for text in each]
+        cleaned = [clean(text, self.tokenizer.all_special_tokens) for text in flat]
         tokens = self.tokenizer(
             cleaned, padding=True, truncation=True, max_length=self.context_length, return_tensors="pt"
         )
-        keep = None
-        if dropped := self.recipe.dropped_patches(step, self.patches):
-            generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
-            order = torch.rand(size, self.patches, generator=generator).argsort(dim=1)  # (B, N)
-            keep = order[share, dropped:]
-        return Batch(torch.as_tensor(pixels[share]), tokens["input_ids"], keep)
+        ids = tokens["input_ids"]
+        return ids if isinstance(texts[0], str) else ids.unflatten(0, (len(texts), -1))
 
     def stream(self, first: int) -> Iterator[Batch]:
         """The batches of steps `first`, `first` + 1, … of the run, prepared ahead by the recipe's workers."""

@@ -1,4 +1,4 @@
-"""Pixels of labelled pictures, batch by batch, for methods whose image tower is trained."""
+"""Pixels of labelled images, batch by batch, for methods whose image tower is trained."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from clipadapt.features.views import RandomView
 
 
 class Pixels:
-    """Preprocessed pictures (B, 3, H, W) of the rows asked for, plain or in a fresh random crop each time.
+    """Preprocessed images (B, 3, H, W) of the rows asked for, plain or in a fresh random crop each time.
 
     `min_scale` is the least share of the area that a random resized crop keeps (then flipped in half of the cases);
-    1.0 means no augmentation. What is drawn depends on the picture, the `seed` and `number`, and on nothing else.
+    1.0 means no augmentation. What is drawn depends on the image, the `seed` and `number`, and on nothing else.
     """
 
     def __init__(self, backbone: Backbone, data: Dataset, *, min_scale: float, seed: int) -> None:
@@ -27,7 +27,7 @@ class Pixels:
         self._threads = ThreadPoolExecutor()  # Pillow decodes and resizes without the interpreter's lock
 
     def batch(self, rows: Tensor | Sequence[int], number: int) -> Tensor:
-        """The pictures of `rows` in their view `number` (the epoch or step): (B, 3, H, W)."""
+        """The images of `rows` in their view `number` (the epoch or step): (B, 3, H, W)."""
 
         def one(row: int) -> Tensor:
             item = self._items[row]

@@ -28,6 +28,7 @@ class Recipe:
     unmasked_tuning: float = 0.0  # share of the steps, at the end, that see every patch
     chunk: int | None = None  # pairs per forward pass with gradient caching, per process; None: the whole batch at once
     precision: str = "bf16"  # or "fp32"
+    towers: str = "both"  # what learns; "text": the image tower is locked (LiT, arXiv 2111.07991)
     ema_decay: float = 0.999
     seed: int = 0  # of the order of the data and of patch dropout
     workers: int = 1  # background processes that prepare batches; 0: prepare them within the step
@@ -38,6 +39,8 @@ class Recipe:
     def __post_init__(self) -> None:
         if self.precision not in ("bf16", "fp32"):
             raise unknown_name("precision", self.precision, ("bf16", "fp32"))
+        if self.towers not in ("both", "text"):
+            raise unknown_name("choice of towers", self.towers, ("both", "text"))
         if not 0 <= self.patch_dropout < 1:
             raise ClipadaptError(f"patch_dropout is a share of patches in [0, 1), not {self.patch_dropout}.")
         if self.steps < 1 or self.batch_size < 2:

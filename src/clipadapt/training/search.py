@@ -1,4 +1,4 @@
-"""Choosing a coefficient on validation data: `argmax` over a grid, the first of equals, as the field does it."""
+"""Choosing on validation data; of equals the first, as the field does it."""
 
 from __future__ import annotations
 

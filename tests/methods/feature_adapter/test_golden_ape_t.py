@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from clipadapt.methods import create
-from clipadapt.methods.training_free_few_shot.tip_adapter import cache_logits, search
+from clipadapt.nn.cache import cache_logits
+from clipadapt.training.cache_search import best_cache
 from tests.methods.test_golden_features import Case, close
 from tests.methods.training_free_few_shot.test_golden_ape import case as ape_case
 
@@ -20,7 +21,7 @@ def case(ape_case, shared):
 
 
 def fit(c: Case, share: float, **hyper):
-    """In one batch, so that the order of the pictures cannot matter; also the loss of each step."""
+    """In one batch, so that the order of the images cannot matter; also the loss of each step."""
     losses: list[float] = []
     head = create("ape-t", share=share, batch_size=1000, **hyper).fit_features(
         c.x[c.support], c.y[c.support], c.t, report=lambda step: losses.append(step["loss"])
@@ -63,5 +64,5 @@ def test_val_chooses_the_epoch_and_then_beta_and_alpha(case):
     last, best = (c.fit("ape-t", val=True, share=share, epochs=6, epoch=epoch) for epoch in ("last", "val"))
     assert accuracy(best, 1.0, 2.0) >= accuracy(last, 1.0, 2.0)
     for head in (last, best):
-        searched = search(x @ head.weight_.T, x @ head.keys_.T, head.values_, y, (7.0, 7.0))
+        searched = best_cache(x @ head.weight_.T, x @ head.keys_.T, head.values_, y, (7.0, 7.0))
         assert (head.beta_, head.alpha_) == searched

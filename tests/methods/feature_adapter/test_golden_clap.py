@@ -10,8 +10,8 @@ import torch
 from torch.nn.functional import normalize
 
 from clipadapt.methods import create
-from clipadapt.methods.feature_adapter.clap import multipliers, rate, train_prototypes
-from clipadapt.training.loop import Run
+from clipadapt.methods.feature_adapter.clap import multipliers, objective, rate
+from clipadapt.training.loop import train
 from tests.methods.test_golden_features import ENCODERS, Case, case, close
 
 __all__ = ["case"]
@@ -20,19 +20,14 @@ __all__ = ["case"]
 def first_steps(c, n: int, penalty: torch.Tensor | None) -> tuple[torch.Tensor, list[float]]:
     """Prototypes and losses of the first n of 300 full-batch steps."""
     x, y = c.x[c.support], c.y[c.support]
-    losses: list[float] = []
-    prototypes = train_prototypes(
-        x,
-        y,
-        c.t,
+    prototypes = c.t.clone().requires_grad_()
+    losses = train(
+        lambda rows: objective(x[rows], y[rows], prototypes, c.t, 100.0, penalty),
+        torch.optim.SGD([prototypes], lr=0.1, momentum=0.9),
         [torch.arange(len(y))] * n,
-        logit_scale=100.0,
-        lr=0.1,
         schedule=lambda step: rate(step, 300, 0.1),
-        penalty=penalty,
-        run=Run(lambda line: losses.append(line["loss"])),
     )
-    return prototypes, losses
+    return prototypes.detach(), losses
 
 
 def moved(prototypes: torch.Tensor, c) -> float:
@@ -53,7 +48,7 @@ def test_zs_lp(case):
 
 @pytest.mark.parametrize("encoder", ENCODERS)
 def test_method_without_constraint_is_zs_lp(encoder, shared):
-    """One batch of 76 pictures, shuffled; the published rate of every epoch."""
+    """One batch of 76 images, shuffled; the published rate of every epoch."""
     c = Case(shared, encoder, "s4_seed1", "clap")
     head = create("clap", constraint="none").fit_features(c.x[c.support], c.y[c.support], c.t)
     close(head.logits(c.x[c.probe]), c["zslp/test_logits64"], 4e-4)
@@ -76,7 +71,7 @@ def test_clap_until_rounding_decides(case):
         close(after2, c["clap/weights_after2"], 2e-5)
 
 
-def test_a_class_without_pictures_gets_the_mean_multiplier():
+def test_a_class_without_images_gets_the_mean_multiplier():
     zero_shot = torch.tensor([[2.0, 0.0, 0.0], [0.0, 1.0, 0.0]])
     lambdas = multipliers(zero_shot, torch.tensor([0, 1]))
     own = zero_shot.softmax(1).diagonal()
@@ -86,7 +81,7 @@ def test_a_class_without_pictures_gets_the_mean_multiplier():
 @pytest.mark.claim("clap", "real CLIP features, 1, 4, 16 shots: the constraint against none (ZS-LP)")
 @pytest.mark.parametrize("encoder", ENCODERS)
 def test_the_constraint_helps(encoder, shared, claim):
-    """At the published rate; the gain is largest with one picture a class, where ZS-LP falls far below zero-shot."""
+    """At the published rate; the gain is largest with one image a class, where ZS-LP falls far below zero-shot."""
     held, free = [], []
     for shots, seed in product((1, 4, 16), (1, 2, 3)):
         c = Case(shared, encoder, f"s{shots}_seed{seed}", "clap")

@@ -26,7 +26,7 @@ def prompts(root: Path, encoder: str) -> torch.Tensor:
 
 
 class Run:
-    """The published run: several prompts a class, as many as pictures; every step sees all rows."""
+    """The published run: several prompts a class, as many as images; every step sees all rows."""
 
     def __init__(self, c, root: Path, val: bool) -> None:
         encoder, split, _ = c.prefix.split("/")
@@ -80,7 +80,7 @@ def test_batches_hold_both_modalities(images, texts, size):
         assert 1 <= (rows < images).sum() <= min(size // 2, images)
         assert 1 <= (rows >= images).sum() <= min(size // 2, texts)
     seen = torch.bincount(torch.cat(steps), minlength=images + texts)
-    assert seen[:images].max() - seen[:images].min() <= 1  # passes through every picture before any comes again
+    assert seen[:images].max() - seen[:images].min() <= 1  # passes through every image before any comes again
     assert seen[images:].max() - seen[images:].min() <= 1
     assert all(
         torch.equal(a, b) for a, b in zip(steps, mixed_batches(images, texts, size, steps=50, seed=3), strict=True)

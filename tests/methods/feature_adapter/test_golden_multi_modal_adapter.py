@@ -48,7 +48,7 @@ def test_the_added_mask_is_the_official_one(shared):
 
 
 def plain(weights, images, texts, bias, ratio, text_ratio):
-    """Every picture with its own sequence [texts, picture], its own mask and its own mixed texts."""
+    """Every image with its own sequence [texts, image], its own mask and its own mixed texts."""
     attention = torch.nn.MultiheadAttention(128, 4, batch_first=True)
     mha = {n.removeprefix("mha."): w for n, w in weights.items() if n.startswith("mha.")}
     layer = {n: (weights[f"{n}.weight"], weights[f"{n}.bias"]) for n in ("downsampler.0", "downsampler.1")}
@@ -95,7 +95,7 @@ def test_the_savings_change_nothing(task, attention, text_ratio):
 
 
 def test_the_mask_leaves_a_text_one_key(task):
-    """All texts of a picture get one row, made of the picture; the picture's row is made of the texts."""
+    """All texts of an image get one row, made of the image; the image's row is made of the texts."""
     weights, images, texts = task
     image_rows, text_rows = adapt(weights, images, texts, BIAS["cross"])
     assert text_rows.shape == (9, 1, 16)
@@ -115,7 +115,7 @@ def test_no_share_is_clip(task):
 
 
 @pytest.mark.parametrize("attention", BIAS)
-def test_chunks_of_pictures_change_nothing(task, attention, monkeypatch):
+def test_chunks_of_images_change_nothing(task, attention, monkeypatch):
     _, images, texts = task
     labels = np.arange(9) % 4
     model = create("multi-modal-adapter", attention=attention, epochs=2).fit_features(images, labels, texts)

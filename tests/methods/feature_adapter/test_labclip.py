@@ -42,7 +42,7 @@ def test_swapped_with_own_words():
 
 
 def test_the_official_loss():
-    """Pictures among 2 B texts, the own first; texts among B pictures; the mean of both, as written in a loop."""
+    """Images among 2 B texts, the own first; texts among B images; the mean of both, as written in a loop."""
     generator = torch.Generator().manual_seed(0)
     x, u, v = (normalize(torch.randn(5, 8, generator=generator), dim=1) for _ in range(3))
     scale, total = torch.tensor([3.0]), 0.0
@@ -56,7 +56,7 @@ def test_the_official_loss():
     assert right.tolist() == [int((x[i] @ torch.cat([u, v]).T).argmax()) == i for i in range(5)]
 
 
-def world(pictures: int, seed: int, basis: np.ndarray) -> tuple[np.ndarray, ...]:
+def world(number: int, seed: int, basis: np.ndarray) -> tuple[np.ndarray, ...]:
     """Two things with an attribute each: (images, labels, captions, swapped captions), binding told in two codes.
 
     Both modalities share the bag of words. Who has what is in other directions of images than of texts.
@@ -69,7 +69,7 @@ def world(pictures: int, seed: int, basis: np.ndarray) -> tuple[np.ndarray, ...]
         a, k, b, m = fact
         return bag[a] + bag[b] + bag[5 + k] + bag[5 + m] + 0.7 * (code[5 * k + a] + code[5 * m + b])
 
-    labels = rng.integers(len(facts), size=pictures)
+    labels = rng.integers(len(facts), size=number)
     images = np.stack([features(facts[label], image_code) for label in labels])
     images += 0.1 * rng.standard_normal(images.shape)
     captions = np.stack([features(fact, text_code) for fact in facts])
@@ -127,9 +127,23 @@ def test_hard_negatives_are_what_teaches_binding():
     assert right[1] > right[0] > 0
 
 
+def test_a_row_of_zeros_is_no_negative():
+    """Only some classes have a hard negative; the others take part in the plain loss."""
+    generator = torch.Generator().manual_seed(0)
+    x, t, wrong = (normalize(torch.randn(n, 8, generator=generator), dim=1) for n in (6, 3, 3))
+    y = torch.tensor([0, 1, 2, 0, 1, 2])
+    wrong[1] = 0
+    model = create("labclip", epochs=1).fit_features(x, y, t, negatives=wrong)
+    linear, scale = torch.eye(8).requires_grad_(), torch.zeros(1).requires_grad_()
+    hard = normalize(wrong[[0, 2, 0, 2]] @ linear.T, dim=1)
+    contrastive(x, normalize(t @ linear.T, dim=1)[y], hard, scale.exp())[0].backward()
+    torch.optim.Adam([linear, scale], lr=0.01).step()
+    torch.testing.assert_close(model.map_, linear.detach(), atol=1e-4, rtol=1e-4)
+
+
 def captioned(names: list[str]):
-    pictures = colours(2, seed=1)
-    return image_list([item.open() for item in pictures.items], pictures.labels, names)
+    found = colours(2, seed=1)
+    return image_list([item.open() for item in found.items], found.labels, names)
 
 
 @pytest.mark.parametrize("how", ["words", "given"])
@@ -164,14 +178,16 @@ def test_class_names_are_captions(how):
 
 
 def test_bad_input():
-    with pytest.raises(ClipadaptError, match="attributes must map kinds of attribute to lists of words"):
+    with pytest.raises(ClipadaptError, match=r"attributes = \['red', 'blue'\] must map kinds of attribute to"):
         create("labclip", attributes=["red", "blue"])
-    with pytest.raises(ClipadaptError, match="attributes must map kinds of attribute to lists of words"):
+    with pytest.raises(ClipadaptError, match=r"attributes = .* must map kinds of attribute to lists of words"):
         create("labclip", attributes={"colour": "red"})
-    with pytest.raises(ClipadaptError, match="negatives must map class names to sentences"):
+    with pytest.raises(ClipadaptError, match=r"negatives = \['blue cat'\] must map class names to sentences"):
         create("labclip", negatives=["blue cat"])
     with pytest.raises(ClipadaptError, match=r"Unknown class in labclip's negatives 'a bat'; did you mean 'a cat'"):
         create("labclip", negatives={"a bat": "x"}).fit(load_backbone(tiny_clip()), captioned(["a cat", "b", "c", "d"]))
     x, t = np.eye(4), np.eye(4)[:2]
     with pytest.raises(ClipadaptError, match="negatives are of 3 classes and text_features of 2"):
         create("labclip").fit_features(x, [0, 1, 0, 1], t, negatives=np.eye(4)[:3])
+    with pytest.raises(ClipadaptError, match=r"Unknown input of labclip.fit_features 'negative'; did you mean"):
+        create("labclip").fit_features(x, [0, 1, 0, 1], t, negative=t)

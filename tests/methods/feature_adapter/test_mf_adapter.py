@@ -1,4 +1,4 @@
-"""MF-Adapter: its pieces computed plainly, its limit Tip-Adapter-F, and a task that only parts of pictures tell."""
+"""MF-Adapter: its pieces computed plainly, its limit Tip-Adapter-F, and a task that only parts of images tell."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from clipadapt.backbones import load_backbone
 from clipadapt.data import image_list
 from clipadapt.errors import ClipadaptError
 from clipadapt.methods import create
-from clipadapt.methods.feature_adapter import mf_adapter
 from clipadapt.methods.feature_adapter.mf_adapter import (
     adapt,
     best_matches,
@@ -51,7 +50,7 @@ def test_the_windows_farthest_from_the_mean_are_kept():
     assert torch.equal(distinctive(found, 9), found)
 
 
-def test_consistent_windows_come_back_in_the_other_pictures():
+def test_consistent_windows_come_back_in_the_other_images():
     shared, found = random(1, 8, seed=9)[0], random(4, 6, 8, seed=1)
     for i, place in enumerate((2, 0, 5, 3)):
         found[i, place] = normalize(shared + 0.05 * random(1, 8, seed=20 + i)[0], dim=0)
@@ -63,12 +62,11 @@ def test_consistent_windows_come_back_in_the_other_pictures():
     assert sources.tolist() == [0, 0, 0]
 
 
-def test_matches_and_logits_equal_the_plain_computation(monkeypatch):
+def test_matches_and_logits_equal_the_plain_computation():
     found, units = random(7, 5, 8, seed=1), random(9, 8, seed=2)
     values = torch.nn.functional.one_hot(torch.tensor([0, 0, 0, 1, 1, 1, 1, 2, 2]), 4).float()  # class 3 has none
     expected = torch.einsum("bpw,uw->bpu", found, units).amax(dim=1)
-    monkeypatch.setattr(mf_adapter, "_CELLS", 100)  # two pictures at a time
-    matches = best_matches(found, units)
+    matches = best_matches(found, units, cells=100)  # two images at a time
     torch.testing.assert_close(matches, expected)
     sources = torch.tensor([0, 0, 1, 2, 2, 3, 3, 4, 4])
     hidden = torch.arange(7)[:, None] == sources
@@ -87,13 +85,12 @@ def test_the_adapter_starts_as_nothing():
     torch.testing.assert_close(adapt(found, torch.randn(2, 8), torch.zeros(8, 2)), found)
 
 
-def test_gradients_do_not_depend_on_chunks(monkeypatch):
+def test_gradients_do_not_depend_on_chunks():
     found, units = random(6, 5, 8, seed=1), random(9, 8, seed=2)
     gradients = []
     for cells in (1 << 24, 45):
-        monkeypatch.setattr(mf_adapter, "_CELLS", cells)
         up = torch.zeros(8, 2, requires_grad=True)
-        best_matches(adapt(found, random(2, 8, seed=3), up), units).sum().backward()
+        best_matches(adapt(found, random(2, 8, seed=3), up), units, cells).sum().backward()
         gradients.append(up.grad)
     torch.testing.assert_close(gradients[0], gradients[1])
 
@@ -114,7 +111,7 @@ def test_val_can_switch_local_logits_off(backbone):
     assert model.gamma_ in [50.0 * factor for factor in (0.0, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)]
 
 
-def test_each_picture_is_looked_at_once(backbone, monkeypatch):
+def test_each_image_is_looked_at_once(backbone, monkeypatch):
     seen = []
     plain = type(backbone).encode_images
     monkeypatch.setattr(
@@ -132,16 +129,16 @@ def test_other_families_and_settings(backbone):
     assert np.isfinite(create("mf-adapter", epochs=2).fit(siglip, support).predict_proba(queries)).all()
     model = create("mf-adapter", epochs=2, layer=-1, sizes=[1], keep=5, units=6).fit(backbone, support)
     assert model.units_.shape == (4 * 6, 32)
-    with pytest.raises(ClipadaptError, match="sizes"):
+    with pytest.raises(ClipadaptError, match=r"sizes = \[0\] must be a list of window sides"):
         create("mf-adapter", sizes=[0])
     with pytest.raises(ClipadaptError, match="Layer 9"):
         create("mf-adapter", layer=9).fit(backbone, support)
-    with pytest.raises(ClipadaptError, match="give pictures"):
+    with pytest.raises(ClipadaptError, match="looks at images, not at features"):
         model.logits(torch.ones(1, 16))
 
 
 @pytest.mark.claim("mf-adapter", "small marks at random places: local logits against the cache alone")
-def test_parts_tell_what_the_whole_picture_does_not(claim):
+def test_parts_tell_what_the_whole_image_does_not(claim):
     """Classes differ in a small mark at a random place, on the embedded model: local logits beat the cache alone."""
     marks = {
         "cross": np.eye(8, dtype=bool) | np.eye(8, dtype=bool)[::-1],
@@ -149,7 +146,7 @@ def test_parts_tell_what_the_whole_picture_does_not(claim):
         "ring": np.pad(np.zeros((4, 4), bool), 2, constant_values=True),
     }
 
-    def pictures(per_class: int, seed: int):
+    def marked(per_class: int, seed: int):
         rng, images, labels = np.random.default_rng(seed), [], []
         for label, mark in enumerate(marks.values()):
             for _ in range(per_class):
@@ -160,9 +157,9 @@ def test_parts_tell_what_the_whole_picture_does_not(claim):
                 labels.append(label)
         return image_list(images, labels, list(marks))
 
-    embedded, test = load_backbone(), pictures(30, seed=100)
+    embedded, test = load_backbone(), marked(30, seed=100)
     local, high = (
-        [create("mf-adapter", gamma=gamma).fit(embedded, pictures(8, seed=s)).score(test) for s in (1, 2)]
+        [create("mf-adapter", gamma=gamma).fit(embedded, marked(8, seed=s)).score(test) for s in (1, 2)]
         for gamma in (50.0, 0.0)
     )
     claim({"mf-adapter": local, "without local logits": high})

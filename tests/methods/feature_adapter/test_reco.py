@@ -10,8 +10,7 @@ from torch.nn.functional import cross_entropy, normalize
 import clipadapt
 from clipadapt.backbones import load_backbone
 from clipadapt.errors import ClipadaptError
-from clipadapt.methods import create
-from clipadapt.methods.base import Support
+from clipadapt.methods import Support, create
 from clipadapt.methods.feature_adapter.reco import Fusion, left_out, loss_of, neighbours
 from clipadapt.training.loop import seeded
 from tests.pictures import colours
@@ -57,14 +56,14 @@ def test_the_start_is_clip_or_an_average():
     assert torch.equal(Fusion(16, 8, start=0.7)(x, found[:, :0]), x)
 
 
-def test_an_own_picture_is_left_out():
+def test_an_own_image_is_left_out():
     rows = torch.tensor([[4, 0, 2], [1, 3, 5], [2, 9, 7]])
     assert left_out(rows, torch.tensor([0, 8, 2])).tolist() == [[4, 2], [1, 3], [9, 7]]
 
 
 def test_neighbours_of_a_support_set():
     images, texts = random(9, 6, seed=1), random(3, 6, seed=2)
-    labels = torch.tensor([0, 0, 0, 1, 1, 1, 1, 1, 2])  # the last class has one picture
+    labels = torch.tensor([0, 0, 0, 1, 1, 1, 1, 1, 2])  # the last class has one image
     support = Support(images, labels, texts, 10.0)
     near, own, classes = neighbours(support, images, texts[labels], 3, own=True)
     assert near.shape == own.shape == (9, 3)
@@ -87,8 +86,8 @@ def test_the_loss_pairs_originals_with_refined_ones():
     for i in range(4):
         seen = t2.clone()
         seen[y[i]] = own2[i]
-        for picture, texts in ((v2[i], seen), (v2[i], t), (v[i], seen)):
-            total = total + cross_entropy(20 * picture @ texts.T, y[i]) / 4
+        for image, texts in ((v2[i], seen), (v2[i], t), (v[i], seen)):
+            total = total + cross_entropy(20 * image @ texts.T, y[i]) / 4
     torch.testing.assert_close(loss_of(v, v2, t, t2, own2, y, 20.0), total)
 
 
@@ -117,10 +116,23 @@ def test_blocks_do_not_matter(monkeypatch):
 
 
 def test_memories_that_cannot_serve(backbone):
-    with pytest.raises(ClipadaptError, match="pictures with their texts"):
+    with pytest.raises(ClipadaptError, match="images with their texts"):
         create("reco", memory=["a red star"]).fit(backbone, colours(2, seed=1))
     with pytest.raises(ClipadaptError, match="leave memory=None"):
         create("reco", memory=["a red star"]).fit_features(torch.eye(2), [0, 1], torch.eye(2))
+
+
+def test_the_features_of_a_memory_serve_as_the_memory(backbone):
+    support, memory = colours(3, seed=1), colours(4, seed=2)
+    model = create("reco", memory=memory, epochs=2).fit(backbone, support)
+    with torch.no_grad():
+        texts = backbone.encode_texts([f"a photo of a {name}." for name in support.class_names])
+        images = backbone.encode_images(torch.stack([backbone.preprocess(item.open()) for item in support.items]))
+    pairs = model.memory_["images"], model.memory_["texts"]
+    head = create("reco", epochs=2).fit_features(images, support.labels, texts, backbone.logit_scale, memory=pairs)
+    torch.testing.assert_close(head.weight_, model.weight_, atol=1e-4, rtol=1e-4)
+    with pytest.raises(ClipadaptError, match="memory has 16 images and 15 texts"):
+        create("reco").fit_features(images, support.labels, texts, memory=(pairs[0], pairs[1][1:]))
 
 
 def test_an_external_memory_is_kept_and_serves_new_classes(backbone, tmp_path):
@@ -137,16 +149,16 @@ def test_an_external_memory_is_kept_and_serves_new_classes(backbone, tmp_path):
 @pytest.mark.claim("reco", "made-up features, half of the class names say nothing: pictures in the memory teach them")
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_a_memory_of_rare_classes_teaches_them(seed, claim):
-    """Classes whose names say nothing become known by the memory's pictures."""
+    """Classes whose names say nothing become known by the memory's images."""
     generator = torch.Generator().manual_seed(seed)
-    centres, texts = random(8, 32, seed=5), random(8, 32, seed=6)  # texts 4 to 7 have nothing to do with pictures
+    centres, texts = random(8, 32, seed=5), random(8, 32, seed=6)  # texts 4 to 7 have nothing to do with images
     texts[:4] = normalize(centres[:4] + 0.5 * texts[:4], dim=1)
 
-    def pictures(labels: torch.Tensor) -> torch.Tensor:
+    def images_of(labels: torch.Tensor) -> torch.Tensor:
         return normalize(centres[labels] + 0.15 * torch.randn(len(labels), 32, generator=generator), dim=1)
 
     labels, held_out = torch.arange(64) % 8, torch.arange(400) % 8
-    x, queries = pictures(labels), pictures(held_out)
+    x, queries = images_of(labels), images_of(held_out)
 
     def accuracy(logits: torch.Tensor) -> float:
         return float((logits.argmax(1) == held_out).float().mean())

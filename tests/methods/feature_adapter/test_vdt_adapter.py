@@ -91,7 +91,7 @@ def test_drop_out_depends_on_seed_and_step_alone():
 
 @pytest.mark.parametrize("form", ["mapping", "file"])
 def test_descriptions_are_the_sentences(form, tmp_path):
-    """From a mapping or a file of it; what it makes of features is what it makes of pictures; new classes too."""
+    """From a mapping or a file of it; what it makes of features is what it makes of images; new classes too."""
     backbone, support = load_backbone(tiny_clip()), colours(3, seed=1)
     templates = DESCRIBED
     if form == "file":
@@ -125,7 +125,7 @@ def test_sentences_in_one_tensor_are_those_in_a_list():
 @pytest.mark.claim("vdt-adapter", "made-up features, new classes: attention over sentences against their mean")
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_it_learns_which_sentences_tell(seed, claim):
-    """One sentence of four tells what pictures show, known by its sort; on new classes that beats the mean by far."""
+    """One sentence of four tells what images show, known by its sort; on new classes that beats the mean by far."""
     rng = np.random.default_rng(seed)
     dim, base, new = 32, 240, 60
 
@@ -143,7 +143,8 @@ def test_it_learns_which_sentences_tell(seed, claim):
     model = create("vdt-adapter", ratio=0.5, reduction=1, lr=0.01, epochs=20, batch_size=32).fit_features(
         x[learned], labels[learned], means[:base], 20.0, sentences=own[:base]
     )
-    weight = model._classifier(*padded(list(own[base:]), dim)).numpy()
+    rows, there = padded(list(own[base:]), dim)
+    weight = 20.0 * class_features(model.adapter_, model.length * rows, there, model.ratio).numpy()
     adapted, plain_mean = (
         ((x[~learned] @ w.T).argmax(1) == labels[~learned] - base).mean() for w in (weight, means[base:])
     )

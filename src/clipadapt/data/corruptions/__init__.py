@@ -1,5 +1,14 @@
 """Fifteen corruptions of images, in five strengths each."""
 
-from clipadapt.data.corruptions.kinds import GROUPS, KINDS, SEVERITIES, corrupt, corrupted, kinds_of
+from clipadapt.data.corruptions.kinds import (
+    GROUPS,
+    KINDS,
+    PARAMETERS,
+    SEVERITIES,
+    CorruptedItem,
+    corrupt,
+    corrupted,
+    kinds_of,
+)
 
-__all__ = ["GROUPS", "KINDS", "SEVERITIES", "corrupt", "corrupted", "kinds_of"]
+__all__ = ["GROUPS", "KINDS", "PARAMETERS", "SEVERITIES", "CorruptedItem", "corrupt", "corrupted", "kinds_of"]

@@ -25,20 +25,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 import yaml
 from PIL import Image
-from torch.nn.functional import normalize
 
 from clipadapt.data.digits import handwritten_digits
 from clipadapt.data.examples import Dataset, Split
 from clipadapt.data.items import FeatureItem, FileItem, GeneratedItem
 from clipadapt.data.readers.coop import coop_split
-from clipadapt.data.readers.folders import image_folder, picture_files
+from clipadapt.data.readers.folders import image_files, image_folder
 from clipadapt.data.templates.sets import with_published_names
 from clipadapt.errors import DataError, unknown_name
 
 if TYPE_CHECKING:
+    import torch
+
     from clipadapt.data.playground.drawing import Playground
 
 DATA = "CLIPADAPT_DATA"  # the environment variable that says where data sets lie
@@ -234,7 +234,7 @@ def _by_folder(root: Path, names: Mapping[str, str], what: str, numbered: bool =
         raise DataError(f"{root} has none of the class folders of {what}, such as {folders[0]}.")
     items, labels = [], []
     for label, (folder, _) in enumerate(present):
-        files = picture_files(root / folder)
+        files = image_files(root / folder)
         items += [FileItem(file) for file in files]
         labels += [label] * len(files)
     return Dataset([*items], labels, [name for _, name in present], name=what)
@@ -274,6 +274,9 @@ def _digits(what: Definition, found: dict[str, Path]) -> Loaded:
 
 def _features(what: Definition, found: dict[str, Path]) -> Loaded:
     """An .npz of image_features (N, D), labels (N,), class_names (C,), mean_prompt_features (C, D)."""
+    import torch
+    from torch.nn.functional import normalize
+
     ((encoder, file),) = found.items()
     with np.load(file, allow_pickle=False) as content:
         try:

@@ -12,7 +12,7 @@ in any process.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -21,8 +21,21 @@ import numpy as np
 from PIL import Image, ImageChops
 
 from clipadapt.data.items import GeneratedItem, Item
-from clipadapt.data.playground.kinds import SHAPES, Point
-from clipadapt.data.playground.styles import COLOURS, STYLES, TEXTURES, Cutout, cut_out, distance
+from clipadapt.data.playground.composition import (
+    COUNTS,
+    MOST_KINDS,
+    RELATIONS,
+    Plan,
+    each,
+    partners,
+    pick,
+    several,
+    single,
+    size_word,
+    two,
+)
+from clipadapt.data.playground.kinds import SHAPES
+from clipadapt.data.playground.styles import COLOURS, STYLES, TEXTURES, Cutout, cut_out
 from clipadapt.errors import DataError, unknown_name
 
 if TYPE_CHECKING:
@@ -36,33 +49,6 @@ HELDOUT_KINDS = ("anchor", "bell", "boat", "cactus", "hat", "key")  # never in t
 HELDOUT_STYLE = "sketch"  # nor this style
 TRAIN_KINDS = tuple(kind for kind in KINDS if kind not in HELDOUT_KINDS)
 TRAIN_STYLES = tuple(style for style in STYLES if style != HELDOUT_STYLE)
-
-COUNTS = {"one": 1, "two": 2, "three": 3, "four": 4, "five": 5}
-
-# Each relation with its words, and the words for it when the two objects are named the other way round.
-RELATIONS = {
-    "left of": ("to the left of", "to the right of"),
-    "right of": ("to the right of", "to the left of"),
-    "above": ("above", "below"),
-    "below": ("below", "above"),
-    "inside": ("inside", "around"),
-}
-CONTAINERS = ("circle", "square", "hexagon", "diamond", "heart", "ring")  # what another object can be inside of
-
-# Extent of an object's larger side, as a share of the picture's.
-SIZES = {"small": (0.28, 0.35), "medium": (0.44, 0.56), "large": (0.76, 0.92)}
-_SMALL_BELOW, _LARGE_FROM = 0.36, 0.66
-
-# Where a single object lies: its words, and the direction from the middle.
-_PLACES: dict[str, Point] = {
-    "in the middle": (0, 0),
-    "on the left": (-1, 0),
-    "on the right": (1, 0),
-    "at the top": (0, -1),
-    "at the bottom": (0, 1),
-}
-_MOST_KINDS = 9  # that a scene has room for
-_PLURALS = {"butterfly": "butterflies", "fish": "fish", "leaf": "leaves"}
 
 By = Literal["kind", "colour", "texture", "count", "relation"]
 _CLASSES: dict[By, Iterable[str]] = {
@@ -93,16 +79,6 @@ class Scene(NamedTuple):
     objects: list[Obj]
     style: str
     relation: str | None  # of the first object to the second
-
-
-class _Plan(NamedTuple):
-    """An object to be drawn; centre and extent are shares of the picture's side."""
-
-    kind: str
-    colour: str
-    texture: str
-    centre: Point
-    extent: float
 
 
 @dataclass(frozen=True)
@@ -171,29 +147,29 @@ class Playground:
                 _check("playground kind", name, KINDS)
             if kind or colour or texture or count or relation:
                 raise DataError("A playground scene of given kinds leaves all but the style to chance.")
-            if not 1 <= len(set(kinds)) == len(kinds) <= _MOST_KINDS:
+            if not 1 <= len(set(kinds)) == len(kinds) <= MOST_KINDS:
                 raise DataError(
-                    f"A playground scene shows 1 to {_MOST_KINDS} different kinds, not {', '.join(kinds) or 'none'}."
+                    f"A playground scene shows 1 to {MOST_KINDS} different kinds, not {', '.join(kinds) or 'none'}."
                 )
         if index < 0:
             raise DataError(f"Playground scenes are numbered from 0; there is no scene {index}.")
         rng = np.random.default_rng([self.seed, index])
-        style = style or _pick(rng, self.styles)
+        style = style or pick(rng, self.styles)
         roll = rng.random()
         if kinds is not None:
-            plans, captions = self._each(rng, kinds)
+            plans, captions = each(rng, kinds)
         elif relation or not (kind or colour or texture or count or roll < 0.75 or len(self.kinds) < 2):
-            plans, captions, relation = self._two(rng, kind, colour, texture, relation)
+            plans, captions, relation = two(rng, self.kinds, kind, colour, texture, relation)
         elif count or not (kind or colour or texture or roll < 0.55):
-            plans, captions = self._several(rng, kind, colour, texture, count)
+            plans, captions = several(rng, self.kinds, kind, colour, texture, count)
         else:
-            plans, captions = self._single(rng, kind, colour, texture)
-        caption = _pick(rng, captions)
+            plans, captions = single(rng, self.kinds, kind, colour, texture)
+        caption = pick(rng, captions)
         cuts = self._place(rng, plans)
         # The first object lies on the second where it is inside it; nothing else overlaps.
         image = STYLES[style].render(cuts[::-1], 2 * self.size, rng)
         objects = [
-            Obj(plan.kind, plan.colour, _size_word(plan.extent), plan.texture, _bounds(mask), mask)
+            Obj(plan.kind, plan.colour, size_word(plan.extent), plan.texture, _bounds(mask), mask)
             for plan, mask in zip(plans, self._masks(cuts), strict=True)
         ]
         return Scene(image, caption, captions, objects, style, relation)
@@ -227,7 +203,7 @@ class Playground:
         names = list(world.kinds if by == "kind" else _CLASSES[by])
         if by == "relation":
             for name in names:
-                world._partners(name)  # refuses kinds that lack a container now, not when a picture is opened
+                partners(world.kinds, name)  # refuses kinds that lack a container now, not when a picture is opened
         items: list[Item] = []
         labels, domains = [], []
         for label, name in enumerate(names):
@@ -260,7 +236,7 @@ class Playground:
         from clipadapt.data.multilabel import MultiLabelDataset
 
         world = self._with(kinds, styles, seed)
-        limit = min(len(world.kinds), _MOST_KINDS)
+        limit = min(len(world.kinds), MOST_KINDS)
         if not 1 <= most <= limit:
             raise DataError(f"most must lie between 1 and {limit}, the kinds there are or fit in, not {most}.")
         items: list[Item] = []
@@ -290,110 +266,7 @@ class Playground:
             draw=partial(_picture, self, index, fixed),
         )
 
-    def _single(
-        self, rng: np.random.Generator, kind: str | None, colour: str | None, texture: str | None
-    ) -> tuple[list[_Plan], list[str]]:
-        kind, colour = kind or _pick(rng, self.kinds), colour or _pick(rng, COLOURS)
-        texture = texture or (_pick(rng, TEXTURES) if rng.random() < 0.4 else "plain")
-        size = _pick(rng, ["small", "medium", "large", "large"] if texture == "plain" else ["medium", "large"])
-        extent = rng.uniform(*SIZES[size])
-        place = "in the middle" if size == "large" else _pick(rng, _PLACES)
-        reach = {"small": 0.29, "medium": 0.2, "large": 0.0}[size]
-        x, y = (0.5 + reach * direction for direction in _PLACES[place])
-        plan = _Plan(kind, colour, texture, _shaken(rng, x, y), extent)
-        captions = [_a(kind), _a(colour, kind), _a(colour, kind), f"{_a(colour, kind)} {place}"]
-        words = [size] if size != "medium" else []
-        words += [texture] if texture != "plain" else []
-        if words:
-            captions += [_a(*words, kind), _a(*words, colour, kind)]
-        return [plan], list(dict.fromkeys(captions))
-
-    def _several(
-        self, rng: np.random.Generator, kind: str | None, colour: str | None, texture: str | None, count: str | None
-    ) -> tuple[list[_Plan], list[str]]:
-        kind, colour = kind or _pick(rng, self.kinds), colour or _pick(rng, COLOURS)
-        count = count or _pick(rng, list(COUNTS)[1:])
-        cells = rng.permutation(9)[: COUNTS[count]]  # of a 3 x 3 grid; equal sizes, so that only counting tells
-        plans = [
-            _Plan(
-                kind,
-                colour,
-                texture or "plain",
-                _shaken(rng, 0.18 + 0.32 * (cell % 3), 0.18 + 0.32 * (cell // 3)),
-                rng.uniform(0.25, 0.28),
-            )
-            for cell in cells.tolist()
-        ]
-        if count == "one":
-            return plans, [_a(kind), _a(colour, kind)]
-        plural = _PLURALS.get(kind) or kind + ("es" if kind.endswith("s") else "s")
-        return plans, [f"{count} {plural}", f"{count} {colour} {plural}"]
-
-    def _two(
-        self,
-        rng: np.random.Generator,
-        kind: str | None,
-        colour: str | None,
-        texture: str | None,
-        relation: str | None,
-    ) -> tuple[list[_Plan], list[str], str]:
-        if relation is None:
-            contains = any(name in CONTAINERS for name in self.kinds)
-            relation = _pick(rng, [name for name in RELATIONS if contains or name != "inside"])
-        other = _pick(rng, self._partners(relation, kind))
-        kind = kind or _pick(rng, [name for name in self.kinds if name != other])
-        colour = colour or _pick(rng, COLOURS)
-        contrasting = [name for name, paint in COLOURS.items() if distance(paint, COLOURS[colour]) >= 180]
-        other_colour = _pick(rng, contrasting)
-        if relation == "inside":
-            places = [(0.5, 0.5), (0.5, 0.5)]
-            extents = [rng.uniform(0.26, 0.32), rng.uniform(0.82, 0.92)]
-        else:
-            near, far = (0.27, 0.73) if relation in ("left of", "above") else (0.73, 0.27)
-            drift = [0.5 + rng.uniform(-0.12, 0.12) for _ in range(2)]
-            places = [(near, drift[0]), (far, drift[1])]
-            if relation in ("above", "below"):
-                places = [(y, x) for x, y in places]
-            extents = [rng.uniform(0.37, 0.42) for _ in range(2)]
-        first = _Plan(kind, colour, texture or "plain", _shaken(rng, *places[0]), extents[0])
-        second = _Plan(other, other_colour, "plain", _shaken(rng, *places[1]), extents[1])
-        words, converse = RELATIONS[relation]
-        captions = [f"{_a(colour, kind)} and {_a(other_colour, other)}", f"{_a(kind)} and {_a(other)}"]
-        for a, b in ((_a(colour, kind), _a(other_colour, other)), (_a(kind), _a(other))):
-            captions += [f"{a} {words} {b}", f"{b} {converse} {a}"]
-            if relation in ("left of", "right of"):
-                captions += [f"{a} next to {b}", f"{b} next to {a}"]
-        return [first, second], captions, relation
-
-    def _each(self, rng: np.random.Generator, kinds: Sequence[str]) -> tuple[list[_Plan], list[str]]:
-        """One plain object of each kind, in cells of a grid, so that none touches another."""
-        side, extent = (2, (0.34, 0.42)) if len(kinds) <= 4 else (3, (0.22, 0.28))
-        first, step = (0.27, 0.46) if side == 2 else (0.18, 0.32)
-        plans = [
-            _Plan(
-                kind,
-                _pick(rng, COLOURS),
-                "plain",
-                _shaken(rng, first + step * (cell % side), first + step * (cell // side)),
-                rng.uniform(*extent),
-            )
-            for kind, cell in zip(kinds, rng.permutation(side * side).tolist(), strict=False)
-        ]
-        return plans, [
-            _listed([_a(plan.colour, plan.kind) for plan in plans]),
-            _listed([_a(plan.kind) for plan in plans]),
-        ]
-
-    def _partners(self, relation: str, kind: str | None = None) -> list[str]:
-        """The kinds that the second object of a relation can be of; `kind` is the first one's, None if it is open."""
-        fitting = CONTAINERS if relation == "inside" else self.kinds
-        partners = [name for name in self.kinds if name in fitting and name != kind]
-        if not partners or (kind is None and len(self.kinds) < 2):
-            among = f", the second among {', '.join(CONTAINERS)}" if relation == "inside" else ""
-            raise DataError(f"The relation {relation!r} needs two different kinds{among}.")
-        return partners
-
-    def _place(self, rng: np.random.Generator, plans: list[_Plan]) -> list[Cutout]:
+    def _place(self, rng: np.random.Generator, plans: list[Plan]) -> list[Cutout]:
         """The objects' cutouts on a canvas of twice the picture's size, each a little turned, stretched and tinted."""
         canvas = 2 * self.size
         cuts = []
@@ -429,26 +302,3 @@ def _bounds(mask: np.ndarray) -> tuple[int, int, int, int]:
 def _check(what: str, name: str, known: Iterable[str]) -> None:
     if name not in known:
         raise unknown_name(what, name, known)
-
-
-def _pick(rng: np.random.Generator, choices: Iterable[str]) -> str:
-    options = list(choices)
-    return options[int(rng.integers(len(options)))]
-
-
-def _shaken(rng: np.random.Generator, x: float, y: float) -> Point:
-    return x + rng.uniform(-0.015, 0.015), y + rng.uniform(-0.015, 0.015)
-
-
-def _size_word(extent: float) -> str:
-    return "small" if extent < _SMALL_BELOW else "medium" if extent < _LARGE_FROM else "large"
-
-
-def _a(*words: str) -> str:
-    """The words as a noun phrase with its article."""
-    return " ".join((("an" if words[0][0] in "aeiou" else "a"), *words))
-
-
-def _listed(phrases: Sequence[str]) -> str:
-    """The phrases as a list in words: "a, b and c"."""
-    return " and ".join([", ".join(phrases[:-1]), phrases[-1]] if len(phrases) > 1 else phrases)

@@ -22,7 +22,7 @@ from clipadapt.data.examples import Dataset
 from clipadapt.data.items import GeneratedItem, Item
 from clipadapt.data.playground.drawing import KINDS
 from clipadapt.data.playground.drawing import VERSION as PLAYGROUND_VERSION
-from clipadapt.data.playground.kinds import Point
+from clipadapt.data.playground.polygons import Point
 from clipadapt.data.playground.styles import COLOURS, STYLES, TEXTURES, cut_out, distance
 from clipadapt.errors import DataError, unknown_name
 

@@ -14,7 +14,8 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageChops, ImageDraw, ImageFilter
 
-from clipadapt.data.playground.kinds import SHAPES, Point, Tone
+from clipadapt.data.playground.kinds import SHAPES
+from clipadapt.data.playground.polygons import Point, Tone
 
 RGB = tuple[int, int, int]
 

@@ -17,7 +17,7 @@ def coop_split(file: str | os.PathLike[str], root: str | os.PathLike[str] | None
 
     Args:
         file: a `split_zhou_*.json` file.
-        root: the folder its paths are relative to, by default the file's own; looked at only when a picture is read.
+        root: the folder its paths are relative to, by default the file's own; looked at only when an image is read.
 
     Raises:
         DataError: the file is missing or not of this form, a label has two names or a name two labels.

@@ -1,4 +1,4 @@
-"""Data sets from folders of picture files."""
+"""Data sets from folders of image files."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from clipadapt.data.examples import Dataset
 from clipadapt.data.items import FileItem, Item
 from clipadapt.errors import DataError
 
-# What counts as a picture file; case is ignored.
-PICTURE_SUFFIXES = {
+# What counts as an image file; case is ignored.
+IMAGE_SUFFIXES = {
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".jp2", ".avif", ".tga"),
     *(".ppm", ".pgm", ".pbm", ".pnm"),
 }
@@ -19,14 +19,14 @@ _ARCHIVES = {".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".7z", ".rar"}
 
 
 def image_folder(root: str | os.PathLike[str]) -> Dataset:
-    """The pictures under `root`, which has one sub-folder per class, named after it.
+    """The images under `root`, which has one sub-folder per class, named after it.
 
-    Classes are sorted by name, and so are the pictures of a class, which may lie in deeper folders. Hidden files
-    and folders (".…", "__MACOSX") and files whose ending is not in `PICTURE_SUFFIXES` are skipped, as are files
-    that lie in `root` itself.
+    Classes are sorted by name, and so are the images of a class, which may be in deeper folders. Hidden files
+    and folders (".…", "__MACOSX") and files whose ending is not in `IMAGE_SUFFIXES` are skipped, as are files
+    directly in `root`.
 
     Raises:
-        DataError: `root` is missing or not a folder, has no sub-folders, or a sub-folder holds no picture.
+        DataError: `root` is missing or not a folder, has no sub-folders, or a sub-folder holds no image.
     """
     root = Path(root)
     if not root.exists():
@@ -37,10 +37,10 @@ def image_folder(root: str | os.PathLike[str]) -> Dataset:
         raise DataError(f"{root} is a file; a folder with one sub-folder per class is needed.")
     folders = sorted(entry for entry in root.iterdir() if entry.is_dir() and not _hidden(entry.name))
     if not folders:
-        loose = len(picture_files(root))
+        loose = len(image_files(root))
         raise DataError(
-            f"{root} holds {loose} pictures and no sub-folders; "
-            "put the pictures of each class into a sub-folder named after the class."
+            f"{root} holds {loose} images and no sub-folders; "
+            "put the images of each class into a sub-folder named after the class."
         )
     if {folder.name.lower() for folder in folders} <= _PARTS:
         parts = " and ".join(folder.name for folder in folders)
@@ -49,23 +49,26 @@ def image_folder(root: str | os.PathLike[str]) -> Dataset:
     items: list[Item] = []
     labels: list[int] = []
     for label, folder in enumerate(folders):
-        files = picture_files(folder)
+        files = image_files(folder)
         if not files:
-            raise DataError(f"The class folder {folder} holds no pictures; add some or remove it.")
+            raise DataError(f"The class folder {folder} holds no images; add some or remove it.")
         items += map(FileItem, files)
         labels += [label] * len(files)
     return Dataset(items, labels, [folder.name for folder in folders], name=root.resolve().name)
 
 
-def picture_files(folder: str | os.PathLike[str]) -> list[str]:
-    """Paths of the pictures in `folder` and below, sorted; what is skipped is said in `image_folder`."""
+def image_files(folder: str | os.PathLike[str]) -> list[str]:
+    """Paths of the images in `folder` and below, sorted; what is skipped is said in `image_folder`."""
     found = []
     for parent, folders, files in os.walk(folder):
         folders[:] = [name for name in folders if not _hidden(name)]
         for name in files:
-            if not _hidden(name) and os.path.splitext(name)[1].lower() in PICTURE_SUFFIXES:
+            if not _hidden(name) and os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES:
                 found.append(os.path.join(parent, name))
     return sorted(found)
+
+
+picture_files = image_files  # its old name
 
 
 def _hidden(name: str) -> bool:

@@ -13,7 +13,7 @@ from clipadapt.errors import DataError
 
 @dataclass(frozen=True)
 class HubItem(EncodedItem):
-    """One row of a `datasets.Dataset` whose only column holds undecoded pictures."""
+    """One row of a `datasets.Dataset` whose only column holds undecoded images."""
 
     name: str
     rows: Any = field(repr=False)
@@ -22,7 +22,7 @@ class HubItem(EncodedItem):
     def read(self) -> bytes:
         (cell,) = self.rows[self.index].values()
         if cell is None:
-            raise DataError(f"{self.name} holds no picture.")
+            raise DataError(f"{self.name} holds no image.")
         if cell["bytes"] is not None:
             return cell["bytes"]
         try:
@@ -33,12 +33,12 @@ class HubItem(EncodedItem):
 
 
 def hub_dataset(source: Any, split: str = "train", image: str | None = None, label: str | None = None) -> Dataset:
-    """A `datasets.Dataset`, or the `split` of the data set with the hub id `source`; pictures are read lazily.
+    """A `datasets.Dataset`, or the `split` of the data set with the hub id `source`; images are read lazily.
 
     Args:
         source: a `datasets.Dataset` in memory or on disk, or a hub id such as "cifar10".
         split: which part of a hub id to load; a `datasets.Dataset` is taken whole.
-        image: the column of pictures; without it, the only one of type Image.
+        image: the column of images; without it, the only one of type Image.
         label: the column of labels (ClassLabel, text or integers); without it, the only one of type ClassLabel.
 
     Raises:
@@ -66,7 +66,7 @@ def hub_dataset(source: Any, split: str = "train", image: str | None = None, lab
         if column not in source.features:
             raise DataError(f"The data set has no column {column!r}; its columns are: {', '.join(source.features)}.")
     if not isinstance(source.features[image], datasets.Image):
-        raise DataError(f"The column {image!r} does not hold pictures; its type must be datasets.Image.")
+        raise DataError(f"The column {image!r} does not hold images; its type must be datasets.Image.")
     labels = source[label][:]
     unlabelled = next((i for i, value in enumerate(labels) if value is None or value == -1), None)
     if unlabelled is not None:

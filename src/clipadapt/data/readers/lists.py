@@ -1,4 +1,4 @@
-"""Data sets from plain lists: pictures in any form with their labels."""
+"""Data sets from plain lists: images in any form with their labels."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ def image_list(
     class_names: Sequence[str] | None = None,
     *,
     domains: Sequence[str] | None = None,
-    name: str = "pictures",
+    name: str = "images",
 ) -> Dataset:
-    """A data set from pictures and labels that lie in memory or in lists.
+    """A data set from images and labels that lie in memory or in lists.
 
     Args:
-        images: N pictures in any form `as_items` takes: paths, PIL images, uint8 arrays, one (N,H,W,3) array.
+        images: N images in any form `as_items` takes: paths, PIL images, uint8 arrays, one (N,H,W,3) array.
         labels: N class names, or N integers into `class_names`.
         class_names: all classes, in the order of the labels; without it, the labels that occur, sorted
             (numbers by value).
@@ -33,10 +33,10 @@ def image_list(
     items = as_items(images)
     values = labels.tolist() if hasattr(labels, "tolist") else list(labels)
     if not items:
-        raise DataError(f"{name} holds no picture.")
+        raise DataError(f"{name} holds no image.")
     for index, value in enumerate(values):
         if not isinstance(value, str | int) or value == "":
-            raise DataError(f"{name}: picture {index} has the label {value!r}; a class name or integer is needed.")
+            raise DataError(f"{name}: image {index} has the label {value!r}; a class name or integer is needed.")
     if class_names is None:
         values = [str(value) for value in values]
         class_names = sorted(set(values))

@@ -13,7 +13,7 @@ from typing import Any
 
 from clipadapt.data.examples import Dataset
 from clipadapt.data.items import FileItem
-from clipadapt.data.readers.folders import PICTURE_SUFFIXES
+from clipadapt.data.readers.folders import IMAGE_SUFFIXES
 from clipadapt.data.readers.lists import image_list
 from clipadapt.errors import DataError
 
@@ -25,9 +25,9 @@ def webdataset(
     class_names: Sequence[str] | None = None,
     label: str = "label",
 ) -> Dataset:
-    """The labelled pictures in local, uncompressed WebDataset shards, in the order they lie there.
+    """The labelled images in local, uncompressed WebDataset shards, in the order they lie there.
 
-    A shard's table of contents is read once; its pictures are then read in place, in any order.
+    A shard's table of contents is read once; its images are then read in place, in any order.
 
     Args:
         shards: tar files, or one path that may contain `*`.
@@ -35,12 +35,12 @@ def webdataset(
         label: which field of a sample's `.json` is its label when it has no `.cls` file.
 
     Raises:
-        DataError: no shard is found, one is compressed or damaged, or a picture has no label.
+        DataError: no shard is found, one is compressed or damaged, or an image has no label.
     """
     items, labels = [], []
     for shard in _shard_paths(shards):
         for sample in read_samples(shard):
-            items.append(sample.picture)
+            items.append(sample.image)
             labels.append(_label(sample, label, f"{shard}, sample {sample.key!r}"))
     return image_list(items, labels, class_names, name="shards")
 
@@ -50,12 +50,12 @@ class Sample:
     """One sample of a shard."""
 
     key: str  # what the names of its files begin with, up to the first dot
-    picture: FileItem
+    image: FileItem
     texts: dict[str, bytes]  # content of its .json, .cls and .txt by ending, without the dot
 
 
 def read_samples(shard: str, name: str | None = None) -> list[Sample]:
-    """The samples of a local, uncompressed shard that have a picture, in the order they lie there.
+    """The samples of a local, uncompressed shard that have an image, in the order they lie there.
 
     Only the table of contents and the short texts are read. `name` is what to call the shard instead of its path.
 
@@ -73,11 +73,11 @@ def read_samples(shard: str, name: str | None = None) -> list[Sample]:
                     key, _, ending = file.partition(".")
                     samples.setdefault(os.path.join(folder, key), {})[ending.lower()] = member
             for key, members in samples.items():
-                picture = next((end for end in members if f".{end}" in PICTURE_SUFFIXES), None)
-                if picture is None:
+                image = next((end for end in members if f".{end}" in IMAGE_SUFFIXES), None)
+                if image is None:
                     continue
                 texts = {end: _content(archive, members[end]) for end in _TEXTS if end in members}
-                member = members[picture]
+                member = members[image]
                 item = FileItem(shard, member.offset_data, member.size, f"{name}:{member.name}")
                 found.append(Sample(key, item, texts))
     except (tarfile.TarError, OSError) as error:

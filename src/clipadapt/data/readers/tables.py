@@ -1,4 +1,4 @@
-"""Data sets from tables: a CSV file of paths and labels, or a Parquet file that may hold the pictures themselves."""
+"""Data sets from tables: a CSV file of paths and labels, or a Parquet file that may hold the images themselves."""
 
 from __future__ import annotations
 
@@ -51,26 +51,26 @@ def image_table(
     multi_label: bool = False,
     separator: str = ";",
 ) -> Dataset | MultiLabelDataset:
-    """The pictures that a table lists, one a row.
+    """The images that a table lists, one a row.
 
     Args:
         file: a .csv file (UTF-8, commas, first row = column names), .tsv (tabs) or .parquet; or a folder that holds
             one of labels.csv, labels.tsv and labels.parquet.
-        image: column of paths, taken relative to the table's folder; in Parquet also of encoded pictures (binary, or
+        image: column of paths, taken relative to the table's folder; in Parquet also of encoded images (binary, or
             the {bytes, path} form that Hugging Face writes), which are then held in memory.
         label: column of class names or numbers. Classes are sorted by name (numbers by value); a Parquet file written
             by `datasets` brings its own class names.
         domain: column of domain names, if there is one.
-        multi_label: a picture has any number of labels, and the result is a `MultiLabelDataset`. The label column then
+        multi_label: an image has any number of labels, and the result is a `MultiLabelDataset`. The label column then
             holds names with a separator between them, in Parquet also lists of names or numbers; an empty cell is a
-            picture without labels. Where there is no label column, every other column is a class, in that order, and
+            image without labels. Where there is no label column, every other column is a class, in that order, and
             holds 0 or 1.
         separator: what stands between the names in a cell; blanks around them do not count.
 
     Raises:
         DataError: the file or a column is missing, a column occurs twice, or a row is incomplete or names a file
             that does not exist. Rows are counted as a spreadsheet shows them: in CSV the header is row 1;
-            in Parquet the first picture is.
+            in Parquet the first image is.
     """
     if not separator:
         raise DataError("The separator between labels is empty; one such as ';' is needed.")
@@ -178,7 +178,7 @@ def _item(table: Path, row: int, cell: Any) -> Item:
     if isinstance(cell, bytes):
         return BytesItem(f"{table} row {row}", cell)
     if not isinstance(cell, str):
-        raise DataError(f"{table} row {row}: a path or an encoded picture is needed, not {type(cell).__name__}.")
+        raise DataError(f"{table} row {row}: a path or an encoded image is needed, not {type(cell).__name__}.")
     path = table.parent / cell
     if not path.is_file():
         raise DataError(f"{table} row {row}: {path} does not exist; paths are relative to the table's folder.")

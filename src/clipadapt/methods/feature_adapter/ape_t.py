@@ -1,4 +1,4 @@
-"""APE-T: one learned residual a class, on the channels that matter, moves both its text and its cached pictures.
+"""APE-T: one learned residual a class, on the channels that matter, moves both its text and its cached images.
 
     min over R, w of  CE(s S (T + R)' + alpha * exp(-beta (1 - S (S + Y R)')) (Y * w), y)        S = support features
 
@@ -13,26 +13,25 @@ last one counts by default. With `val`, beta and alpha are searched afterwards, 
 encoded once, without augmentation.
 """
 
-from __future__ import annotations
-
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from clipadapt.methods.base import Card, Run, Support, hyper
-from clipadapt.methods.registry import register
-from clipadapt.methods.training_free_few_shot.ape import best_channels, criterion
-from clipadapt.methods.training_free_few_shot.tip_adapter import TipAdapter, cache_logits, search
-from clipadapt.training.loop import batches, train
-from clipadapt.training.schedules import cosine
+from clipadapt.methods import Classifier, Run, Support, hyper, method
+from clipadapt.methods.kinds.caches import CacheMethod
+from clipadapt.nn.cache import cache_logits
+from clipadapt.nn.channels import best_channels, criterion
+from clipadapt.training.cache_search import best_cache
 from clipadapt.training.search import best_on
 
 
-@register
-@dataclass(kw_only=True)
-class ApeT(TipAdapter):
+@method(
+    "ape-t",
+    title="Not All Features Matter: Enhancing Few-shot CLIP with Adaptive Prior Refinement",
+    arxiv="2304.01195",
+    trains="category residuals and cache weights",
+)
+class ApeT(CacheMethod, Classifier):
     """Category residuals on refined channels; needs `val` only for `epoch="val"` and for searching alpha and beta."""
 
     alpha: float = hyper(2.0, "weight of the cache against zero-shot, >= 0 (official start value)", low=0)
@@ -43,65 +42,36 @@ class ApeT(TipAdapter):
     balance: float = hyper(0.2, "weight of similarity against variance, in [0, 1] (official)", low=0, high=1)
     lr: float = hyper(1e-3, "AdamW learning rate (paper; official for ImageNet: 1e-4)", low=0)
     epochs: int = hyper(20, "passes over the support set (official: 20 to 30)", low=1)
-    batch_size: int = hyper(256, "pictures a step (official)", low=1)
+    batch_size: int = hyper(256, "images a step (official)", low=1)
     epoch: str = hyper("last", "which epoch's residuals to keep", choices=("last", "val"))
-    seed: int = hyper(1, "order of the pictures")
+    seed: int = hyper(1, "order of the images")
 
-    card = Card(
-        key="ape-t",
-        title="Not All Features Matter: Enhancing Few-shot CLIP with Adaptive Prior Refinement",
-        arxiv="2304.01195",
-        family="feature-adapter",
-        task="few-shot classification",
-        trains="category residuals and cache weights",
-        signal="labels",
-    )
     search_space = {"alpha": (2.0, 7.0, 20.0), "beta": (1.0, 3.0)}
 
     def _fit(self, support: Support, run: Run) -> None:
         images, labels, texts = support.images, support.labels, support.texts
-        self.channels_ = best_channels(criterion(texts, texts, self.balance), self.share)  # (Q,)
-        residual = torch.zeros(len(texts), len(self.channels_), requires_grad=True)  # (C, Q)
+        channels = best_channels(criterion(texts, texts, self.balance), self.share)  # (Q,)
+        residual = torch.zeros(len(texts), len(channels), requires_grad=True)  # (C, Q)
         entry_weight = torch.ones(len(images), 1, requires_grad=True)
 
-        def moved() -> tuple[Tensor, Tensor, Tensor]:
-            """The present classifier (C, D), keys (N, D) and values (N, C)."""
-            shift = torch.zeros_like(texts).index_copy(1, self.channels_, residual)  # (C, D)
+        def moved(residual: Tensor, entry_weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            """The classifier (C, D), keys (N, D) and values (N, C)."""
+            shift = torch.zeros_like(texts).index_copy(1, channels, residual)  # (C, D)
             return support.logit_scale * (texts + shift), images + shift[labels], support.one_hot * entry_weight
 
-        def logits(x: Tensor) -> Tensor:
-            weight, keys, values = moved()
+        def logits(x: Tensor, weight: Tensor, keys: Tensor, values: Tensor) -> Tensor:
             return x @ weight.T + self.alpha * cache_logits(x, keys, values, self.beta)
 
-        history: list[tuple[Tensor, Tensor, Tensor]] = []  # what every epoch ended with, where one is to be chosen
-        steps = batches(len(images), self.batch_size, epochs=self.epochs, seed=self.seed)
-        per_epoch = len(steps) // self.epochs
+        def loss_of(rows: Tensor) -> Tensor:
+            return cross_entropy(logits(images[rows], *moved(residual, entry_weight)), labels[rows])
 
-        def after_step(step: int) -> None:
-            if self.epoch == "val" and (step + 1) % per_epoch == 0:
-                with torch.no_grad():
-                    history.append(moved())
-
-        train(
-            lambda rows: cross_entropy(logits(images[rows]), labels[rows]),
-            torch.optim.AdamW([residual, entry_weight], lr=self.lr, eps=1e-3, weight_decay=0.1),
-            steps,
-            schedule=lambda step: cosine(step, len(steps)),
-            run=run,
-            after_step=after_step,
-        )
-        with torch.no_grad():
-            self.weight_, self.keys_, self.values_ = moved()
-        self.beta_, self.alpha_ = self.beta, self.alpha
+        optimizer = torch.optim.AdamW([residual, entry_weight], lr=self.lr, eps=1e-3, weight_decay=0.1)
+        history = self._descend(loss_of, optimizer, support, run, every_epoch=self.epoch == "val")
+        self.channels_, self.beta_, self.alpha_ = channels, self.beta, self.alpha
+        self.weight_, self.keys_, self.values_ = moved(residual.detach(), entry_weight.detach())
         if support.val is not None:
             x, y = support.val
             if self.epoch == "val":
-                candidates = (
-                    ((w, k, v), x @ w.T + self.alpha * cache_logits(x, k, v, self.beta)) for w, k, v in history
-                )
-                self.weight_, self.keys_, self.values_ = best_on(y, candidates)[0]
-            self.beta_, self.alpha_ = search(x @ self.weight_.T, x @ self.keys_.T, self.values_, y, (7.0, 7.0))
-
-    @property
-    def trained_parameters(self) -> int:
-        return len(self.weight_) * len(self.channels_) + len(self.keys_)
+                candidates = (moved(*parameters) for parameters in zip(*history, strict=True))
+                self.weight_, self.keys_, self.values_ = best_on(y, ((c, logits(x, *c)) for c in candidates))[0]
+            self.beta_, self.alpha_ = best_cache(x @ self.weight_.T, x @ self.keys_.T, self.values_, y, (7.0, 7.0))

@@ -9,18 +9,12 @@ feeds un-normalised features; as the network has no biases, scaling x scales z, 
 Departure: features are encoded once, without augmentation.
 """
 
-from __future__ import annotations
-
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, normalize, relu
 
-from clipadapt.methods.base import Card, FeatureMethod, Run, Support, hyper
-from clipadapt.methods.registry import register
-from clipadapt.training.loop import batches, seeded, train
-from clipadapt.training.schedules import cosine
+from clipadapt.methods import Classifier, FeatureMethod, Run, Support, hyper, method
+from clipadapt.training.loop import seeded
 
 
 def adapt(x: Tensor, w1: Tensor, w2: Tensor, ratio: float) -> Tensor:
@@ -28,55 +22,39 @@ def adapt(x: Tensor, w1: Tensor, w2: Tensor, ratio: float) -> Tensor:
     return ratio * relu(relu(x @ w1.T) @ w2.T) + (1 - ratio) * x
 
 
-@register
-@dataclass(kw_only=True)
-class ClipAdapter(FeatureMethod):
+@method(
+    "clip-adapter",
+    title="CLIP-Adapter: Better Vision-Language Models with Feature Adapters",
+    arxiv="2110.04544",
+    trains="bottleneck adapter",
+)
+class ClipAdapter(FeatureMethod, Classifier):
     """A two-layer bottleneck adapter on image features."""
 
     ratio: float = hyper(0.2, "share of the adapted feature, in [0, 1] (paper: 0.2)", low=0, high=1)
     reduction: int = hyper(4, "D over the bottleneck's width (official)", low=1)
     lr: float = hyper(2e-3, "SGD learning rate (official)", low=0)
     epochs: int = hyper(200, "passes over the support set (official for 16 shots)", low=1)
-    batch_size: int = hyper(32, "pictures a step (official)", low=1)
-    seed: int = hyper(1, "initial weights and order of the pictures")
+    batch_size: int = hyper(32, "images a step (official)", low=1)
+    seed: int = hyper(1, "initial weights and order of the images")
 
-    card = Card(
-        key="clip-adapter",
-        title="CLIP-Adapter: Better Vision-Language Models with Feature Adapters",
-        arxiv="2110.04544",
-        family="feature-adapter",
-        task="few-shot classification",
-        trains="bottleneck adapter",
-        signal="labels",
-    )
     # The published rate suits a logit scale of 100; smaller scales make smaller gradients.
     search_space = {"ratio": (0.2, 0.6), "lr": (2e-3, 0.1)}
-    tiny = {"epochs": 60}
 
     def _fit(self, support: Support, run: Run) -> None:
         dim = support.images.shape[1]
         with seeded(self.seed):
             w1 = torch.nn.Linear(dim, max(dim // self.reduction, 1), bias=False).weight
             w2 = torch.nn.Linear(w1.shape[0], dim, bias=False).weight
-        steps = batches(len(support.images), self.batch_size, epochs=self.epochs, seed=self.seed)
         weight = support.logit_scale * support.texts  # (C, D)
 
         def loss_of(rows: Tensor) -> Tensor:
             z = normalize(adapt(support.images[rows], w1, w2, self.ratio), dim=1)
             return cross_entropy(z @ weight.T, support.labels[rows])
 
-        train(
-            loss_of,
-            torch.optim.SGD([w1, w2], lr=self.lr, momentum=0.9, weight_decay=5e-4),
-            steps,
-            schedule=lambda step: cosine(step, len(steps)),
-            run=run,
-        )
+        optimizer = torch.optim.SGD([w1, w2], lr=self.lr, momentum=0.9, weight_decay=5e-4)
+        self._descend(loss_of, optimizer, support, run)
         self.w1_, self.w2_, self.weight_ = w1.detach(), w2.detach(), weight
 
     def _logits(self, images: Tensor) -> Tensor:
         return normalize(adapt(images, self.w1_, self.w2_, self.ratio), dim=1) @ self.weight_.T  # (N, C)
-
-    @property
-    def trained_parameters(self) -> int:
-        return self.w1_.numel() + self.w2_.numel()

@@ -1,6 +1,6 @@
-"""Cross-modal linear probe: the class texts are training samples of a linear head, next to the pictures.
+"""Cross-modal linear probe: the class texts are training samples of a linear head, next to the images.
 
-    logits = s x W'        min over W of CE over batches that are half pictures, half texts;  W starts at the texts
+    logits = s x W'        min over W of CE over batches that are half images, half texts;  W starts at the texts
 
 Lin et al., "Multimodality Helps Unimodality: Cross-Modal Few-Shot Learning with Multimodal Models"
 (arXiv 2301.06267): initialisation by class names, equal batches of both modalities, and weights
@@ -12,16 +12,11 @@ Departures: one text row a class, the mean over its templates, instead of a row 
 batch of a pass is kept where it is smaller.
 """
 
-from __future__ import annotations
-
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, normalize
 
-from clipadapt.methods.base import Card, FeatureMethod, Run, Support, hyper
-from clipadapt.methods.registry import register
+from clipadapt.methods import Classifier, FeatureMethod, Run, Support, hyper, method
 from clipadapt.training.loop import UNWATCHED, batches, train
 from clipadapt.training.schedules import cosine
 
@@ -69,17 +64,19 @@ def train_head(
     Returns the head and the step (from 0) after which it stood: the last, or the best on `val` (V, D), (V,).
     """
     weight = head.clone().requires_grad_()
-    best, kept, kept_step = -1.0, weight, len(steps) - 1
+    best = torch.tensor([-1.0, len(steps) - 1], dtype=torch.float64)  # accuracy and step
+    kept = head.clone()
 
     def loss_of(rows: Tensor) -> Tensor:
         return cross_entropy(logit_scale * features[rows] @ weight.T, labels[rows])
 
     def validate(step: int) -> None:
-        nonlocal best, kept, kept_step
-        if val is not None and step % VALIDATE_EVERY == 0:
-            accuracy = ((val[0] @ weight.T).argmax(1) == val[1]).double().mean().item()
-            if accuracy > best:
-                best, kept, kept_step = accuracy, weight.detach().clone(), step
+        assert val is not None
+        if step % VALIDATE_EVERY == 0:
+            accuracy = ((val[0] @ weight.T).argmax(1) == val[1]).double().mean()
+            if accuracy > best[0]:
+                best[0], best[1] = accuracy, step
+                kept.copy_(weight.detach())
 
     train(
         loss_of,
@@ -87,35 +84,30 @@ def train_head(
         steps,
         schedule=lambda step: rate(step, len(steps), lr),
         run=run,
-        after_step=validate,
+        after_step=None if val is None else validate,
+        state=[best, kept],
     )
-    return kept.detach(), kept_step
+    return weight.detach() if val is None else kept, int(best[1])
 
 
-@register
-@dataclass(kw_only=True)
-class CrossModalProbe(FeatureMethod):
-    """A linear head trained on pictures and class texts alike; `val`, where given, chooses the iteration."""
+@method(
+    "cross-modal-probe",
+    title="Multimodality Helps Unimodality: Cross-Modal Few-Shot Learning with Multimodal Models",
+    arxiv="2301.06267",
+    trains="linear head",
+)
+class CrossModalProbe(FeatureMethod, Classifier):
+    """A linear head trained on images and class texts alike; `val`, where given, chooses the iteration."""
 
     lr: float = hyper(1e-3, "AdamW learning rate (official: 1e-3 or 1e-4)", low=FIRST_LR)
     weight_decay: float = hyper(0.01, "decoupled weight decay (official: 0, 1e-4 or 0.01)", low=0)
-    batch_size: int = hyper(32, "rows a step, half pictures, half texts (official: 8 or 32)", low=2)
+    batch_size: int = hyper(32, "rows a step, half images, half texts (official: 8 or 32)", low=2)
     steps: int = hyper(12800, "iterations (official)", low=1)
     wise_ft: float = hyper(0.0, "share of the zero-shot head in the result (the paper's variant: 0.5)", low=0, high=1)
     seed: int = hyper(1, "order of the rows")
 
-    card = Card(
-        key="cross-modal-probe",
-        title="Multimodality Helps Unimodality: Cross-Modal Few-Shot Learning with Multimodal Models",
-        arxiv="2301.06267",
-        family="feature-adapter",
-        task="few-shot classification",
-        trains="linear head",
-        signal="labels",
-    )
     # The length of the run stands in for the paper's choice of an iteration on validation data.
     search_space = {"steps": (300, 1000), "wise_ft": (0.0, 0.5)}
-    tiny = {"steps": 400}
 
     def _fit(self, support: Support, run: Run) -> None:
         classes = len(support.texts)
@@ -131,10 +123,3 @@ class CrossModalProbe(FeatureMethod):
             run=run,
         )
         self.weight_ = support.logit_scale * ((1 - self.wise_ft) * head + self.wise_ft * support.texts)  # (C, D)
-
-    def _logits(self, images: Tensor) -> Tensor:
-        return images @ self.weight_.T  # (N, C)
-
-    @property
-    def trained_parameters(self) -> int:
-        return self.weight_.numel()

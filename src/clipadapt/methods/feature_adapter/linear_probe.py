@@ -2,25 +2,21 @@
 
     logits = x W' + b,   min over W, b of  sum_i CE(logits_i, y_i) + |W|^2 / (2 C)
 
-Radford et al. (arXiv 2103.00020), appendix A.3: L-BFGS, at most 1,000 iterations, the L2 strength swept on a
-validation set over a logarithmic range. Departure: features have unit length here (the paper's have not), so the
-strength that suits is larger; the default was chosen by cross-validation inside support sets, never on test data.
-Classes without a picture in the support set can never be predicted: their logit is minus infinity.
+Radford et al., "Learning Transferable Visual Models From Natural Language Supervision" (arXiv 2103.00020), appendix
+A.3: L-BFGS, at most 1,000 iterations, the L2 strength swept on a validation set over a logarithmic range. Departure:
+features have unit length here, which the paper's do not, so the strength that suits is larger; the default was chosen
+by cross-validation inside support sets, never on test data. Classes without an image in the support set can never be
+predicted: their logit is minus infinity.
 
-Where pictures show several classes, each class has a logistic regression of its own against all other pictures, and
-its logit is the log-odds. A class that none or all of the pictures show has its smoothed log-odds as a constant.
+Where images show several classes, each class has a logistic regression of its own against all other images, and its
+logit is the log-odds. A class that none or all of the images show has its smoothed log-odds as a constant.
 """
-
-from __future__ import annotations
-
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from clipadapt.errors import ClipadaptError
-from clipadapt.methods.base import Card, FeatureMethod, Run, Support, hyper
-from clipadapt.methods.registry import register
+from clipadapt.methods import Classifier, FeatureMethod, Run, Support, hyper, method
 from clipadapt.metrics.multilabel import mean_average_precision
 
 SWEEP = (0.1, 1.0, 10.0, 100.0, 1000.0)
@@ -42,38 +38,33 @@ def logistic_regression(x: Tensor, y: Tensor, classes: int, strength: float, ste
 
 def one_vs_rest(x: Tensor, y: Tensor, strength: float, steps: int) -> tuple[Tensor, Tensor]:
     """Weights (C, D) and biases (C,) of one two-class regression for each class; y (N, C) bool."""
-    shown = y.sum(0).double()
-    weight, bias = torch.zeros(y.shape[1], x.shape[1]), ((shown + 0.5) / (len(y) - shown + 0.5)).log().float()
-    for c in ((shown > 0) & (shown < len(y))).nonzero()[:, 0]:
+    present = y.sum(0).double()
+    weight, bias = torch.zeros(y.shape[1], x.shape[1]), ((present + 0.5) / (len(y) - present + 0.5)).log().float()
+    for c in ((present > 0) & (present < len(y))).nonzero()[:, 0]:
         (no, yes), (b_no, b_yes) = logistic_regression(x, y[:, c].long(), 2, strength, steps)
         weight[c], bias[c] = yes - no, b_yes - b_no
     return weight, bias
 
 
-@register
-@dataclass(kw_only=True)
-class LinearProbe(FeatureMethod):
+@method(
+    "linear-probe",
+    title="Learning Transferable Visual Models From Natural Language Supervision",
+    arxiv="2103.00020",
+    trains="linear head",
+    multi_label=True,
+)
+class LinearProbe(FeatureMethod, Classifier):
     """Logistic regression on image features; class names play no part."""
 
     strength: float = hyper(100.0, "inverse L2 strength C > 0; chosen on val among the sweep where val is given", low=0)
     steps: int = hyper(1000, "at most this many L-BFGS iterations (paper)", low=1)
 
-    card = Card(
-        key="linear-probe",
-        title="Learning Transferable Visual Models From Natural Language Supervision",
-        arxiv="2103.00020",
-        family="feature-adapter",
-        task="few-shot classification",
-        trains="linear head",
-        signal="labels",
-        multi_label=True,
-    )
     search_space = {"strength": SWEEP}
 
     def _fit(self, support: Support, run: Run) -> None:
         labels, best = support.labels, -1.0
         if labels.ndim == 1 and len(labels.unique()) < 2:
-            raise ClipadaptError("linear-probe needs pictures of at least two classes.")
+            raise ClipadaptError("linear-probe needs images of at least two classes.")
         for strength in (self.strength,) if support.val is None else SWEEP:
             if labels.ndim == 2:
                 weight, bias = one_vs_rest(support.images, labels, strength, self.steps)
@@ -87,10 +78,4 @@ class LinearProbe(FeatureMethod):
                 score = hits.float().mean().item() if hits is not None else mean_average_precision(y, logits)
             if score > best:
                 best, self.weight_, self.bias_, self.strength_ = score, weight, bias, strength
-
-    def _logits(self, images: Tensor) -> Tensor:
-        return images @ self.weight_.T + self.bias_  # (N, C)
-
-    @property
-    def trained_parameters(self) -> int:
-        return self.weight_.numel() + self.bias_.numel()
+        run.trained = weight.numel() + bias.numel()

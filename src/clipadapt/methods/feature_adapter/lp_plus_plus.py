@@ -6,7 +6,7 @@ Huang et al., "LP++: A Surprisingly Strong Linear Probe for Few-Shot CLIP" (arXi
 variables, step sizes from (approximate) Lipschitz constants and starting values from the data, so that nothing needs
 searching. The constants are those of the official repository FereshteShakeri/FewShot-CLIP-Strong-Baseline:
 
-    w_c = sum of the class's pictures         step 4 N / lambda_max(S'S), momentum 0.9, at every iteration
+    w_c = sum of the class's images           step 4 N / lambda_max(S'S), momentum 0.9, at every iteration
     alpha_c = 250 mean_c(own-class cosine)    step N / (4 max_c sum_i (x_i t_c')^2), at every tenth iteration
 
 With `val` the best iteration counts, the last of equals, as there; without, the last iteration. Cosines are not
@@ -14,19 +14,14 @@ multiplied by the logit scale: alpha takes its place.
 
 Where the official code leaves the paper's model, `variant="official"` follows it: it also trains a bias, drawn at
 random, and never clears alpha's gradient, so that each step of alpha takes the sum of all gradients since the start.
-Departures: a class without a picture does not count in alpha's start; one plain view instead of an augmented one.
+Departures: a class without an image does not count in alpha's start; one plain view instead of an augmented one.
 """
-
-from __future__ import annotations
-
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from clipadapt.methods.base import Card, FeatureMethod, Run, Support, hyper
-from clipadapt.methods.registry import register
+from clipadapt.methods import Classifier, FeatureMethod, Run, Support, hyper, method
 from clipadapt.training.loop import seeded, train
 
 
@@ -40,7 +35,7 @@ def step_sizes(images: Tensor, texts: Tensor) -> tuple[float, float]:
 
 
 def initial_alpha(images: Tensor, labels: Tensor, texts: Tensor, scale: float) -> float:
-    """`scale` times the mean over classes of their pictures' mean cosine with the class's own text."""
+    """`scale` times the mean over classes of their images' mean cosine with the class's own text."""
     cosines = (images * texts[labels]).sum(1).double()  # (N,)
     counts = torch.bincount(labels, minlength=len(texts))  # (C,)
     sums = torch.zeros(len(texts), dtype=cosines.dtype).index_add_(0, labels, cosines)
@@ -48,9 +43,13 @@ def initial_alpha(images: Tensor, labels: Tensor, texts: Tensor, scale: float) -
     return scale * (sums[seen] / counts[seen]).mean().item()
 
 
-@register
-@dataclass(kw_only=True)
-class LpPlusPlus(FeatureMethod):
+@method(
+    "lp++",
+    title="LP++: A Surprisingly Strong Linear Probe for Few-Shot CLIP",
+    arxiv="2404.02285",
+    trains="linear head and text multipliers",
+)
+class LpPlusPlus(FeatureMethod, Classifier):
     """A text-informed linear probe without anything to search; `val`, where given, chooses the iteration."""
 
     steps: int = hyper(300, "full-batch iterations (official)", low=1)
@@ -61,16 +60,6 @@ class LpPlusPlus(FeatureMethod):
         "paper", '"official" adds its bias and its accumulated gradient of alpha', choices=("paper", "official")
     )
     seed: int = hyper(1, "initial biases; only the official variant has them")
-
-    card = Card(
-        key="lp++",
-        title="LP++: A Surprisingly Strong Linear Probe for Few-Shot CLIP",
-        arxiv="2404.02285",
-        family="feature-adapter",
-        task="few-shot classification",
-        trains="linear head and text multipliers",
-        signal="labels",
-    )
 
     def _fit(self, support: Support, run: Run) -> None:
         images, labels, texts = support.images, support.labels, support.texts
@@ -119,10 +108,3 @@ class LpPlusPlus(FeatureMethod):
         ]
         rows = torch.arange(len(images))
         train(loss_of, torch.optim.SGD(groups), [rows] * self.steps, run=run, after_step=keep)
-
-    def _logits(self, images: Tensor) -> Tensor:
-        return images @ self.weight_.T + self.bias_  # (N, C)
-
-    @property
-    def trained_parameters(self) -> int:
-        return self.weight_.numel() + len(self.alpha_) * (2 if self.variant == "official" else 1)

@@ -1,6 +1,6 @@
 """RECO: an embedding is refined by what a memory holds about its neighbours, in the other modality.
 
-    v~ = F_image(v; texts of the k pictures nearest to v)        t~ = F_text(t; pictures of the k texts nearest to t)
+    v~ = F_image(v; texts of the k images nearest to v)        t~ = F_text(t; images of the k texts nearest to t)
     min over F of  NCE(v~, t~) + NCE(v~, t) + NCE(v, t~)         logits = s v~ . t~_c
 
 Search stays within a modality, where a frozen model is good at it; fusion crosses modalities, where what is found adds
@@ -10,18 +10,16 @@ Iscen et al., "Retrieval-Enhanced Contrastive Vision-Text Models" (arXiv 2306.07
 overview figure's caption and the published reviews, which say all of the above; there is no official code. The paper
 trains on CC12M with a memory of a billion pairs. Ours is the few-shot form:
 
-* The memory is the support set, a picture's text being its class's sentence, or one that the user gives. As the
-  support set a picture is left out where it is itself looked up: among its neighbours, and among the pictures of its
-  class. A class's only picture is not, for then its class would be missing.
-* NCE has the texts of all classes as negatives, and the direction from picture to text only: classes recur in a batch.
+* The memory is the support set, an image's text being its class's sentence, or one that the user gives. As the
+  support set an image is left out where it is itself looked up: among its neighbours, and among the images of its
+  class. A class's only image is not, for then its class would be missing.
+* NCE has the texts of all classes as negatives, and the direction from image to text only: classes recur in a batch.
 * The layer starts as the average of what it sees: queries of attention from zero; keys, values and output from the
   identity; the output times `start`; the second half of the layer from zero. With `start` 0 it starts as CLIP itself.
 * Where nothing is found an embedding stays as it is.
 """
 
-from __future__ import annotations
-
-from dataclasses import dataclass
+from collections.abc import Mapping
 from math import gcd
 from typing import Any
 
@@ -29,15 +27,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, gelu, normalize, scaled_dot_product_attention
 
-from clipadapt.backbones import Backbone
 from clipadapt.errors import ClipadaptError
-from clipadapt.features import encode_classes
 from clipadapt.features.memory import encode_memory
 from clipadapt.features.retrieval import nearest
-from clipadapt.methods.base import Card, FeatureMethod, Run, Support, hyper
-from clipadapt.methods.registry import register
-from clipadapt.training.loop import batches, seeded, train
-from clipadapt.training.schedules import cosine
+from clipadapt.methods import Classifier, FeatureMethod, Run, Support, TrainingData, hyper, method
+from clipadapt.methods.tasks.classification import unit
+from clipadapt.training.loop import seeded
 
 _BLOCK = 512  # embeddings refined together
 
@@ -80,8 +75,8 @@ def left_out(rows: Tensor, own: Tensor) -> Tensor:
 def neighbours(
     support: Support, images: Tensor, texts: Tensor, k: int, own: bool
 ) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Rows of a memory (M, D), (M, D) for the training pictures (N, K), their own classes' texts (N, K), and the
-    classes (C, K). With `own` the memory is the support set; otherwise classes' rows serve for pictures too (None).
+    """Rows of a memory (M, D), (M, D) for the training images (N, K), their own classes' texts (N, K), and the
+    classes (C, K). With `own` the memory is the support set; otherwise classes' rows serve for images too (None).
     """
     of_classes = nearest(support.texts, texts, k + 1)[1]
     if not own:
@@ -94,21 +89,44 @@ def neighbours(
 
 
 def loss_of(v: Tensor, v2: Tensor, t: Tensor, t2: Tensor, own2: Tensor, labels: Tensor, scale: float) -> Tensor:
-    """Cross-entropies of pictures (B, D) with classes (C, D), original and refined (2), summed over three pairings.
+    """Cross-entropies of images (B, D) with classes (C, D), original and refined (2), summed over three pairings.
 
-    own2 (B, D) takes the place of `t2[labels]`: the refined texts that have not seen the picture.
+    own2 (B, D) takes the place of `t2[labels]`: the refined texts that have not seen the image.
     """
     total = cross_entropy(scale * v2 @ t.T, labels)
-    for pictures in (v2, v):
-        right = (pictures * own2).sum(dim=1, keepdim=True)
-        total = total + cross_entropy(scale * (pictures @ t2.T).scatter(1, labels[:, None], right), labels)
+    for images in (v2, v):
+        right = (images * own2).sum(dim=1, keepdim=True)
+        total = total + cross_entropy(scale * (images @ t2.T).scatter(1, labels[:, None], right), labels)
     return total
 
 
-@register
-@dataclass(kw_only=True)
-class Reco(FeatureMethod):
-    """Pictures and class texts refined by a memory of picture-text pairs; by default the support set.
+def refine(
+    x: Tensor, modality: str, memory: Mapping[str, Tensor], learned: Mapping[str, Tensor], k: int, heads: int
+) -> Tensor:
+    """Unit features (N, D) of one modality, "image" or "text", fused with what `memory` holds about them: (N, D).
+
+    `memory` has "images" and "texts" (M, D), `learned` the parameters of "image" and "text" `Fusion`s.
+    """
+    with torch.device("meta"):  # values come from what was learned; nothing is drawn
+        fusion = Fusion(x.shape[1], heads, 0.0)
+    own = f"{modality}."
+    values = {name.removeprefix(own): p for name, p in learned.items() if name.startswith(own)}
+    fusion.load_state_dict(values, assign=True)
+    same, other = memory[f"{modality}s"], memory["texts" if modality == "image" else "images"]
+    blocks = x.split(_BLOCK) if len(x) else ()
+    with torch.no_grad():
+        return torch.cat([x[:0], *(fusion(block, other[nearest(block, same, k)[1]]) for block in blocks)])
+
+
+@method(
+    "reco",
+    title="Retrieval-Enhanced Contrastive Vision-Text Models",
+    arxiv="2306.07196",
+    trains="two fusion layers",
+    new_classes=True,
+)
+class Reco(FeatureMethod, Classifier):
+    """Images and class texts refined by a memory of image-text pairs; by default the support set.
 
     `memory`: `clipadapt.data.image_pairs`, or a data set, whose texts are the sentences of its classes.
     """
@@ -119,34 +137,37 @@ class Reco(FeatureMethod):
     heads: int = hyper(8, "attention heads, at most; a divisor of the features' length is taken", low=1)
     lr: float = hyper(1e-5, "AdamW learning rate (ours)", low=0)
     epochs: int = hyper(30, "passes over the support set (ours)", low=1)
-    batch_size: int = hyper(64, "pictures a step (ours)", low=1)
-    seed: int = hyper(1, "initial values and order of the pictures")
+    batch_size: int = hyper(64, "images a step (ours)", low=1)
+    seed: int = hyper(1, "initial values and order of the images")
 
-    card = Card(
-        key="reco",
-        title="Retrieval-Enhanced Contrastive Vision-Text Models",
-        arxiv="2306.07196",
-        family="feature-adapter",
-        task="few-shot classification",
-        trains="two fusion layers",
-        signal="labels",
-        new_classes=True,
-    )
     search_space = {"start": (0.3, 1.0), "lr": (1e-5, 1e-4)}
-    tiny = {"epochs": 10, "lr": 1e-4}
+    extras = {"memory": "features of pairs, images (M, D) and texts (M, D); by default the support set"}
+
+    def _extras(self, model: Any, data: TrainingData) -> dict[str, Any]:
+        if self.memory is None:
+            return {}
+        memory = encode_memory(model, self.memory, self.templates)
+        if not len(memory["images"]) and len(memory["texts"]):
+            raise ClipadaptError("reco needs images with their texts as its memory: pairs or a data set.")
+        return {"memory": (memory["images"], memory["texts"][memory["text_of"]])}
 
     def _fit(self, support: Support, run: Run) -> None:
-        self.logit_scale_ = support.logit_scale
-        own = self.memory is None
-        if own:
-            images, texts = support.images, support.texts[support.labels]
-        else:
-            images, texts = self._external()
-        self.memory_ = {"images": images, "texts": texts}  # (M, D), (M, D), row by row a pair
         v, t, y = support.images, support.texts, support.labels
+        memory = support.extras.get("memory")
+        own = memory is None
+        if own and self.memory is not None:
+            raise ClipadaptError(
+                "reco: fit_features has no towers to encode a memory with; leave memory=None and give fit_features "
+                "its features, memory=(images, texts)."
+            )
+        images, texts = (v, t[y]) if memory is None else memory  # (M, D), (M, D), row by row a pair
+        if memory is not None and self.backbone_ is None:  # otherwise it is that of `_extras`, which has unit length
+            images, texts = (unit(part, "memory", dim=v.shape[1]) for part in memory)
+            if len(images) != len(texts):
+                raise ClipadaptError(f"memory has {len(images)} images and {len(texts)} texts; it holds pairs.")
         with seeded(self.seed):
             fusions = nn.ModuleDict({name: Fusion(v.shape[1], self.heads, self.start) for name in ("image", "text")})
-        if len(images) > own:  # a support set of one picture leaves nothing to learn from
+        if len(images) > own:  # a support set of one image leaves nothing to learn from
             near, of_own, of_classes = neighbours(support, images, texts, self.k, own)
 
             def step(rows: Tensor) -> Tensor:
@@ -154,48 +175,19 @@ class Reco(FeatureMethod):
                 t2 = fusions["text"](t, images[of_classes])
                 labels = y[rows]
                 own2 = t2[labels] if of_own is None else fusions["text"](t[labels], images[of_own[rows]])
-                return loss_of(v[rows], v2, t, t2, own2, labels, self.logit_scale_)
+                return loss_of(v[rows], v2, t, t2, own2, labels, support.logit_scale)
 
-            steps = batches(len(v), self.batch_size, epochs=self.epochs, seed=self.seed)
-            train(
-                step,
-                torch.optim.AdamW(fusions.parameters(), lr=self.lr),
-                steps,
-                schedule=lambda number: cosine(number, len(steps)),
-                run=run,
-            )
+            self._descend(step, torch.optim.AdamW(fusions.parameters(), lr=self.lr), support, run)
+        self.memory_, self.logit_scale_ = {"images": images, "texts": texts}, support.logit_scale
         self.fusion_ = {name: p.detach() for name, p in fusions.named_parameters()}
-        self._classify(t)
-
-    def _external(self) -> tuple[Tensor, Tensor]:
-        if self.backbone_ is None:
-            raise ClipadaptError("reco: fit_features has no towers to encode a memory with; leave memory=None.")
-        memory = encode_memory(self.backbone_, self.memory, self.templates)
-        if not len(memory["images"]) and len(memory["texts"]):
-            raise ClipadaptError("reco needs pictures with their texts as its memory: pairs or a data set.")
-        return memory["images"], memory["texts"][memory["text_of"]]
+        self.weight_ = self.logit_scale_ * self.refined(t, "text")  # (C, D)
 
     def refined(self, x: Tensor, modality: str) -> Tensor:
-        """Unit features of pictures or texts (N, D), `modality` "image" or "text", refined by the memory: (N, D)."""
-        with torch.device("meta"):  # values come from what was learned; nothing is drawn
-            fusion = Fusion(x.shape[1], self.heads, self.start)
-        own = f"{modality}."
-        learned = {name.removeprefix(own): p for name, p in self.fusion_.items() if name.startswith(own)}
-        fusion.load_state_dict(learned, assign=True)
-        same, other = self.memory_[f"{modality}s"], self.memory_["texts" if modality == "image" else "images"]
-        blocks = x.split(_BLOCK) if len(x) else ()
-        with torch.no_grad():
-            return torch.cat([x[:0], *(fusion(b, other[nearest(b, same, self.k)[1]]) for b in blocks)])
+        """Unit features of images or texts (N, D), `modality` "image" or "text", refined by the memory: (N, D)."""
+        return refine(x, modality, self.memory_, self.fusion_, self.k, self.heads)
 
-    def _classify(self, texts: Tensor) -> None:
-        self.weight_ = self.logit_scale_ * self.refined(texts, "text")  # (C, D)
-
-    def _reclassify(self, backbone: Backbone) -> None:
-        self._classify(encode_classes(backbone, self.class_names_, self.templates))
+    def _reclassify(self, model: Any) -> None:
+        self.weight_ = self.logit_scale_ * self.refined(self._class_texts(model), "text")  # (C, D)
 
     def _logits(self, images: Tensor) -> Tensor:
         return self.refined(images, "image") @ self.weight_.T  # (N, C)
-
-    @property
-    def trained_parameters(self) -> int:
-        return sum(tensor.numel() for tensor in self.fusion_.values())

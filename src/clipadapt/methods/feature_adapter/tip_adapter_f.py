@@ -2,88 +2,59 @@
 
     min over K of  CE(s S T' + alpha * exp(-beta (1 - S K')) Y, y)        S = support features; Y stays fixed
 
-Zhang et al. (arXiv 2207.09519), section 3.2; optimiser, schedule and start values from the official repository
-gaopengcuhk/Tip-Adapter (AdamW 1e-3, eps 1e-4, weight decay 0.01, cosine to 0 over 20 epochs, batch 256, alpha 1.17,
-beta 1). Departures: the official script keeps the epoch that is best on the *test* set; here the last epoch counts,
-or with `epoch="val"` the best one on a validation set. Features are encoded once, without augmentation.
+Zhang et al., "Tip-Adapter: Training-free Adaption of CLIP for Few-shot Classification" (arXiv 2207.09519), section
+3.2; optimiser, schedule and start values from the official repository gaopengcuhk/Tip-Adapter (AdamW 1e-3, eps 1e-4,
+weight decay 0.01, cosine to 0 over 20 epochs, batch 256, alpha 1.17, beta 1). Departures: the official script keeps the
+epoch that is best on the *test* set; here the last epoch counts, or with `epoch="val"` the best one on a validation
+set. Features are encoded once, without augmentation.
 """
-
-from __future__ import annotations
-
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from clipadapt.methods.base import Card, Run, Support, hyper
-from clipadapt.methods.registry import register
-from clipadapt.methods.training_free_few_shot.tip_adapter import TipAdapter, cache_logits, search
-from clipadapt.training.loop import batches, train
-from clipadapt.training.schedules import cosine
+from clipadapt.methods import Classifier, Run, Support, hyper, method
+from clipadapt.methods.kinds.caches import CacheMethod
+from clipadapt.nn.cache import cache_logits
+from clipadapt.training.cache_search import best_cache
 from clipadapt.training.search import best_on
 
 
-@register
-@dataclass(kw_only=True)
-class TipAdapterF(TipAdapter):
+@method(
+    "tip-adapter-f",
+    title="Tip-Adapter: Training-free Adaption of CLIP for Few-shot Classification",
+    arxiv="2207.09519",
+    trains="cache keys",
+)
+class TipAdapterF(CacheMethod, Classifier):
     """Tip-Adapter with trained keys; needs `val` only for `epoch="val"` and for searching alpha and beta."""
 
     alpha: float = hyper(1.17, "weight of the cache (official start value)", low=0)
     beta: float = hyper(1.0, "sharpness of the affinities (official start value)", low=0)
     lr: float = hyper(1e-3, "AdamW learning rate (paper)", low=0)
     epochs: int = hyper(20, "passes over the support set (paper)", low=1)
-    batch_size: int = hyper(256, "pictures a step (official)", low=1)
+    batch_size: int = hyper(256, "images a step (official)", low=1)
     epoch: str = hyper("last", "which epoch's keys to keep", choices=("last", "val"))
-    seed: int = hyper(1, "order of the pictures")
+    seed: int = hyper(1, "order of the images")
 
-    card = Card(
-        key="tip-adapter-f",
-        title="Tip-Adapter: Training-free Adaption of CLIP for Few-shot Classification",
-        arxiv="2207.09519",
-        family="feature-adapter",
-        task="few-shot classification",
-        trains="cache keys",
-        signal="labels",
-    )
     search_space = {"alpha": (1.17, 5.0, 20.0), "beta": (1.0, 5.5, 20.0)}
 
     def _fit(self, support: Support, run: Run) -> None:
-        self.weight_ = support.logit_scale * support.texts  # (C, D)
-        self.values_ = support.one_hot  # (N, C)
-        self.beta_, self.alpha_ = self.beta, self.alpha
-        keys, zero_shot = support.images.clone().requires_grad_(), support.zero_shot
-        history: list[Tensor] = []  # the keys after every epoch, where one of them is to be chosen
-        steps = batches(len(keys), self.batch_size, epochs=self.epochs, seed=self.seed)
-        per_epoch = len(steps) // self.epochs
+        keys, values, zero_shot = support.images.clone().requires_grad_(), support.one_hot, support.zero_shot
 
         def loss_of(rows: Tensor) -> Tensor:
-            cache = cache_logits(support.images[rows], keys, self.values_, self.beta)
+            cache = cache_logits(support.images[rows], keys, values, self.beta)
             return cross_entropy(zero_shot[rows] + self.alpha * cache, support.labels[rows])
 
-        def after_step(step: int) -> None:
-            if self.epoch == "val" and (step + 1) % per_epoch == 0:
-                history.append(keys.detach().clone())
-
-        train(
-            loss_of,
-            torch.optim.AdamW([keys], lr=self.lr, eps=1e-4, weight_decay=0.01),
-            steps,
-            schedule=lambda step: cosine(step, len(steps)),
-            run=run,
-            after_step=after_step,
-        )
-        self.keys_ = keys.detach()
+        optimizer = torch.optim.AdamW([keys], lr=self.lr, eps=1e-4, weight_decay=0.01)
+        history = self._descend(loss_of, optimizer, support, run, every_epoch=self.epoch == "val")
+        self.weight_ = support.logit_scale * support.texts  # (C, D)
+        self.keys_, self.values_ = keys.detach(), values  # (N, D), (N, C)
+        self.beta_, self.alpha_ = self.beta, self.alpha
         if support.val is not None:
             x, y = support.val
-            zero_shot = x @ self.weight_.T
+            plain = x @ self.weight_.T  # (V, C)
             if self.epoch == "val":
-                candidates = (
-                    (k, zero_shot + self.alpha * cache_logits(x, k, self.values_, self.beta)) for k in history
-                )
-                self.keys_ = best_on(y, candidates)[0]
-            self.beta_, self.alpha_ = search(zero_shot, x @ self.keys_.T, self.values_, y)
-
-    @property
-    def trained_parameters(self) -> int:
-        return self.keys_.numel()
+                tried = ((k, plain + self.alpha * cache_logits(x, k, values, self.beta)) for k in history[0])
+                self.keys_ = best_on(y, tried)[0]
+            self.beta_, self.alpha_ = best_cache(plain, x @ self.keys_.T, values, y)

@@ -6,7 +6,7 @@
 Maniparambil et al., "Enhancing CLIP with GPT-4: Harnessing Visual Descriptions as Prompts" (arXiv 2307.11661), of which
 only the abstract could be read; everything else is from the official repository mayug/VDT-Adapter: one head of width
 D / 4, a residual ratio of 0.2 (tuned per data set), start values, drop-out of 0.1 on the attention and 0.5 on its
-outcome, SGD at 2e-3 with momentum 0.9 and weight decay 5e-4, one picture a step, 10 epochs, CoOp's schedule.
+outcome, SGD at 2e-3 with momentum 0.9 and weight decay 5e-4, one image a step, 10 epochs, CoOp's schedule.
 
 Descriptions come in as `templates`: a mapping from class to its own sentences, or a file with one. The official ones
 are whole sentences that name the class ("Siamese is a cat with fur length that is short") and are encoded as they are;
@@ -19,26 +19,20 @@ softmax needs it: between unit vectors all scores are alike); of a step's drop-o
 so that their order does not matter; features are encoded once, without augmentation.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, layer_norm, linear, normalize
 
-from clipadapt.data import Dataset, class_texts
+from clipadapt.data import class_texts
 from clipadapt.errors import ClipadaptError
 from clipadapt.features import encode_classes
-from clipadapt.methods.base import Array, Card, FeatureMethod, Run, Support, hyper, unit
-from clipadapt.methods.registry import register
-from clipadapt.training.loop import batches, seeded, train
+from clipadapt.methods import Classifier, FeatureMethod, Run, Support, TrainingData, hyper, method
+from clipadapt.methods.tasks.classification import Array, unit
+from clipadapt.training.loop import seeded
 from clipadapt.training.schedules import cosine_by_epoch
-
-if TYPE_CHECKING:
-    from clipadapt.backbones import Backbone
 
 ATTENTION_DROP, DROP = 0.1, 0.5
 
@@ -95,9 +89,15 @@ def padded(sentences: Sequence[Array], dim: int) -> tuple[Tensor, Tensor]:
     return nn.utils.rnn.pad_sequence(rows, batch_first=True), there
 
 
-@register
-@dataclass(kw_only=True)
-class VdtAdapter(FeatureMethod):
+@method(
+    "vdt-adapter",
+    title="Enhancing CLIP with GPT-4: Harnessing Visual Descriptions as Prompts",
+    arxiv="2307.11661",
+    trains="attention over sentences",
+    requires=("texts",),
+    new_classes=True,
+)
+class VdtAdapter(FeatureMethod, Classifier):
     """Self-attention over each class's sentences."""
 
     templates: Any = hyper("imagenet-7", "class descriptions (mapping or file), or templates as elsewhere")
@@ -106,90 +106,54 @@ class VdtAdapter(FeatureMethod):
     length: float = hyper(10.0, "of the sentence features; about that of CLIP's own", low=0)
     lr: float = hyper(2e-3, "SGD learning rate (official)", low=0)
     epochs: int = hyper(10, "passes over the support set (official)", low=1)
-    batch_size: int = hyper(1, "pictures a step (official)", low=1)
-    seed: int = hyper(1, "initial weights, drop-out and order of the pictures")
+    batch_size: int = hyper(1, "images a step (official)", low=1)
+    seed: int = hyper(1, "initial weights, drop-out and order of the images")
 
-    card = Card(
-        key="vdt-adapter",
-        title="Enhancing CLIP with GPT-4: Harnessing Visual Descriptions as Prompts",
-        arxiv="2307.11661",
-        family="feature-adapter",
-        task="few-shot classification",
-        trains="attention over sentences",
-        signal="labels",
-        requires=frozenset({"texts"}),
-        new_classes=True,
-    )
     search_space = {"ratio": (0.2, 0.5, 0.8), "lr": (2e-3, 0.02)}
+    extras = {"sentences": "(T_c, D) features for each of the C classes; by default each class's text feature alone"}
 
-    def _fit_towers(
-        self, backbone: Backbone, support: Dataset, val: Dataset | None, run: Run, unlabelled: Any = None
-    ) -> None:
-        self._sentences = self._encoded(backbone)
-        super()._fit_towers(backbone, support, val, run)
-
-    def fit_features(
-        self,
-        image_features: Array,
-        labels: Any,
-        text_features: Array,
-        logit_scale: float = 100.0,
-        *,
-        sentences: Sequence[Array] | Array | None = None,
-        **more: Any,
-    ) -> Self:
-        """See `FeatureMethod.fit_features`. `sentences`, (T_c, D) for each of the C classes, are what is attended to.
-
-        Without them, each class's text feature is its only sentence.
-        """
-        own = [text[None] for text in text_features] if sentences is None else list(sentences)
-        if len(own) != len(text_features):
-            raise ClipadaptError(f"sentences are of {len(own)} classes and text_features of {len(text_features)}.")
-        self._sentences = padded(own, text_features.shape[1])
-        return super().fit_features(image_features, labels, text_features, logit_scale, **more)
-
-    def _encoded(self, backbone: Backbone) -> tuple[Tensor, Tensor]:
+    def _extras(self, model: Any, data: TrainingData | None) -> dict[str, Any]:
         texts = class_texts(self.class_names_, self.templates)
         unique = list(dict.fromkeys(text for own in texts for text in own))
-        features = encode_classes(backbone, unique, {text: text for text in unique})  # a sentence as its own class
+        features = encode_classes(model, unique, {text: text for text in unique})  # a sentence as its own class
         row = {text: i for i, text in enumerate(unique)}
-        return padded([features[[row[text] for text in own]] for own in texts], backbone.dim)
+        return {"sentences": [features[[row[text] for text in own]] for own in texts]}
 
     def _fit(self, support: Support, run: Run) -> None:
-        unit_rows, there = self._sentences
-        del self._sentences
-        rows, dim = self.length * unit_rows, unit_rows.shape[2]
+        classes, dim = support.texts.shape
+        sentences = support.extras.get("sentences")
+        if sentences is None:
+            units, there = support.texts[:, None], torch.ones(classes, 1, dtype=torch.bool)
+        elif len(sentences) != classes:
+            raise ClipadaptError(f"sentences are of {len(sentences)} classes and text_features of {classes}.")
+        else:
+            units, there = padded(sentences, dim)
+        rows = self.length * units  # (C, T, D)
         weights = {name: w.requires_grad_() for name, w in initial(dim, self.reduction, self.seed).items()}
-        steps = batches(len(support.images), self.batch_size, epochs=self.epochs, seed=self.seed)
-        per_epoch = len(steps) // self.epochs
 
         def loss_of(step: tuple[int, Tensor]) -> Tensor:
-            number, pictures = step
+            number, images = step
             kept = dropped(rows.shape[1], dim, self.seed, number)
-            classes = class_features(weights, rows, there, self.ratio, kept)
-            return cross_entropy(support.logit_scale * support.images[pictures] @ classes.T, support.labels[pictures])
+            features = class_features(weights, rows, there, self.ratio, kept)
+            return cross_entropy(support.logit_scale * support.images[images] @ features.T, support.labels[images])
 
-        train(
+        self._descend(
             loss_of,
             torch.optim.SGD(weights.values(), lr=self.lr, momentum=0.9, weight_decay=5e-4),
-            list(enumerate(steps)),
-            schedule=lambda step: cosine_by_epoch(step, per_epoch, self.epochs, first=1e-5 / max(self.lr, 1e-5)),
-            run=run,
+            support,
+            run,
+            schedule=lambda step, plan: cosine_by_epoch(
+                step, plan.per_epoch, plan.epochs, first=1e-5 / max(self.lr, 1e-5)
+            ),
+            numbered=True,
         )
         self.adapter_ = {name: w.detach() for name, w in weights.items()}
         self.logit_scale_ = support.logit_scale
-        self.weight_ = self._classifier(unit_rows, there)
+        self._classify(units, there)
 
-    def _classifier(self, unit_rows: Tensor, there: Tensor) -> Tensor:
-        classes = class_features(self.adapter_, self.length * unit_rows, there, self.ratio)
-        return self.logit_scale_ * classes  # (C, D)
+    def _classify(self, units: Tensor, there: Tensor) -> None:
+        features = class_features(self.adapter_, self.length * units, there, self.ratio)
+        self.weight_ = self.logit_scale_ * features  # (C, D)
 
-    def _logits(self, images: Tensor) -> Tensor:
-        return images @ self.weight_.T  # (N, C)
-
-    def _reclassify(self, backbone: Backbone) -> None:
-        self.weight_ = self._classifier(*self._encoded(backbone))
-
-    @property
-    def trained_parameters(self) -> int:
-        return sum(weight.numel() for weight in self.adapter_.values())
+    def _reclassify(self, model: Any) -> None:
+        self._classify(*padded(self._extras(model, None)["sentences"], model.dim))

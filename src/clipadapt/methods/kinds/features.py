@@ -71,6 +71,7 @@ class FeatureMethod(Method):
     extras: ClassVar[Mapping[str, str]] = {}
 
     def _learn(self, model: Any, data: TrainingData, run: Run) -> None:
+        extras = {**data.extras, **self._extras(model, data)}
         self._take(
             encode_images(model, data.support).features,
             self.labels.array(data.support),
@@ -78,7 +79,7 @@ class FeatureMethod(Method):
             model.logit_scale,
             None if data.val is None else (encode_images(model, data.val).features, self.labels.array(data.val)),
             None if data.unlabelled is None else encode_images(model, data.unlabelled).features,
-            {**data.extras, **self._extras(model, data)},
+            extras,
             run,
         )
 
@@ -116,6 +117,7 @@ class FeatureMethod(Method):
         for name in extras:
             if name not in self.extras:
                 raise unknown_name(f"input of {self.card.key}.fit_features", name, self.extras)
+        extras = {name: value for name, value in extras.items() if value is not None}
         self.backbone_, self.origin_ = None, None
         self.class_names_ = [str(c) for c in range(len(text_features))]
         self._start(np.ndim(labels) == 2)
@@ -176,19 +178,39 @@ class FeatureMethod(Method):
         schedule: Callable[[int, Plan], float] | None = cosine_to_zero,
         epochs: int | None = None,
         numbered: bool = False,
-        **more: Any,
-    ) -> None:
+        every_epoch: bool = False,
+    ) -> list[Tensor]:
         """Train on batches of rows of the support set, by the method's `batch_size`, `epochs` and `seed`.
 
         Args:
             loss_of: rows (B,) -> the loss; where `numbered`, (number of the step, rows).
             schedule: a factor on the learning rate from the step and the plan; None keeps the rate.
             epochs: instead of the hyper-parameter.
-            more: further arguments of `train`.
+            every_epoch: keep what each epoch ends with.
+
+        Returns:
+            Where `every_epoch`, each parameter's values after all E epochs (E, ...); otherwise nothing.
         """
         hyper: Any = self
         passes = epochs or hyper.epochs
         steps: Sequence[Any] = batches(len(support.images), hyper.batch_size, epochs=passes, seed=hyper.seed)
         plan = Plan(len(steps), len(steps) // passes, passes)
         factor = None if schedule is None else (lambda step: schedule(step, plan))
-        train(loss_of, optimizer, list(enumerate(steps)) if numbered else steps, schedule=factor, run=run, **more)
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        history = [p.new_zeros(passes, *p.shape) for p in parameters] if every_epoch else []
+
+        def remember(step: int) -> None:
+            if (step + 1) % plan.per_epoch == 0:
+                for kept, p in zip(history, parameters, strict=True):
+                    kept[step // plan.per_epoch] = p.detach()
+
+        train(
+            loss_of,
+            optimizer,
+            list(enumerate(steps)) if numbered else steps,
+            schedule=factor,
+            run=run,
+            after_step=remember if every_epoch else None,
+            state=history,
+        )
+        return history

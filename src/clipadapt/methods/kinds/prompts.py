@@ -224,3 +224,7 @@ class PromptMethod(Method):
                 "Ask for one of the model's classes, or search without the model."
             )
         return features
+
+    def encode_class(self, name: str) -> Tensor:
+        """See `Classifier.encode_class`: the learned prompt takes the place of sentences."""
+        return self.encode_texts([name])[0]

@@ -9,6 +9,16 @@ from clipadapt.methods.base import Method
 from clipadapt.methods.registry import create
 
 
+def unfitted(wrapper: Any) -> Any:
+    """The method that `wrapper.method` names, new: the one that was given is never fitted.
+
+    A key gets the wrapper's templates.
+    """
+    if isinstance(wrapper.method, str):
+        return create(wrapper.method, templates=wrapper.templates)
+    return replace(wrapper.method)
+
+
 @dataclass(kw_only=True)
 class Wrapper(Method):
     """Has a hyper-parameter `method`, a key or an unfitted method; what is fitted of it goes into `inner_`.
@@ -17,11 +27,4 @@ class Wrapper(Method):
     """
 
     kind: ClassVar[str] = "wrapper"
-    method: Any
     inner_: ClassVar[list[Any]]
-
-    def _unfitted(self) -> Any:
-        """The wrapped method, new: the one that was given is never fitted. A key gets this method's templates."""
-        if isinstance(self.method, str):
-            return create(self.method, templates=self.templates)
-        return replace(self.method)

@@ -6,28 +6,22 @@
 Nguyen et al., "SAFT: Towards Out-of-Distribution Generalization in Fine-Tuning" (arXiv 2407.03036). There is no
 official code, and of the paper only the abstract was at hand: it gives the rule, the share, and that all else is
 frozen. Ours are the loss (cross-entropy over the class texts, logit scale frozen), that the mask is chosen from both
-towers together on plain pictures, AdamW without weight decay, the rate and the length. Only the chosen values are
+towers together on plain images, AdamW without weight decay, the rate and the length. Only the chosen values are
 parameters: the optimiser holds nothing else, and they are put into the weights for each forward pass, which is the same
 as masking gradients. Saved are these values and their places.
 """
 
-from __future__ import annotations
-
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 
 import torch
-from torch import Tensor, nn
-from torch.func import functional_call
-from torch.nn import Parameter
+from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from clipadapt.backbones import Backbone
 from clipadapt.data import Dataset
-from clipadapt.methods.base import Card, Run, hyper, with_weights
-from clipadapt.methods.registry import register
-from clipadapt.methods.tower_method import PixelBatch, TowerMethod, class_encoder, tower_parameters
-from clipadapt.training.loop import Loss
+from clipadapt.methods import Classifier, FineTuningMethod, hyper, method
+from clipadapt.methods.kinds.weights import class_encoder, tower_weights
+from clipadapt.nn.updates import Full, Sparse
 from clipadapt.training.pixels import Pixels
 
 
@@ -46,30 +40,34 @@ def chosen(scores: Mapping[str, Tensor], count: int) -> dict[str, Tensor]:
     return places
 
 
-def put_in(
-    weights: Mapping[str, Tensor], places: Mapping[str, Tensor], values: Mapping[str, Tensor]
+def gradient_scores(
+    tower: Full, towers: Backbone, texts: Callable[[], Tensor], support: Dataset, batch_size: int
 ) -> dict[str, Tensor]:
-    """The weights named in `places` with `values` at these flat indices; gradients flow to the values."""
-    return {
-        name: weights[name].flatten().index_put((where,), values[name]).view_as(weights[name])
-        for name, where in places.items()
-    }
+    """|gradient| of the mean loss over the plain images, of every weight that `tower` trains."""
+    pixels, labels = Pixels(towers, support, min_scale=1.0, seed=0), torch.tensor(support.labels)
+    with tower.attached(towers.model):
+        for rows in torch.arange(len(labels)).split(batch_size):
+            logits = towers.logit_scale * towers.encode_images(pixels.batch(rows, 0)) @ texts().T  # (B, C)
+            target = labels[rows].to(logits.device)
+            (cross_entropy(logits, target, reduction="sum") / len(labels)).backward()
+    return {n: torch.zeros_like(p) if p.grad is None else p.grad.abs() for n, p in tower.by_name().items()}
 
 
-class _Logits(nn.Module):
-    """Makes `logits` a forward pass of the backbone's model, so that weights can be replaced for its duration."""
-
-    def __init__(self, model: nn.Module, logits: Callable[[Tensor], Tensor]) -> None:
-        super().__init__()
-        self.model, self._logits = model, logits
-
-    def forward(self, pixels: Tensor) -> Tensor:
-        return self._logits(pixels)
+def random_scores(tower: Full, seed: int) -> dict[str, Tensor]:
+    """Uniform numbers in the place of gradients: the paper's ablation."""
+    generator = torch.Generator().manual_seed(seed)
+    return {n: torch.rand(p.shape, generator=generator).to(p.device) for n, p in tower.by_name().items()}
 
 
-@register
-@dataclass(kw_only=True)
-class Saft(TowerMethod):
+@method(
+    "saft",
+    title="SAFT: Towards Out-of-Distribution Generalization in Fine-Tuning",
+    arxiv="2407.03036",
+    problem="classification under distribution shift",
+    trains="0.1 % of the weights",
+    new_classes=True,
+)
+class Saft(FineTuningMethod, Classifier):
     """Sparse fine-tuning: a binary mask, chosen once by the gradient's magnitude, says which weights may move."""
 
     share: float = hyper(0.001, "share of the weights that are trained, in (0, 1] (paper: 0.1 %)", low=1e-9, high=1)
@@ -77,69 +75,21 @@ class Saft(TowerMethod):
     tower: str = hyper("both", "which tower's weights they are chosen from", choices=("both", "vision", "text"))
     lr: float = hyper(1e-4, "AdamW learning rate (the paper's is not known)", low=0)
 
-    card = Card(
-        key="saft",
-        title="SAFT: Towards Out-of-Distribution Generalization in Fine-Tuning",
-        arxiv="2407.03036",
-        family="peft-weights",
-        task="classification under distribution shift",
-        trains="0.1 % of the weights",
-        signal="labels",
-        requires=frozenset({"texts", "weights"}),
-        new_classes=True,
-    )
     search_space = {"lr": (1e-5, 1e-4, 1e-3)}
-    tiny = {"share": 0.01, "lr": 3e-3, "epochs": 8, "batch_size": 16, "min_scale": 1.0}
     weight_decay = 0.0
 
-    def _fit_towers(self, backbone: Backbone, support: Dataset, val: Dataset | None, run: Run) -> None:
-        adapted = backbone.copy()
-        tower = tower_parameters(adapted, self.tower)
-        texts = class_encoder(adapted, support.class_names, self.templates)
-        model = _Logits(adapted.model, lambda pixels: adapted.logit_scale * adapted.encode_images(pixels) @ texts().T)
-        scores = self._scores(tower, model, Pixels(backbone, support, min_scale=1.0, seed=0), support.labels)
-        places = chosen(scores, max(1, round(self.share * sum(p.numel() for p in tower.values()))))
-        adapted.model.requires_grad_(False)
-        values = {name: tower[name].flatten()[where].requires_grad_() for name, where in places.items()}
-
-        def loss_of(batch: PixelBatch) -> Loss:
-            weights = {f"model.{name}": weight for name, weight in put_in(tower, places, values).items()}
-            logits = functional_call(model, weights, (batch.pixels,))  # (B, C)
-            return cross_entropy(logits, batch.labels), logits.argmax(1) == batch.labels
-
-        self._train(backbone, support, values.values(), loss_of, run)
-        self.places_ = {name: where.int().cpu() for name, where in places.items()}
-        self.values_ = {name: value.detach().cpu() for name, value in values.items()}
-        self._restore(backbone)
-
-    def _scores(
-        self, tower: dict[str, Parameter], model: nn.Module, pixels: Pixels, labels: Sequence[int]
-    ) -> dict[str, Tensor]:
-        """What the mask is chosen by: |gradient| of the mean loss over the plain pictures, or random numbers."""
+    def _update(self, towers, data):
+        tower = Full(towers.model, tower_weights(towers, self.tower))
         if self.mask == "random":
-            generator = torch.Generator().manual_seed(self.seed)
-            return {name: torch.rand(p.shape, generator=generator).to(p.device) for name, p in tower.items()}
-        for rows in torch.arange(len(labels)).split(self.batch_size):
-            logits = model(pixels.batch(rows, 0))  # (B, C)
-            target = torch.tensor([labels[row] for row in rows.tolist()], device=logits.device)
-            (cross_entropy(logits, target, reduction="sum") / len(labels)).backward()
-        scores = {name: torch.zeros_like(p) if p.grad is None else p.grad.abs() for name, p in tower.items()}
-        for parameter in tower.values():
-            parameter.grad = None
-        return scores
+            scores = random_scores(tower, self.seed)
+        else:
+            texts = class_encoder(towers, self.class_names_, self.templates)
+            scores = gradient_scores(tower, towers, texts, data.support, self.batch_size)
+        count = max(1, round(self.share * sum(score.numel() for score in scores.values())))
+        return Sparse(towers.model, chosen(scores, count))
 
-    def _restore(self, backbone: Backbone | None) -> None:
-        assert backbone is not None  # a weight method is never fitted on features alone
-        weights = {name: p.detach() for name, p in backbone.model.named_parameters() if name in self.places_}
-        places = {name: where.to(backbone.device).long() for name, where in self.places_.items()}
-        values = {name: value.to(backbone.device) for name, value in self.values_.items()}
-        self._changed = put_in(weights, places, values)
-        self.backbone_ = with_weights(backbone, self._changed)
-        self.weight_ = self._text_classifier(self.backbone_).cpu()
+    def _saved(self, model):
+        return Sparse.restore(self.update_, model.model)
 
-    def changed(self) -> dict[str, Tensor]:
-        return self._changed
-
-    @property
-    def trained_parameters(self) -> int:
-        return sum(value.numel() for value in self.values_.values())
+    def _objective(self, out) -> Tensor:
+        return cross_entropy(out["scale"] * out["image"] @ out["classes"].T, out["labels"])

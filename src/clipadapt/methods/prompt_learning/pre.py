@@ -64,7 +64,7 @@ class PRE(PromptMethod, Classifier):
 
     init: str | None = hyper("a photo of a", "words the context starts from, or None for random vectors (official)")
     n_ctx: int = hyper(4, "context vectors where init is None", low=1)
-    network: str = hyper("lstm", "what the context passes through", choices=("lstm", "mlp", "none"), alias="encoder")
+    network: str = hyper("lstm", "what the context passes through", choices=("lstm", "mlp", "none"), name="encoder")
     residual: bool = hyper(True, "whether the context is added to what the encoder makes of it")
     epochs: int | None = hyper(50, "passes over the support set (official); None: 50, 100 or 200 by shots", low=1)
 

@@ -1,10 +1,10 @@
-"""m2-Mix: contrastive fine-tuning with hard negatives mixed from pictures and texts on the hypersphere.
+"""m2-Mix: contrastive fine-tuning with hard negatives mixed from images and texts on the hypersphere.
 
     loss = InfoNCE + (1 / epoch) (a L_m2 + b L_v + c L_l + d L_vl)        mixing by Beta(e, e), drawn at each step
 
-L_m2 has as negatives the points on the geodesics between the pictures and texts of the other pairs; L_v, L_l and L_vl
+L_m2 has as negatives the points on the geodesics between the images and texts of the other pairs; L_v, L_l and L_vl
 are mixup within a modality, with soft labels (`losses.geodesic`). With L_m2 alone it is the paper's m2-Mix, with all
-four its m3-Mix. Pairs are a picture and a sentence of its class. Both towers learn; the classifier is then encoded by
+four its m3-Mix. Pairs are a image and a sentence of its class. Both towers learn; the classifier is then encoded by
 the adapted text tower.
 
 Oh et al., "Geodesic Multi-Modal Mixup for Robust Fine-Tuning" (arXiv 2203.03897). Of the paper only the abstract
@@ -12,7 +12,7 @@ could be read; formulas and settings are those of the official repository changd
 m2mix.sh` (a among 0.05, 0.01, 0.005 and 0.001, Beta 0.5, temperature 1 / 0.07 of its own for L_m2, the weight of all
 four divided by the epoch, AdamW at 1e-5 or 7e-6 with weight decay 0.2 or 0.01, a tenth of warm-up, cosine, 9 epochs,
 batch 128, no augmentation) and `scripts/m3mix.sh` (b = c = 0.05, d 0.05 to 0.2, Beta 0.5, for L_m2 0.2). There pairs
-are pictures and captions of Flickr30k and COCO.
+are images and captions of Flickr30k and COCO.
 
 Departures: InfoNCE has the backbone's own logit scale, the official code 100. L_m2 is the mean of its two directions,
 as in the variant for OpenCLIP of the official README; main.py has the sum, which is twice the weight. A last batch
@@ -20,31 +20,53 @@ that is smaller is kept. Mixing a row with itself, or with a row that has the sa
 official code divides by zero. Pictures of one class in a batch are negatives of one another, as captions are there.
 """
 
-from __future__ import annotations
-
-from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any
 
 import numpy as np
 from torch import Tensor
 
-from clipadapt.backbones import Backbone
-from clipadapt.data import Dataset, class_texts
 from clipadapt.losses.contrastive import info_nce
 from clipadapt.losses.geodesic import both_modal_mixup, lerp, multi_modal_mixup, slerp, uni_modal_mixup
-from clipadapt.methods.base import Card, Run, hyper
-from clipadapt.methods.registry import register
-from clipadapt.methods.tower_method import Captions, PixelBatch, TowerMethod, detached, tower_parameters
-from clipadapt.training.loop import Loss
+from clipadapt.methods import Classifier, FineTuningMethod, hyper, method
+from clipadapt.methods.kinds.weights import tower_weights
+from clipadapt.nn.updates import Full
 
 
-@register
-@dataclass(kw_only=True)
-class M2Mix(TowerMethod):
+def mixed(of: Any, images: Tensor, texts: Tensor, number: int, logit_scale: float) -> Tensor:
+    """The weighted sum of the four losses of mixed features; `of` has the hyper-parameters of `M2Mix`.
+
+    What is drawn depends on the seed and the `number` of the step.
+    """
+    draw = np.random.default_rng([of.seed, number])
+    across = float(draw.beta(of.beta, of.beta))
+    vision, language, both = (float(w) for w in draw.beta(of.beta_within, of.beta_within, size=3))
+    mix = slerp if of.mixing == "geodesic" else lerp
+    sharpness = logit_scale if of.temperature is None else 1 / of.temperature
+    total = images.new_zeros(())
+    if of.m2_mix:
+        total = total + of.m2_mix * multi_modal_mixup(images, texts, across, sharpness, mix)
+    if of.v_mix:
+        total = total + of.v_mix * uni_modal_mixup(images, texts, vision, logit_scale, mix)
+    if of.l_mix:
+        total = total + of.l_mix * uni_modal_mixup(texts, images, language, logit_scale, mix)
+    if of.vl_mix:
+        total = total + of.vl_mix * both_modal_mixup(images, texts, both, logit_scale, mix)
+    return total
+
+
+@method(
+    "m2-mix",
+    title="Geodesic Multi-Modal Mixup for Robust Fine-Tuning",
+    arxiv="2203.03897",
+    problem="classification",
+    trains="both towers",
+    new_classes=True,
+)
+class M2Mix(FineTuningMethod, Classifier):
     """Both towers, fine-tuned contrastively with mixed pairs as hard negatives."""
 
     m2_mix: float = hyper(0.01, "weight of the mixed negatives in the loss (official: 0.001 to 0.05)", low=0)
-    v_mix: float = hyper(0.0, "weight of mixup among pictures (official m3-Mix: 0.05)", low=0)
+    v_mix: float = hyper(0.0, "weight of mixup among images (official m3-Mix: 0.05)", low=0)
     l_mix: float = hyper(0.0, "weight of mixup among texts (official m3-Mix: 0.05)", low=0)
     vl_mix: float = hyper(0.0, "weight of mixup among both at once (official m3-Mix: 0.05 to 0.2)", low=0)
     beta: float = hyper(0.5, "Beta(e, e) of the mixing for m2_mix (official; 0.2 with m3-Mix)", low=1e-3)
@@ -57,55 +79,13 @@ class M2Mix(TowerMethod):
     batch_size: int = hyper(128, "pairs a step (official)", low=1)
     min_scale: float = hyper(1.0, "least area of the random crops, in (0, 1]; 1 is no augmentation", low=0.01, high=1)
 
-    card = Card(
-        key="m2-mix",
-        title="Geodesic Multi-Modal Mixup for Robust Fine-Tuning",
-        arxiv="2203.03897",
-        family="robust-fine-tuning",
-        task="classification",
-        trains="both towers",
-        signal="labels",
-        requires=frozenset({"texts", "weights"}),
-        new_classes=True,
-    )
     search_space = {"m2_mix": (0.01, 0.05)}
-    tiny = {"lr": 3e-4, "epochs": 5, "batch_size": 16}
-    weight_decay: ClassVar[float] = 0.2
-    clip_norm: ClassVar[float | None] = None
+    against, weight_decay, clip_norm = "captions", 0.2, None
 
-    def _fit_towers(self, backbone: Backbone, support: Dataset, val: Dataset | None, run: Run) -> None:
-        adapted = backbone.copy()
-        towers = tower_parameters(adapted, "both")
-        captions = Captions(adapted, class_texts(support.class_names, self.templates), self.seed)
-        per_epoch = -(-len(support) // self.batch_size)
+    def _update(self, towers, data):
+        return Full(towers.model, tower_weights(towers, "both"))
 
-        def loss_of(batch: PixelBatch) -> Loss:
-            images = adapted.encode_images(batch.pixels)  # (B, D)
-            texts = captions.encode(adapted, batch.labels, batch.number)  # (B, D)
-            right = batch.labels[(images @ texts.T).argmax(1)] == batch.labels
-            share = 1 / (1 + batch.number // per_epoch) if self.decay else 1.0
-            plain = info_nce(images, texts, backbone.logit_scale)
-            return plain + share * self._mixed(images, texts, batch.number, backbone.logit_scale), right
-
-        self._train(backbone, support, towers.values(), loss_of, run)
-        self.tower_ = detached(towers)
-        self._restore(backbone)
-        self._reclassify(self.backbone_)  # type: ignore[arg-type]
-
-    def _mixed(self, images: Tensor, texts: Tensor, number: int, logit_scale: float) -> Tensor:
-        """The weighted sum of the four losses of mixed features; what is drawn depends on the seed and the step."""
-        draw = np.random.default_rng([self.seed, number])
-        across = float(draw.beta(self.beta, self.beta))
-        vision, language, both = (float(w) for w in draw.beta(self.beta_within, self.beta_within, size=3))
-        mix = slerp if self.mixing == "geodesic" else lerp
-        sharpness = logit_scale if self.temperature is None else 1 / self.temperature
-        total = images.new_zeros(())
-        if self.m2_mix:
-            total = total + self.m2_mix * multi_modal_mixup(images, texts, across, sharpness, mix)
-        if self.v_mix:
-            total = total + self.v_mix * uni_modal_mixup(images, texts, vision, logit_scale, mix)
-        if self.l_mix:
-            total = total + self.l_mix * uni_modal_mixup(texts, images, language, logit_scale, mix)
-        if self.vl_mix:
-            total = total + self.vl_mix * both_modal_mixup(images, texts, both, logit_scale, mix)
-        return total
+    def _objective(self, out) -> Tensor:
+        share = 1 / (1 + out["epoch"]) if self.decay else 1.0
+        plain = info_nce(out["image"], out["text"], out["scale"])
+        return plain + share * mixed(self, out["image"], out["text"], out["number"], out["scale"])

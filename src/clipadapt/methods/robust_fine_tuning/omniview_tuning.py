@@ -1,6 +1,6 @@
 """Omniview-Tuning: low-rank weights of the image tower that draw each object's most unlike views to its centre.
 
-    loss = InfoNCE(pictures, captions) + weight * mean over outliers of (1 - cos(z, centre of the picture's object))
+    loss = InfoNCE(images, captions) + weight * mean over outliers of (1 - cos(z, centre of the image's object))
 
 Before each epoch every view is encoded; an object's centre is the weighted mean of its views, and its `outliers` views
 of least cosine to the centre are those that the second term sees (a maximum over views inside the minimum over
@@ -14,16 +14,14 @@ of about 100 views, weight 1, rank 8 with scale 1 and no dropout on the image to
 5e-5 with weight decay 0.05, betas 0.9 and 0.98, 30 epochs, cosine, gradient norm 1. The constant margin that its code
 adds to each distance has no gradient and is left out (the term with other centres is switched off there).
 
-Departures: captions are the classes' texts, of which a batch holds several alike; views are drawn from the pictures
+Departures: captions are the classes' texts, of which a batch holds several alike; views are drawn from the images
 where there are no photos of one object from several sides (`objects`, `views`); the official viewpoint module, two
 transformer layers on the feature with residual 0.1, cannot become part of a plain tower, so a linear low-rank residual
 takes its place; the logit scale is the backbone's own; batches of 64, where the official ones hold 512 views and 256
-captioned ImageNet pictures, whose part the untouched pictures have here.
+captioned ImageNet images, whose part the untouched images have here.
 """
 
-from __future__ import annotations
-
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import PurePath
 from typing import Any
 
@@ -37,11 +35,8 @@ from clipadapt.errors import ClipadaptError
 from clipadapt.features import encode_images
 from clipadapt.features.viewpoints import turned
 from clipadapt.losses.contrastive import info_nce
-from clipadapt.methods.base import Card, Run, hyper, with_weights
-from clipadapt.methods.peft_weights.clip_lora import inject, merged
-from clipadapt.methods.registry import register
-from clipadapt.methods.tower_method import PixelBatch, TowerMethod
-from clipadapt.training.loop import seeded
+from clipadapt.methods import Classifier, FineTuningMethod, hyper, method
+from clipadapt.nn.updates import LowRank
 
 
 def centre(views: Tensor, neighbours: int) -> Tensor:
@@ -74,7 +69,7 @@ def aligned(views: Tensor, objects: Tensor, outliers: int, neighbours: int) -> t
 
 
 def object_numbers(data: Dataset, objects: str) -> list[int]:
-    """Which object each of N pictures shows, numbered from 0 by first sight; never one object in two classes."""
+    """Which object each of N images shows, numbered from 0 by first sight; never one object in two classes."""
     if objects == "domain" and data.domains is None:
         raise ClipadaptError('omniview-tuning: objects="domain" needs a data set with domains.')
     kinds: dict[str, list[Any]] = {
@@ -87,9 +82,25 @@ def object_numbers(data: Dataset, objects: str) -> list[int]:
     return [numbers.setdefault(key, len(numbers)) for key in zip(data.labels, kinds[objects], strict=True)]
 
 
-@register
-@dataclass(kw_only=True)
-class OmniviewTuning(TowerMethod):
+def sites(model: Backbone, module: bool) -> list[str]:
+    """The linear layers of the image tower that get an update, its projection as the viewpoint module included."""
+    if module and "class-token" not in model.capabilities:
+        raise ClipadaptError(
+            f"omniview-tuning: the image tower of {model.source} does not end in a linear projection, which the "
+            "viewpoint module becomes part of; set module=False."
+        )
+    return [*model.target_modules("vision"), *(["visual_projection"] if module else [])]
+
+
+@method(
+    "omniview-tuning",
+    title="Omniview-Tuning: Boosting Viewpoint Invariance of Vision-Language Pre-training Models",
+    arxiv="2404.12139",
+    problem="classification from any viewpoint",
+    trains="low-rank weights",
+    new_classes=True,
+)
+class OmniviewTuning(FineTuningMethod, Classifier):
     """Low-rank tuning towards features that do not depend on the viewpoint."""
 
     objects: str = hyper(
@@ -109,79 +120,44 @@ class OmniviewTuning(TowerMethod):
     epochs: int = hyper(30, "passes over all views (official)", low=1)
     min_scale: float = hyper(1.0, "least area of the random crops, in (0, 1]; 1 is no augmentation", low=0.01, high=1)
 
-    card = Card(
-        key="omniview-tuning",
-        title="Omniview-Tuning: Boosting Viewpoint Invariance of Vision-Language Pre-training Models",
-        arxiv="2404.12139",
-        family="robust-fine-tuning",
-        task="classification from any viewpoint",
-        trains="low-rank weights",
-        signal="labels",
-        requires=frozenset({"texts", "weights"}),
-        new_classes=True,
-    )
-    tiny = {"views": 1, "roll": 10.0, "tilt": 20.0, "lr": 3e-3, "epochs": 4, "batch_size": 16}
-    weight_decay = 0.05
-    warmup = 0.0
+    weight_decay, warmup = 0.05, 0.0
 
-    def _fit_towers(self, backbone: Backbone, support: Dataset, val: Dataset | None, run: Run) -> None:
-        adapted = backbone.copy()
-        every = turned(support, self.views, tilt=self.tilt, roll=self.roll, seed=self.seed, plain=True)
-        numbers = object_numbers(support, self.objects)
-        objects = torch.tensor(numbers, device=backbone.device).repeat_interleave(1 + self.views)  # (N,)
-        self.weight_ = self._text_classifier(backbone)  # (C, D)
-        texts = normalize(self.weight_, dim=1).to(backbone.device)
+    def _prepare(self, model, data):
+        numbers = torch.tensor(object_numbers(data.support, self.objects), device=model.device)
+        self._objects = numbers.repeat_interleave(1 + self.views)  # (N,)
+        every = turned(data.support, self.views, tilt=self.tilt, roll=self.roll, seed=self.seed, plain=True)
+        return replace(data, support=every)
 
+    def _update(self, towers, data):
+        return LowRank(towers.model, sites(towers, self.module), self.rank)  # the update is B A itself
+
+    def _saved(self, model):
+        return LowRank.restore(self.update_, model.model, sites(model, self.module), self.rank)
+
+    def _references(self, towers, model, support):
+        texts = normalize(self._text_classifier(model), dim=1).to(model.device)  # (C, D)
+        return (lambda labels, number: {"text": texts[labels], "classes": texts}), None
+
+    def _after_step(self, towers, support):
         def alignment() -> tuple[Tensor, Tensor]:
-            views = encode_images(adapted, every, cache=False).features.to(backbone.device)
-            return aligned(views, objects, self.outliers, self.neighbours)
-
-        def loss_of(batch: PixelBatch) -> Tensor:
-            images = adapted.encode_images(batch.pixels)  # (B, D)
-            loss = info_nce(images, texts[batch.labels], backbone.logit_scale)
-            far = outlying[batch.rows]
-            if not far.any():
-                return loss
-            return loss + self.weight * (1 - (images * centres[objects[batch.rows]]).sum(1))[far].mean()
-
-        per_epoch = -(-len(every) // self.batch_size)
+            views = encode_images(towers, support, cache=False).features.to(towers.device)
+            return aligned(views, self._objects, self.outliers, self.neighbours)
 
         def after_step(number: int) -> None:
             if (number + 1) % per_epoch == 0 and number + 1 < per_epoch * self.epochs:
-                for kept, new in zip((centres, outlying), alignment(), strict=True):
+                for kept, new in zip((self._centres, self._far), alignment(), strict=True):
                     kept.copy_(new)
 
-        targets = adapted.target_modules("vision")
-        if self.module:
-            targets.append(self._projection(adapted))
-        with seeded(self.seed):
-            pairs = inject(adapted, targets, self.rank, self.rank**0.5, 0.0)  # the update is B A itself
-            centres, outlying = alignment()
-            settings = {"lr": self.lr, "weight_decay": self.weight_decay, "betas": (0.9, 0.98), "eps": 1e-6}
-            optimizer = torch.optim.AdamW(list(pairs.values()), **settings)  # type: ignore[arg-type]
-            state = (centres, outlying)
-            self._train(
-                backbone, every, pairs.values(), loss_of, run, optimizer=optimizer, after_step=after_step, state=state
-            )
-        self.lora_ = {name: tensor.detach().cpu() for name, tensor in pairs.items()}
-        self._restore(backbone)
+        per_epoch = -(-len(support) // self.batch_size)
+        self._centres, self._far = alignment()
+        return {"after_step": after_step, "state": (self._centres, self._far)}
 
-    def _projection(self, backbone: Backbone) -> str:
-        if "class-token" not in backbone.capabilities:
-            raise ClipadaptError(
-                f"omniview-tuning: the image tower of {backbone.source} ends in no linear projection, which the "
-                "viewpoint module becomes part of; set module=False."
-            )
-        return "visual_projection"
+    def _objective(self, out) -> Tensor:
+        loss, far = info_nce(out["image"], out["text"], out["scale"]), self._far[out["rows"]]
+        if not far.any():
+            return loss
+        centres = self._centres[self._objects[out["rows"]]]
+        return loss + self.weight * (1 - (out["image"] * centres).sum(1))[far].mean()
 
-    def _restore(self, backbone: Backbone | None) -> None:
-        assert backbone is not None  # a weight method is never fitted on features alone
-        self._merged = merged(backbone, self.lora_, 1.0)
-        self.backbone_ = with_weights(backbone, self._merged)
-
-    def changed(self) -> dict[str, Tensor]:
-        return self._merged
-
-    @property
-    def trained_parameters(self) -> int:
-        return sum(tensor.numel() for tensor in self.lora_.values())
+    def _optimizer(self, parameters) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(parameters, lr=self.lr, weight_decay=self.weight_decay, betas=(0.9, 0.98), eps=1e-6)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from clipadapt.data import Dataset, MultiLabelDataset
+from clipadapt.data import Dataset, MultiLabelDataset, class_texts
 from clipadapt.errors import ClipadaptError, unknown_name
 from clipadapt.features import encode_classes, encode_images
 from clipadapt.features.encoder import Encoder
@@ -44,7 +44,7 @@ class Head:
 class Classifier(Method):
     """Answers which class an image shows, or which classes.
 
-    Write `_logits` unless the classifier is linear: then `_fit` leaves `weight_` (C, D) and, if it has one, `bias_` (C,).
+    Write `_logits` unless the classifier is linear: then what learns leaves `weight_` (C, D) and perhaps `bias_` (C,).
     """
 
     task: ClassVar[str] = "classifier"
@@ -125,8 +125,13 @@ class Classifier(Method):
 
     @property
     def encoder(self) -> Encoder:
-        """How this model sees an image: what `head`, or else the method itself, makes logits from."""
+        """How this model sees an image, for embeddings and for `head`: the towers, adapted or not."""
         return self._model("it has no towers to encode with")
+
+    @property
+    def _scorer(self) -> Encoder:
+        """What encodes images for `_logits`: `encoder`, unless the method takes more of an image than features."""
+        return self.encoder
 
     @property
     def head(self) -> Head | None:
@@ -151,7 +156,7 @@ class Classifier(Method):
     def image_logits(self, images: Any, *, on_error: str = "raise", progress: bool = False) -> tuple[Tensor, list[int]]:
         """Logits (M, C) of images (paths, PIL, a data set, or (N, 3, H, W) pixels) and which of them they are."""
         self._model("give logits() features, not images")
-        encoder = self.encoder
+        encoder = self._scorer
         # Adapted towers exist once; keeping their features would only fill the disk.
         shared = self.origin_ is not None and encoder.fingerprint == self.origin_["fingerprint"]
         encoded = encode_images(encoder, images, cache=shared, on_error=on_error, progress=progress)
@@ -198,6 +203,11 @@ class Classifier(Method):
     def encode_texts(self, texts: Sequence[str]) -> Tensor:
         """T texts -> (T, D) unit features, as this model's text side sees them, in the space of `encoder`."""
         return self._model("it has no text tower").encode_texts(texts)
+
+    def encode_class(self, name: str) -> Tensor:
+        """(D,) unit feature of a class as this model's texts name it: the mean of its sentences."""
+        sentences = class_texts([name], self.templates)[0]
+        return normalize(self.encode_texts(sentences).mean(0), dim=0)
 
     @property
     def adapts_texts(self) -> bool:

@@ -1,0 +1,63 @@
+"""What every generator of images must do."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import clipadapt
+from clipadapt.backbones import load_backbone
+from clipadapt.errors import ClipadaptError
+from clipadapt.methods import create
+from tests.conformance import doors  # noqa: F401 - registers the methods
+from tests.quick import keys
+from tests.tiny import tiny_clip
+
+KEYS = keys(task="image-generator")
+
+
+def image(bright: bool) -> Image.Image:
+    pixels = np.full((6, 10, 3), 20, np.uint8)
+    if bright:
+        pixels[1:4, 2:9] = 230
+    return Image.fromarray(pixels)
+
+
+@pytest.fixture(scope="module")
+def backbone():
+    return load_backbone(tiny_clip())
+
+
+@pytest.fixture(scope="module")
+def fitted(backbone):
+    return {key: create(key).fit(backbone, class_names=["dark", "bright"]) for key in KEYS}
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_unfitted_says_so(key):
+    with pytest.raises(ClipadaptError, match="not fitted"):
+        create(key).generate([image(True)])
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_contract(key, fitted):
+    """One RGB image for each prompt, drawn from the seed and its number alone."""
+    made = fitted[key].generate(["a cat", "a dog"], seed=3)
+    assert [one.mode for one in made] == ["RGB", "RGB"]
+    again = fitted[key].generate(["a cat", "a dog"], seed=3)
+    assert [a.tobytes() for a in made] == [b.tobytes() for b in again]
+    assert made[0].tobytes() != fitted[key].generate(["a cat"], seed=4)[0].tobytes()
+    with pytest.raises(ClipadaptError, match="list of prompts"):
+        fitted[key].generate("a cat")
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_score_is_the_measure_of_the_paper(key, fitted):
+    assert 0 <= fitted[key].score(["a cat"]) <= 1
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_saved_and_loaded_is_equal(key, backbone, fitted, tmp_path):
+    loaded = clipadapt.load(fitted[key].save(tmp_path / "model"), backbone)
+    assert loaded.generate(["a cat"])[0].tobytes() == fitted[key].generate(["a cat"])[0].tobytes()
