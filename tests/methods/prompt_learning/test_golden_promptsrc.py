@@ -14,7 +14,8 @@ from clipadapt.data import class_texts
 from clipadapt.errors import ClipadaptError
 from clipadapt.methods import create
 from clipadapt.methods.kinds.prompts import Batch
-from clipadapt.methods.prompt_learning.promptsrc import RegulatedPrompts, averaging, gaussian_weights, mean_texts
+from clipadapt.methods.prompt_learning.promptsrc import RegulatedPrompts, mean_texts
+from clipadapt.training.averages import Average, gaussian_weights
 from clipadapt.training.loop import Run, train
 from tests.golden import NAMES, Golden, assert_close, golden_backbone
 from tests.pictures import colours
@@ -96,22 +97,21 @@ def test_divergence_of_the_paper_is_one_for_each_image(golden, learner, batch):
 
 def test_four_epochs_and_their_average(golden, learner, batch):
     mean, std, epochs = golden["gpa_mean_std_epochs"].tolist()
-    weights = gaussian_weights(int(epochs), mean, std)
-    torch.testing.assert_close(weights, golden["gpa_weights"], rtol=1e-12, atol=0)
+    torch.testing.assert_close(gaussian_weights(int(epochs), mean, std), golden["gpa_weights"], rtol=1e-12, atol=0)
     parameters, names = list(learner.parameters()), parameter_names(golden)
-    sums, add = averaging(parameters, weights, per_epoch=1)
+    average = Average.gaussian(parameters, mean, std, int(epochs), per_epoch=1)
 
     def after_step(number: int) -> None:
         for parameter, name in zip(parameters, names, strict=True):
             assert_close(parameter, golden[f"epoch{number + 1}/{name}"])
-        add(number)
+        average.update(number)
 
     optimizer = torch.optim.SGD(parameters, lr=float(golden["sgd_lr"]))
     train(lambda _: learner.loss(batch), optimizer, range(4), after_step=after_step)
     with torch.no_grad():
-        for parameter, total, name in zip(parameters, sums, names, strict=True):
-            assert_close(total, golden[f"gpa/{name}"])
-            parameter.copy_(total)
+        average.copy_to(parameters)
+        for parameter, name in zip(parameters, names, strict=True):
+            assert_close(parameter, golden[f"gpa/{name}"])
         assert_close(learner.logits(learner.seen(batch), learner.texts()), golden["gpa/logits"])
 
 
