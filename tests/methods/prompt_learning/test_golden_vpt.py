@@ -51,9 +51,8 @@ def test_features_loss_and_gradients(shared, variant):
     visual = [golden[name] for name in parameter_names(golden) if name.startswith("visual")]
     classes = encode_classes(backbone, NAMES, "a photo of a {}.")
     start = {f"visual.{j}": tokens for j, tokens in enumerate(visual)}
-    learner = bound(
-        "vpt", backbone, NAMES, start, n_ctx=len(visual[0]), depth=len(visual), templates="a photo of a {}."
-    )
+    settings = {"n_ctx": len(visual[0]), "depth": len(visual), "templates": "a photo of a {}."}
+    learner = bound("vpt", backbone, NAMES, start, **settings)
     batch = Batch(torch.arange(4), golden["labels"], None, golden["pixels"])
     assert_close(learner.seen(batch), golden["image_features_normalized"])
     loss, hits = learner.loss(batch)
