@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from clipadapt.errors import ClipadaptError
 from clipadapt.methods.artifact import save
@@ -34,6 +34,11 @@ class Method:
     search_space: ClassVar[dict[str, Sequence[Any]]] = {}
 
     templates: Any = hyper("photo", "prompt templates of the class names: a set's name, template(s), file or mapping")
+
+    if TYPE_CHECKING:  # a kind asks what only its task has, and the other way round
+        kind: ClassVar[str]
+
+        def __getattr__(self, name: str) -> Any: ...
 
     def __post_init__(self) -> None:
         for name, value in self.settings.items():

@@ -157,6 +157,12 @@ def run(
     shots: int = 16,
     sets: Mapping[str, Sequence[str]] | None = None,
 ) -> Outcome:
+    """Figures "accuracy", "gap" (a disparity of accuracies) and, for each set, how often it is given; see the module.
+
+    Args:
+        shots: images of each class to learn from.
+        sets: labels by the name of their set: extra candidates, or classes of the data set that are left out.
+    """
     test, sets = split.test, sets or {}
     if test.domains is None:
         raise DataError(f"{test.name} has no domains, which an audit compares as groups.")

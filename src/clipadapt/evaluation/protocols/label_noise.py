@@ -26,6 +26,12 @@ def with_wrong_labels(support: Dataset, share: float, seed: int) -> Dataset:
 
 
 def run(method: Method, backbone: Backbone, split: Split, seed: int, *, shots: int = 16, noise: float = 0.2) -> Outcome:
+    """Figures of `judged` on the test part.
+
+    Args:
+        shots: images of each class to learn from, those with wrong labels included.
+        noise: share of wrong labels, in [0, 1].
+    """
     if method.card.signal != "labels":
         raise NotApplicable(f"{method.card.key} does not learn from labels.")
     support = with_wrong_labels(split.train.few_shot(shots, seed=seed), noise, seed)

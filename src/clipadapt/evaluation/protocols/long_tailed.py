@@ -31,6 +31,12 @@ def long_tail(train: Dataset, head: int, imbalance: float, seed: int) -> Dataset
 def run(
     method: Method, backbone: Backbone, split: Split, seed: int, *, head: int = 32, imbalance: float = 16.0
 ) -> Outcome:
+    """Figures of `judged` on the test part, and "many", "medium" and "few": the thirds of the classes by their images.
+
+    Args:
+        head: images of the largest class to learn from.
+        imbalance: how many times the images of the smallest class the largest has.
+    """
     if method.card.signal != "labels":
         raise NotApplicable(f"{method.card.key} does not learn from labels.")
     support = long_tail(split.train, head, imbalance, seed)

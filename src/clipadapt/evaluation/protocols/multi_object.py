@@ -175,6 +175,16 @@ def run(
     kinds: Sequence[str] = KINDS,
     styles: Sequence[str] = ("flat",),
 ) -> Outcome:
+    """The figures of the probes, as the module's docstring names them.
+
+    Args:
+        objects: in an image and in a text: 2, 3 or 4.
+        pictures_shown: images that are drawn.
+        texts: that are probed.
+        shots: images of each class of the data set to learn from.
+        kinds: of the objects.
+        styles: that images are drawn in.
+    """
     card = method.card
     if card.signal != "none" and not card.new_classes:
         raise NotApplicable(f"{card.key} ties what it learns to its classes, and here are others.")

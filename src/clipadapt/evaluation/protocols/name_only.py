@@ -11,6 +11,11 @@ from clipadapt.methods import Method
 
 
 def run(method: Method, backbone: Backbone, split: Split, seed: int, *, unlabelled: bool = True) -> Outcome:
+    """Figures of `judged` on the test part.
+
+    Args:
+        unlabelled: give methods that can use them the training images, without labels.
+    """
     card = method.card
     if card.signal != "none" and not (card.unlabelled and unlabelled):
         raise NotApplicable(f"{card.key} learns from {card.signal} pictures, and here are class names only.")

@@ -78,7 +78,6 @@ class Captions:
         return self._backbone.encode_tokens(self.ids[drawn])[place]
 
 
-@dataclass(kw_only=True)
 class WeightMethod(Method):
     """A method that changes weights: `fit` leaves `backbone_`, adapted, and the classifier `weight_` on it.
 
@@ -89,11 +88,10 @@ class WeightMethod(Method):
     # What images are compared with in training: "classes", the class texts by the text tower as it learns, "frozen"
     # ones by the original, "captions" drawn for each image, or a "head" that starts as the zero-shot classifier.
     against: ClassVar[str] = "classes"
-    head_from_text: ClassVar[bool] = True  # whether the adapted text tower encodes the classifier
     weight_decay: ClassVar[float] = 0.1
     clip_norm: ClassVar[float | None] = 1.0  # greatest norm of the whole gradient
 
-    update_: ClassVar[dict[str, Tensor]] = {}  # what the update has learned
+    update_: dict[str, Tensor] = {}  # what the update has learned
 
     # -- what a method says -----------------------------------------------------------------------------------------
 
@@ -151,7 +149,7 @@ class WeightMethod(Method):
 
     def _take(self, model: Backbone, update: Update, head: Tensor | None = None) -> None:
         """Keep what an update has learned, and the classifier: `head`, or the class texts by the adapted towers."""
-        self.update_ = update.tensors()  # type: ignore[misc]
+        self.update_ = update.tensors()
         self._merge(model)
         self.weight_ = self._adapted_classifier() if head is None else head
 
@@ -248,6 +246,11 @@ class WeightMethod(Method):
     def plain_texts(self) -> bool:
         """See `Classifier.plain_texts`."""
         return not hasattr(self, "_attachable")
+
+    @property
+    def head_from_text(self) -> bool:
+        """Whether the adapted text tower encodes the classifier, which else is a trained head."""
+        return self.against != "head"
 
     def _changed_images(self, model: Backbone) -> tuple[Callable[[Tensor], Tensor], dict[str, Tensor]] | None:
         """How images (B, 3, H, W) are encoded where `backbone_` alone does not do it, and what was learned for it."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, ClassVar
 
 from clipadapt.methods.base import Method
@@ -19,7 +19,6 @@ def unfitted(wrapper: Any) -> Any:
     return replace(wrapper.method)
 
 
-@dataclass(kw_only=True)
 class Wrapper(Method):
     """Has a hyper-parameter `method`, a key or an unfitted method; what is fitted of it goes into `inner_`.
 
@@ -27,4 +26,8 @@ class Wrapper(Method):
     """
 
     kind: ClassVar[str] = "wrapper"
-    inner_: ClassVar[list[Any]]
+    inner_: list[Any]
+
+    def _unfitted(self) -> Any:
+        """See `unfitted`."""
+        return unfitted(self)
