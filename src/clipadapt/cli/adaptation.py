@@ -189,16 +189,11 @@ def compare(
     backbone: Backbone, support: Dataset | MultiLabelDataset, plan: Plan, frequencies: Sequence[float]
 ) -> tuple[Classifier, dict[str, Any]]:
     """The best method inside the support set, unfitted, and the comparison for the document."""
-    from clipadapt.data import MultiLabelDataset
-    from clipadapt.evaluation.select_multi_label import select_multi_label
     from clipadapt.evaluation.selection import select
 
     common: Any = {"budget": plan.budget, "seed": plan.seed, "templates": plan.templates, "progress": note}
     with err.status(f"Comparing methods by cross-validation, at most {plan.budget:.0f} s"):
-        if isinstance(support, MultiLabelDataset):
-            selection = select_multi_label(backbone, support, **common)
-        else:
-            selection = select(backbone, support, frequencies=frequencies, **common)
+        selection = select(backbone, support, frequencies=frequencies, **common)
     trials = [
         {
             "method": trial.key,
@@ -248,6 +243,6 @@ def _measured_sets(model: Classifier, held_out: MultiLabelDataset) -> dict[str, 
 
 def settings(method: Classifier) -> dict[str, Any]:
     """The method's hyper-parameters as JSON values."""
-    from clipadapt.methods.artifact import recipe
+    from clipadapt.methods.recipe import recipe
 
     return recipe(method)["hyperparameters"]

@@ -43,7 +43,7 @@ class _Image(nn.Module):
     def __init__(self, method: Classifier) -> None:
         super().__init__()
         # No modules: their weights are constants of the graph, and the logit scale is a number.
-        self.encode, self.logits = method.encoder.encode, method.head.logits
+        self.encode, self.logits = method.encoder.encode, method.head.logits  # type: ignore[union-attr]
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         features = self.encode(pixels)  # (N, D)
