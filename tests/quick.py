@@ -84,6 +84,9 @@ QUICK: dict[str, dict[str, Any]] = {
 
 # The length of a run that has to run and need not learn anything; for methods that have these hyper-parameters.
 SHORT = {"epochs": 2, "steps": 4, "steps_per_shot": 1, "attack_steps": 1}
+WHOLE = {"linear-probe": {"steps": 1000}}  # of a solver that complains where it stops earlier
+# What `fit_features` needs of a method besides images, labels and texts; rows of features do.
+NEEDED = {"x-more": ("memory",)}
 
 
 def quick(key: str, **more: Any) -> Any:
@@ -96,6 +99,7 @@ def brief(key: str, **more: Any) -> Any:
 
     For tests of anything but what was learned.
     """
+    more = WHOLE.get(key, {}) | more
     return _created(key, QUICK.get(key, {}) | more, {name: n for name, n in SHORT.items() if name not in more})
 
 

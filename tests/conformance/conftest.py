@@ -58,6 +58,12 @@ def backbone() -> Backbone:
 
 
 @pytest.fixture(scope="session")
+def untouched() -> str:
+    """The fingerprint that the backbone must keep, whatever was fitted on it."""
+    return load_backbone(tiny_clip()).fingerprint
+
+
+@pytest.fixture(scope="session")
 def support() -> Dataset:
     return colours(4, seed=1)
 
