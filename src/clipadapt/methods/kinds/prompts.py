@@ -199,7 +199,7 @@ class PromptMethod(Method):
             return backbone
         fingerprint = self._adapted_fingerprint(backbone, self.learned_)
         dim = self._bound.image_dim
-        return Adapted(backbone, self._bound.images, dim, fingerprint, aligned=dim == backbone.dim)  # type: ignore[return-value]
+        return Adapted(backbone, self._bound.images, dim, fingerprint, aligned=dim == backbone.dim)
 
     @property
     def head(self) -> Head | None:

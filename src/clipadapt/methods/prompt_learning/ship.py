@@ -26,7 +26,6 @@ those of images are within 0.27. What is made is then a prompt's text feature, a
 untrained synthesis helped new classes about as much; a smaller `kl` spreads the features.
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -74,6 +73,13 @@ def synthesis_loss(made: Tensor, images: Tensor, mean: Tensor, log_var: Tensor, 
     return (distance + kl * divergence).mean()
 
 
+@torch.no_grad()
+def sample(backbone: Backbone, synthesis: Synthesis, class_names: list[str], latents: Tensor) -> Tensor:
+    """Unit features of each class (K, n, D), on the CPU, from latents (n, D)."""
+    prompts = ClassPrompts(backbone, class_names, len(synthesis.context))
+    return prompts.encode(synthesis.contexts(latents)[:, None]).transpose(0, 1).cpu()
+
+
 @method(
     "ship",
     title="Improving Zero-Shot Generalization for CLIP with Synthesized Prompts",
@@ -106,7 +112,7 @@ class Ship(Wrapper, Classifier):
         if not (inner.kind == "features" or (inner.kind == "prompts" and not inner.learner.on_pixels)):
             raise ClipadaptError(f"ship synthesises features, and {inner.card.key} learns from images.")
         inner.fit(model, self._completed(model, data.support, run), val=data.val, report=run.report, resume=run.folder)
-        self._take(inner)
+        self.inner_, self.class_names_ = [inner], inner.class_names_
         run.trained = inner.trained_parameters
 
     def _completed(self, backbone: Backbone, support: Dataset, run: Run) -> Dataset:
@@ -117,7 +123,9 @@ class Ship(Wrapper, Classifier):
             return support
         images = encode_images(backbone, support).features
         synthesis = self._train(backbone, support, images, run)
-        made = self._sample(backbone, synthesis, [names[c] for c in empty], self.per_class or max(support.counts))
+        count = self.per_class or max(support.counts)
+        latents = torch.randn(count, backbone.dim, generator=stream(self.seed, 0)).to(backbone.device)
+        made = sample(backbone, synthesis, [names[c] for c in empty], latents)  # (K, count, D)
         items = [FeatureItem(f"feature {i}", x) for i, x in enumerate(torch.cat([images, made.flatten(0, 1)]))]
         more = torch.tensor(empty).repeat_interleave(made.shape[1]).tolist()
         return Dataset([*items], [*support.labels, *more], names, name="real and synthesised features")
@@ -144,29 +152,17 @@ class Ship(Wrapper, Classifier):
         train(loss_of, torch.optim.AdamW(synthesis.parameters(), lr=self.lr), steps, run=run)
         return synthesis
 
-    @torch.no_grad()
-    def _sample(self, backbone: Backbone, synthesis: Synthesis, names: Sequence[str], count: int) -> Tensor:
-        """`count` unit features of each class (K, count, D)."""
-        latents = torch.randn(count, backbone.dim, generator=stream(self.seed, 0)).to(backbone.device)
-        prompts = ClassPrompts(backbone, names, self.n_ctx)
-        return prompts.encode(synthesis.contexts(latents)[:, None]).transpose(0, 1).cpu()
-
-    def _take(self, inner: Any) -> None:
-        """The classes are those of the wrapped method, which alone is kept."""
-        self.inner_, self.class_names_ = [inner], inner.class_names_
-
     def _reclassify(self, model: Any) -> None:
-        self._take(self.inner_[0].with_classes(self.class_names_))  # nothing is synthesised for them
-
-    @property
-    def encoder(self) -> Any:
-        """That of the wrapped method."""
-        return self._fitted("inner_")[0].encoder
+        self.inner_ = [self.inner_[0].with_classes(self.class_names_)]  # nothing is synthesised for them
 
     @property
     def head(self) -> Any:
-        """That of the wrapped method."""
+        """See `Classifier.head`: that of the wrapped method."""
         return self._fitted("inner_")[0].head
+
+    @property
+    def _scorer(self) -> Any:
+        return self.inner_[0]._scorer
 
     def _logits(self, images: Tensor) -> Tensor:
         return self.inner_[0]._logits(images)  # (N, C)
