@@ -243,6 +243,6 @@ def _measured_sets(model: Classifier, held_out: MultiLabelDataset) -> dict[str, 
 
 def settings(method: Classifier) -> dict[str, Any]:
     """The method's hyper-parameters as JSON values."""
-    from clipadapt.methods.artifact import recipe
+    from clipadapt.methods.recipe import recipe
 
     return recipe(method)["hyperparameters"]

@@ -13,8 +13,8 @@ from clipadapt.backbones import Backbone
 from clipadapt.data import Dataset
 from clipadapt.errors import ClipadaptError, DataError
 from clipadapt.evaluation.protocol import fit
-from clipadapt.methods import Method
-from clipadapt.methods.artifact import recipe
+from clipadapt.methods import Method, create
+from clipadapt.methods.recipe import recipe
 from clipadapt.metrics.classification import accuracy
 
 SEED = 0  # of the support set that choices are made with, and of the method: the same choice for every seed of a suite
@@ -87,7 +87,7 @@ def _set(method: Method, name: str, value: Any) -> Method:
     """The method with a hyper-parameter, its own or of the method that it wraps; unchanged if neither has it."""
     names, inner = method.hyperparameters(), getattr(method, "method", None)
     if name in names:
-        return replace(method, **{name: value})
+        return create(method.card.key, **{**method.settings, name: value})
     if "method" in names and isinstance(inner, Method):
         wrapped: dict[str, Any] = {"method": _set(inner, name, value)}
         return replace(method, **wrapped)
@@ -99,7 +99,7 @@ def _values(method: Method, name: str, values: Sequence[Any]) -> list[Any]:
     inner = getattr(method, "method", None)
     if name not in method.hyperparameters():
         return _values(inner, name, values) if isinstance(inner, Method) else []
-    own = getattr(method, name)
+    own = method.settings[name]
     found = []
     for value in values:
         if isinstance(value, str) and value[:1] == "x":

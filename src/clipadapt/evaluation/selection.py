@@ -24,9 +24,10 @@ from clipadapt.data import Dataset, MultiLabelDataset
 from clipadapt.data.splits import stratified_folds
 from clipadapt.errors import ClipadaptError
 from clipadapt.features import encode_classes, encode_images
-from clipadapt.methods import FeatureMethod, Method, create, list_methods, method_class
-from clipadapt.methods.base import Report
+from clipadapt.methods import Method, TrainingData, create, list_methods, method_class, why_not
+from clipadapt.methods.registry import card
 from clipadapt.metrics.classification import wilson
+from clipadapt.training.loop import Report
 
 # What is taken where one image of each class leaves none to hold out: it trains nothing, and its published setting is
 # good at one shot.
@@ -49,7 +50,7 @@ class Trial:
     seconds: float
     trained_parameters: int
 
-    def create(self) -> Method:
+    def create(self) -> Any:
         """The method with this setting, not fitted."""
         return create(self.key, **self.hyperparameters)
 
@@ -117,7 +118,7 @@ def select(
     tell = progress or (lambda line: None)
     judge: _Judge | _SetJudge
     if isinstance(support, MultiLabelDataset):
-        keys = [key for key in keys or list_methods() if method_class(key).card.multi_label]
+        keys = [key for key in keys or list_methods() if card(key).multi_label]
         k, measure, best_is = min(folds, len(support)), "mAP ", "has the highest mAP"
     else:
         k, measure, best_is = min(folds, max(support.counts)), "", "is best"
@@ -172,7 +173,7 @@ class _Judge:
     def __init__(
         self,
         backbone: Backbone,
-        support: Dataset,
+        support: Any,
         k: int,
         seed: int,
         templates: Any,
@@ -194,9 +195,9 @@ class _Judge:
         Raises `OverBudget` when not even one setting can be judged, and the winner refitted, before `until`.
         """
         cls = method_class(key)
-        missing = cls.card.requires - self.backbone.capabilities
-        if missing:
-            raise ClipadaptError(f"needs a backbone with {', '.join(sorted(missing))}")
+        reason = why_not(cls.card, self.backbone, TrainingData(self.support, class_names=self.support.class_names))
+        if reason is not None:
+            raise ClipadaptError(reason)
         begun = time.perf_counter()
         if begun >= until:
             raise OverBudget("no time was left")
@@ -242,13 +243,13 @@ class _Judge:
     def _fit(self, key: str, setting: dict[str, Any], held_out: Any, watch: Report) -> Method:
         rows = np.setdiff1d(np.arange(len(self.labels)), held_out)
         method = create(key, **{"templates": self.templates} | setting)
-        if isinstance(method, FeatureMethod):
+        if sees_features(key):
             x, y = self.features[rows], self.labels[rows]
             return method.fit_features(x, y, self.texts, self.backbone.logit_scale, report=watch)
         return method.fit(self.backbone, self.support.select(rows), report=watch)
 
     def _predict(self, model: Method, rows: np.ndarray) -> np.ndarray:
-        if isinstance(model, FeatureMethod):
+        if sees_features(model.card.key):
             return np.asarray(model.logits(self.features[rows])).argmax(1)
         return model.predict(self.support.select(rows))
 
@@ -265,7 +266,7 @@ class _SetJudge(_Judge):
         templates: Any,
         overrides: Mapping[str, dict[str, Any]],
     ) -> None:
-        self.backbone, self.templates, self.overrides = backbone, templates, overrides
+        self.backbone, self.support, self.templates, self.overrides = backbone, support, templates, overrides
         self.folds = support.folds(k, seed)  # (train, held out)
         self.weights = np.ones(k)
 
@@ -304,17 +305,17 @@ def order_of(keys: Sequence[str] | None) -> list[str]:
     """
 
     def cost(key: str) -> tuple[bool, bool, bool, str]:
-        cls = method_class(key)
-        return key != "zero-shot", not issubclass(cls, FeatureMethod), cls.card.trains != "nothing", key
+        return key != "zero-shot", not sees_features(key), card(key).trains != "", key
 
     if keys is None:
-        keys = [key for key in list_methods() if method_class(key).card.signal != "unlabelled"]
+        known = [card(key) for key in list_methods()]
+        keys = [one.key for one in known if one.task == "classifier" and one.signal != "unlabelled"]
     return sorted({"zero-shot", *keys}, key=cost)
 
 
 def sees_features(key: str) -> bool:
     """Whether a method needs only features, which are there already."""
-    return issubclass(method_class(key), FeatureMethod)
+    return card(key).kind == "features"
 
 
 def duration(seconds: float) -> str:

@@ -100,13 +100,17 @@ class Method:
 
     def _open(self, model: Any, data: TrainingData) -> None:
         """Refuse what cannot work, and remember what the method is fitted on."""
-        reason = why_not(dataclasses.replace(self.card, signal=self._signal), model, data)
+        reason = self.why_not(model, data)
         if reason is not None:
             raise ClipadaptError(reason)
         self.backbone_: Any = model
         self.origin_: dict[str, str] | None = None
         if model is not None:
             self.origin_ = {"source": model.source, "fingerprint": model.fingerprint}
+
+    def why_not(self, model: Any = None, data: TrainingData | None = None, **needs: bool) -> str | None:
+        """Why this method cannot run here, as one sentence, or None; see `training_data.why_not`."""
+        return why_not(dataclasses.replace(self.card, signal=self._signal), model, data, **needs)
 
     @property
     def _signal(self) -> str:

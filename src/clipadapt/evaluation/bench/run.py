@@ -33,7 +33,7 @@ from clipadapt.evaluation.bench.suite import Cell, Suite, cells
 from clipadapt.evaluation.protocol import NotApplicable, protocol
 from clipadapt.features import encode_images
 from clipadapt.jobs import Processes, RayTasks, Work, side_by_side, threads_each
-from clipadapt.methods.artifact import from_recipe
+from clipadapt.methods.loading import from_recipe
 
 Row = dict[str, Any]
 Tell = Callable[[str], None]

@@ -34,8 +34,10 @@ from clipadapt.data.definitions.definition import Definition, definition, read_y
 from clipadapt.errors import ClipadaptError, DataError, unknown_name
 from clipadapt.evaluation.choosing import check_grid
 from clipadapt.evaluation.protocol import options, protocols
-from clipadapt.methods import FeatureMethod, Method, create, list_methods, method_class
-from clipadapt.methods.artifact import from_recipe, recipe
+from clipadapt.methods import Method, create, list_methods, method_class
+from clipadapt.methods.loading import from_recipe
+from clipadapt.methods.recipe import recipe
+from clipadapt.methods.registry import card
 
 HERE = Path(__file__).parent / "suites"
 _ENTRY = ("method", "sees", "set", "label", "steps_as")
@@ -91,7 +93,7 @@ class Cell:
     @property
     def stand_in(self) -> Cell:
         """A cell with the same result, the same for all such: shots only draw what some methods do not learn from."""
-        learns = method_class(self.method).card.signal != "none" or self.options.get("search", False)
+        learns = card(self.method).signal != "none" or self.options.get("search", False)
         if self.protocol == "few-shot" and not learns:
             return replace(self, options=self.options | {"shots": 1}, seed=1)
         return self
@@ -159,7 +161,7 @@ def with_steps_of(method: Method, shots: int, classes: int, then: Mapping[str, i
     """
     if method.card.signal == "none":
         return method
-    values: dict[str, Any] = {name: getattr(method, name) for name in method.hyperparameters()}
+    values: dict[str, Any] = method.settings
     if values.get("epochs") is not None:
         before, now = then["classes"] * then["shots"], classes * shots
         steps = values["epochs"] * math.ceil(before / values["batch_size"])
@@ -260,7 +262,7 @@ def _methods(file: Path, content: list[Any], settings: Mapping[str, dict[str, An
         if given.get("sees", "features") not in ("features", "towers"):
             raise unknown_name(f"sees of {given['method']} in {file}", str(given["sees"]), ("features", "towers"))
         if "sees" in given:
-            keys = [k for k in keys if issubclass(method_class(k), FeatureMethod) == (given["sees"] == "features")]
+            keys = [k for k in keys if (card(k).kind == "features") == (given["sees"] == "features")]
         then = given.get("steps_as")
         if then is not None and not (
             isinstance(then, dict)

@@ -23,7 +23,7 @@ from clipadapt.backbones import Backbone
 from clipadapt.data import Dataset, Split
 from clipadapt.errors import ClipadaptError, DataError
 from clipadapt.evaluation.choosing import SEED, with_chosen
-from clipadapt.evaluation.protocol import NotApplicable, Outcome
+from clipadapt.evaluation.protocol import Outcome, check
 from clipadapt.methods import Method, create
 from clipadapt.methods.base import Report
 from clipadapt.metrics.classification import accuracy
@@ -47,11 +47,7 @@ def run(
         tell_new: methods that can use the names of the new classes while they learn (a hyper-parameter `new_classes`)
             get them.
     """
-    if not method.card.new_classes:
-        raise NotApplicable(f"{method.card.key} ties what it learns to its classes.")
-    missing = method.card.requires - backbone.capabilities
-    if missing:
-        raise NotApplicable(f"{method.card.key} needs a backbone with {', '.join(sorted(missing))}.")
+    check(method, backbone, new_classes=True)
     details = {}
     if choose:
         pool, support = split.train.base_new_split()[0], base_support(split.train, shots, SEED)
@@ -134,10 +130,7 @@ def base_to_new(
     """
     method = create(method) if isinstance(method, str) else replace(method)
     if not method.card.new_classes:
-        raise ClipadaptError(
-            f"{method.card.key} ties what it learns to its classes, so there is no accuracy on new ones; "
-            "methods whose card says new_classes can be judged so."
-        )
+        raise ClipadaptError(f"{method.card.key} cannot be applied to new classes, so it has no accuracy on them.")
     if train.class_names != test.class_names:
         raise DataError(f"{train.name} and {test.name} must have the same classes in the same order.")
     if len(train.class_names) < 4:

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -15,7 +16,7 @@ from clipadapt.data import Split
 from clipadapt.data.definitions.definition import load
 from clipadapt.errors import DataError
 from clipadapt.evaluation.choosing import SEED, with_chosen
-from clipadapt.evaluation.protocol import NotApplicable, Outcome, fit, judged
+from clipadapt.evaluation.protocol import Outcome, check, fit, judged
 from clipadapt.methods import Method
 
 
@@ -38,9 +39,7 @@ def run(
     """
     if not targets:
         raise DataError("cross-dataset needs targets: the names of the data sets to be judged on.")
-    card = method.card
-    if not card.new_classes and card.signal != "none":
-        raise NotApplicable(f"{card.key} ties what it learns to its classes.")
+    check(method, backbone, new_classes=True)
     chosen: dict[str, Any] = {}
     if choose:
         aside = split.train.few_shot(shots, seed=SEED)
@@ -50,13 +49,9 @@ def run(
     there: dict[str, float] = {}
     for name in targets:
         test = load(name).split.test
-        other = model.with_classes(test.class_names) if card.new_classes else None
+        other = model.with_classes(test.class_names) if method.card.new_classes else None
         if other is None:  # a method that learns nothing is made anew
-            other, _ = fit(type(method)(**_settings(method)), backbone, None, class_names=test.class_names)
+            other, _ = fit(replace(method), backbone, None, class_names=test.class_names)
         there[name] = judged(other, test)[0]["accuracy"]
     figures |= {"others": fmean(there.values())} | {f"on {Path(name).stem}": value for name, value in there.items()}
     return Outcome(figures, model, seconds, classes, details | chosen)
-
-
-def _settings(method: Method) -> dict[str, object]:
-    return {name: getattr(method, name) for name in method.hyperparameters()}

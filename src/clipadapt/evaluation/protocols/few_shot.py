@@ -18,7 +18,7 @@ from clipadapt.evaluation.choosing import SEED, with_chosen
 from clipadapt.evaluation.protocol import Outcome, fit, judged
 from clipadapt.evaluation.selection import select
 from clipadapt.methods import Method, create
-from clipadapt.methods.artifact import recipe
+from clipadapt.methods.recipe import recipe
 
 
 def run(

@@ -11,7 +11,7 @@ import numpy as np
 
 from clipadapt.backbones import Backbone
 from clipadapt.data import Dataset, Split
-from clipadapt.evaluation.protocol import NotApplicable, Outcome, fit, judged
+from clipadapt.evaluation.protocol import Outcome, check, fit, judged
 from clipadapt.methods import Method
 
 
@@ -32,8 +32,7 @@ def run(method: Method, backbone: Backbone, split: Split, seed: int, *, shots: i
         shots: images of each class to learn from, those with wrong labels included.
         noise: share of wrong labels, in [0, 1].
     """
-    if method.card.signal != "labels":
-        raise NotApplicable(f"{method.card.key} does not learn from labels.")
+    check(method, backbone, from_labels=True)
     support = with_wrong_labels(split.train.few_shot(shots, seed=seed), noise, seed)
     model, seconds = fit(method, backbone, support)
     figures, classes, details = judged(model, split.test)

@@ -271,7 +271,7 @@ class WeightMethod(Method):
         if changed is None:
             return model
         encode, learned = changed
-        return Adapted(model, encode, model.dim, self._adapted_fingerprint(model, learned), aligned=True)  # type: ignore[return-value]
+        return Adapted(model, encode, model.dim, self._adapted_fingerprint(model, learned), aligned=True)
 
     def encode_texts(self, texts: Sequence[str]) -> Tensor:
         """See `Classifier.encode_texts`."""
@@ -306,7 +306,7 @@ def _right(out: Outputs) -> Tensor:
             return out["logits"].argmax(1) == out["labels"]
         if "text" in out:
             return out["labels"][(out["image"] @ out["text"].T).argmax(1)] == out["labels"]
-        return (out["image"] @ out.get("head", out.get("classes")).T).argmax(1) == out["labels"]
+        return (out["image"] @ (out["head"] if "head" in out else out["classes"]).T).argmax(1) == out["labels"]
 
 
 @dataclass(kw_only=True)
