@@ -54,6 +54,10 @@ class Wrapper(Method):
         return self._fitted("inner_")[0].encoder
 
     @property
+    def _scorer(self) -> Any:
+        return self._fitted("inner_")[0]._scorer
+
+    @property
     def head(self) -> Any:
         """That of the wrapped method, the first one where there are several."""
         return self._fitted("inner_")[0].head

@@ -26,7 +26,6 @@ those of images are within 0.27. What is made is then a prompt's text feature, a
 untrained synthesis helped new classes about as much; a smaller `kl` spreads the features.
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -72,6 +71,13 @@ def synthesis_loss(made: Tensor, images: Tensor, mean: Tensor, log_var: Tensor, 
     distance = (made - images).square().sum(1)
     divergence = 0.5 * (mean.square() + log_var.exp() - 1 - log_var).sum(1)
     return (distance + kl * divergence).mean()
+
+
+@torch.no_grad()
+def sample(backbone: Backbone, synthesis: Synthesis, class_names: list[str], latents: Tensor) -> Tensor:
+    """Unit features of each class (K, n, D), on the CPU, from latents (n, D)."""
+    prompts = ClassPrompts(backbone, class_names, len(synthesis.context))
+    return prompts.encode(synthesis.contexts(latents)[:, None]).transpose(0, 1).cpu()
 
 
 @method(
@@ -124,7 +130,9 @@ def completed(of: Ship, backbone: Backbone, support: Dataset, run: Run) -> Datas
         return support
     images = encode_images(backbone, support).features
     synthesis = trained(of, backbone, support, images, run)
-    made = sample(of, backbone, synthesis, [names[c] for c in empty], of.per_class or max(support.counts))
+    count = of.per_class or max(support.counts)
+    latents = torch.randn(count, backbone.dim, generator=stream(of.seed, 0)).to(backbone.device)
+    made = sample(backbone, synthesis, [names[c] for c in empty], latents)  # (K, count, D)
     items = [FeatureItem(f"feature {i}", x) for i, x in enumerate(torch.cat([images, made.flatten(0, 1)]))]
     more = torch.tensor(empty).repeat_interleave(made.shape[1]).tolist()
     return Dataset([*items], [*support.labels, *more], names, name="real and synthesised features")
@@ -152,11 +160,3 @@ def trained(of: Ship, backbone: Backbone, support: Dataset, images: Tensor, run:
     steps = list(enumerate(batches(len(images), of.batch_size, epochs=of.epochs, seed=of.seed), start=1))
     train(loss_of, torch.optim.AdamW(synthesis.parameters(), lr=of.lr), steps, run=run)
     return synthesis
-
-
-@torch.no_grad()
-def sample(of: Ship, backbone: Backbone, synthesis: Synthesis, names: Sequence[str], count: int) -> Tensor:
-    """`count` unit features of each class (K, count, D)."""
-    latents = torch.randn(count, backbone.dim, generator=stream(of.seed, 0)).to(backbone.device)
-    prompts = ClassPrompts(backbone, names, of.n_ctx)
-    return prompts.encode(synthesis.contexts(latents)[:, None]).transpose(0, 1).cpu()
