@@ -8,6 +8,7 @@ from types import MappingProxyType
 from typing import Any
 
 from clipadapt.data import Dataset, MultiLabelDataset, Pairs, as_items
+from clipadapt.errors import ClipadaptError
 from clipadapt.methods.card import Card
 
 
@@ -41,6 +42,8 @@ class TrainingData:
             class_names = getattr(support, "class_names", None)
         elif support is None:
             support = Dataset(items=[], labels=[], class_names=list(class_names))
+        elif list(class_names) != list(support.class_names):
+            raise ClipadaptError("class_names differ from those of the support set, whose labels point at its own.")
         names = None if class_names is None else list(class_names)
         return cls(support, val, unlabelled, names, task)
 
