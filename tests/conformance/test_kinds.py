@@ -102,7 +102,10 @@ def test_a_stream_goes_on_from_what_was_learned(backbone, support, queries, tmp_
 def test_images_of_earlier_classes_keep_their_names_in_a_later_task(backbone, support):
     first, _ = support.stream(tasks=2, seed=1)
     model = create("test-rapf").fit(backbone, first.data, task="one").fit(backbone, support, task="two")
-    assert model.class_names_ == [*first.data.class_names, *(n for n in support.class_names if n not in first.class_names)]
+    assert model.class_names_ == [
+        *first.data.class_names,
+        *(n for n in support.class_names if n not in first.class_names),
+    ]
     at_once = create("test-rapf").fit(backbone, support)
     for name in support.class_names:
         mean = model.means_[model.class_names_.index(name)]
