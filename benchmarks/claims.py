@@ -89,7 +89,7 @@ FEATURES: list[tuple[str, tuple[int, ...], tuple[str, ...]]] = [
     ("lp++", (1, 2, 4), ("linear-probe",)),
     ("reco", SHOTS, ("zero-shot",)),
 ]
-# Base to new on drawn things (`prompts.py`), harmonic mean: method, what it is compared with.
+# Base to new on drawn things (`prompts.jsonl`), harmonic mean: method, what it is compared with.
 PROMPTS: list[tuple[str, tuple[str, ...]]] = [
     ("cocoop", ("coop",)),
     ("kgcoop", ("coop",)),
@@ -105,7 +105,7 @@ PROMPTS: list[tuple[str, tuple[str, ...]]] = [
     ("ivlp", ("coop",)),
     ("vpt", ("zero-shot",)),
 ]
-# Under a shift of style (`robust.py`): method, figure, what it is compared with.
+# Under a shift of style (`robust.jsonl`): method, figure, what it is compared with.
 ROBUST: list[tuple[str, str, tuple[str, ...]]] = [
     ("fine-tune", "learned_styles", ("zero-shot",)),
     ("full-fine-tune", "learned_styles", ("zero-shot",)),

@@ -1,14 +1,13 @@
-"""Learning rates for methods that run the towers, on the playground; writes the suite `playground-towers`.
+"""Learning rates for methods that run the towers, on the playground: the settings of the suite `playground-towers`.
 
     python benchmarks/towers.py RUNS --jobs 2
-    clipadapt bench playground-towers --out RUNS --data DATA
 
-The quick settings (`tiny`) were chosen on digits, of which the embedded model knows nothing: their rates are high, and
-destroy what it knows of drawn things. So each method's rate is 1, 1/5 or 1/25 of that one (its own, and that of a
-method that it wraps), whichever is best with four shots on drawings of another world (`drawn_for_rates.yaml`: the same
-kinds and styles, no picture in common with playground-kinds); the smaller of equal ones. Every fit takes as many steps
-as the quick setting with 8 shots of 10 classes. What was tried is in RUNS/rates/results.jsonl; a run that stopped goes
-on.
+The settings of the suite `few-shot-towers` were chosen by looking at the test part of digits, of which the embedded
+model knows nothing: their rates are high, and destroy what it knows of drawn things. So each method's rate is 1, 1/5 or
+1/25 of that one (its own, and that of a method that it wraps), whichever is best with four shots on drawings of another
+world (`drawn_for_rates.yaml`: the same kinds and styles, no image in common with playground-kinds); the smaller of
+equal ones. Every fit takes as many steps as in few-shot-towers with 8 shots of 10 classes. What was tried is in
+RUNS/rates/results.jsonl (for the suite's settings: towers_rates.jsonl); a run that was stopped goes on.
 """
 
 from __future__ import annotations
@@ -23,17 +22,12 @@ import yaml
 
 from clipadapt.evaluation.bench import suite as suites
 from clipadapt.evaluation.bench.run import run_suite
-from clipadapt.methods import Method, create
-from clipadapt.methods.artifact import recipe
+from clipadapt.methods import Method
+from clipadapt.methods.artifact import from_recipe, recipe
 
 HERE = Path(__file__).parent
-SUITE = suites.HERE / "playground-towers.yaml"
 FACTORS = (1.0, 0.2, 0.04)
 SHOTS = 4
-HEAD = """\
-# Methods that run the towers, with their quick settings but for the learning rates, which benchmarks/towers.py chose on
-# other drawings of the same kinds. Each trains at every shot as many steps as its quick setting with 8 shots of digits.
-"""
 
 
 def with_rate(method: Method, factor: float) -> dict[str, Any]:
@@ -59,7 +53,7 @@ def main() -> None:
     entries = []
     for entry in quick.methods:
         for factor in FACTORS:
-            changed = with_rate(create(entry.key, **entry.hyperparameters), factor)
+            changed = with_rate(from_recipe({"method": entry.key, "hyperparameters": entry.hyperparameters}), factor)
             label = f"{entry.label} x{factor:g}"
             if changed:
                 tried[entry.label][label] = changed
@@ -75,33 +69,14 @@ def main() -> None:
     rows = run_suite(suite, given.runs / "rates", jobs=given.jobs, threads=1, tell=print)
     accuracy = {row["label"]: row["figures"]["accuracy"] if "figures" in row else 0.0 for row in rows}
 
-    methods: list[Any] = []
+    print("settings:")
     for entry in quick.methods:
-        line: dict[str, Any] = {"method": entry.label}
+        values = dict(entry.hyperparameters)
         if tried[entry.label] and entry.steps_as is not None:
-            best = max(reversed(tried[entry.label]), key=lambda label: accuracy[label])
-            line |= {"preset": "tiny", "set": tried[entry.label][best], "steps_as": dict(entry.steps_as)}
-        elif entry.label != "zero-shot":
-            line |= {"preset": "tiny"}
-        methods.append(line)
-    content = {
-        "title": "Few shots on the playground, methods that run the towers",
-        "data": ["playground-kinds"],
-        "protocols": {"few-shot": {"shots": [1, 2, 4, 8, 16]}},
-        "seeds": [1, 2, 3],
-        "timeout": 900,
-        "tiny": {
-            "protocols": {"few-shot": {"shots": [4]}},
-            "methods": [line for line in methods if line["method"] in ("zero-shot", "coop", "clip-lora")],
-            "seeds": [1],
-        },
-    }
-    text = yaml.safe_dump(content, sort_keys=False, default_flow_style=None, width=200)
-    lines = "".join(
-        f"- {yaml.safe_dump(line, sort_keys=False, default_flow_style=True, width=1000)}" for line in methods
-    )
-    SUITE.write_text(f"{HEAD}{text}methods:\n{lines}", encoding="utf-8")
-    print(f"{SUITE.name}: {len(methods)} methods")
+            values |= tried[entry.label][max(reversed(tried[entry.label]), key=lambda label: accuracy[label])]
+        if values:
+            line = yaml.safe_dump({entry.key: values}, sort_keys=False, default_flow_style=True, width=10_000)
+            print(f"  {line.strip()[1:-1]}")
 
 
 if __name__ == "__main__":

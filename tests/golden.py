@@ -30,7 +30,7 @@ class GoldenTokenizer:
 
     def __call__(self, texts: list[str], **_: Any) -> dict[str, list[list[int]]]:
         split = [re.findall(r"\w+|[.,]", text) for text in texts]
-        return {"input_ids": [[510, *(i for word in words for i in self.words[word]), 511] for words in split]}
+        return {"input_ids": [[510, *(i for word in words for i in self.words.get(word, [0])), 511] for words in split]}
 
     def get_vocab(self) -> dict[str, int]:
         return dict(_WORDS)

@@ -73,13 +73,15 @@ def test_a_warning_points_at_the_line_that_imports():
     assert done.returncode == 0
     assert done.stderr.count("FutureWarning") == 1
     assert done.stderr.startswith("<string>:3: FutureWarning: clipadapt.data.dataset is now clipadapt.data.examples")
-    done = run("from clipadapt.evaluation.bench import run_suite")
-    assert done.stderr.startswith("<string>:1: FutureWarning: clipadapt.evaluation.bench.run_suite is now")
+    done = run("from clipadapt.data.corpus import Corpus")
+    assert done.stderr.startswith("<string>:1: FutureWarning: clipadapt.data.corpus.Corpus is now")
 
 
 def test_a_folder_that_is_gone_has_its_old_modules():
-    done = run("from clipadapt.methods.few_shot import tip_adapter; print(tip_adapter.__name__)")
-    assert done.stdout.strip() == "clipadapt.methods.training_free_few_shot.tip_adapter"
+    assert import_module("clipadapt.methods.few_shot").__file__ is None
+    sys.modules.pop("clipadapt.methods.few_shot.tip_adapter", None)
+    with pytest.warns(FutureWarning, match="tip_adapter is now clipadapt.methods.training_free_few_shot.tip_adapter"):
+        import_module("clipadapt.methods.few_shot.tip_adapter")
     with pytest.raises(ImportError):
         import_module("clipadapt.methods.few_shot.nothing")
     with pytest.raises(ImportError):

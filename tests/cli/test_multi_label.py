@@ -53,7 +53,7 @@ def test_adapt(model, table):
 def test_auto_compares_by_map(run, table, tmp_path, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     monkeypatch.setattr(
-        "clipadapt.evaluation.select_multi_label.list_methods", lambda: ["tip-adapter", "linear-probe", "zero-shot"]
+        "clipadapt.evaluation.selection.list_methods", lambda: ["tip-adapter", "linear-probe", "zero-shot"]
     )
     out = tmp_path / "model"
     document = json.loads(run("adapt", table, "--multi-label", "--shots", 8, "--out", out, "--json").stdout)

@@ -12,7 +12,7 @@ import torch
 from clipadapt.backbones import Backbone, load_backbone
 from clipadapt.data import Dataset, image_list
 from clipadapt.errors import ClipadaptError, DataError
-from clipadapt.evaluation.base_to_new import (
+from clipadapt.evaluation.protocols.base_to_new import (
     average_of_harmonics,
     base_support,
     base_to_new,

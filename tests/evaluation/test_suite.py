@@ -20,6 +20,7 @@ from clipadapt.errors import ClipadaptError, DataError
 from clipadapt.evaluation.bench.run import read_rows, run_cell, run_suite
 from clipadapt.evaluation.bench.suite import cells, load_suite, suites
 
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 SMALL = """
 title: Small
 data: [points.yaml]
@@ -84,6 +85,11 @@ def test_shipped_suites_are_valid(name):
         ("shots:", "shoots:", "Unknown option of few-shot"),
         ("tip-adapter,", "tip-adaptr,", "tip-adapter"),
         ("beta: 0.5", "beta: -1", "out of range"),
+        ("seeds:", "settings: {prokr: {}}\nseeds:", "Unknown method in the settings"),
+        ("seeds:", "settings: {proker: {beta: -1}}\nseeds:", "out of range"),
+        ("seeds:", "settings: [proker]\nseeds:", "settings must map"),
+        ("shots: [1, 4]", "shots: 1, choose: {lr: 0.1}", "choose is {name of a hyper-parameter"),
+        ("shots: [1, 4]", "shots: 1, choose: {lr: [xten]}", "'xten' is not a multiple"),
         ("points.yaml", "pointz", "Unknown data set"),
         ("title: Small", "title: [", "not valid YAML"),
         ("seeds: [1, 2]", "seeds: []", "seeds must be a list"),
@@ -104,6 +110,48 @@ def test_a_wrapped_method_is_set_as_recipes_name_it(folder):
     )
     found = cells(load_suite(folder / "small.yaml"))[0].hyperparameters["method"]
     assert (found["method"], found["hyperparameters"]["lr"]) == ("fine-tune", 0.001)
+
+
+def test_settings_of_a_suite_are_those_of_its_methods(folder):
+    (folder / "small.yaml").write_text(
+        SMALL + "settings: {proker: {beta: 0.7, alpha: 0.3}, tip-adapter: {alpha: 2.0}}\n"
+    )
+    found = {c.label: c.hyperparameters for c in cells(load_suite(folder / "small.yaml"))}
+    assert found["tip-adapter"]["alpha"] == 2.0
+    assert (found["proker-wide"]["beta"], found["proker-wide"]["alpha"]) == (0.5, 0.3), "`set` comes on top"
+
+
+@pytest.mark.parametrize(
+    ("suite", "results"),
+    [
+        ("few-shot", "few_shot"),
+        ("few-shot-towers", "few_shot_towers"),
+        ("playground-towers", "playground_towers"),
+        ("transductive", "transductive"),
+        ("adversarial_tecoa.yaml", "adversarial_tecoa"),
+        ("whu_base_to_new.yaml", "whu_base_to_new"),
+    ],
+)
+def test_recorded_results_are_those_of_the_suite(suite, results):
+    """`clipadapt bench` with these results in DIR runs none of them again."""
+    if not (BENCHMARKS / f"{results}.jsonl").exists():
+        pytest.skip("recorded results are in the repository, not in the source distribution")
+    recorded = read_rows(BENCHMARKS / f"{results}.jsonl")
+    places = {
+        (Path(r["data"]).stem, r["backbone"]): (r["data_fingerprint"], r["backbone_fingerprint"]) for r in recorded
+    }
+    of_suite = {
+        cell.identity(*places[place])
+        for cell in cells(load_suite(BENCHMARKS / suite if suite.endswith(".yaml") else suite))
+        if (place := (Path(cell.data).stem, cell.backbone)) in places
+    }
+    assert {row["cell"] for row in recorded} <= of_suite
+
+
+@pytest.mark.parametrize("file", ["prompts", "robust"])
+def test_suites_of_the_repository_are_valid(file):
+    assert cells(load_suite(BENCHMARKS / f"{file}.yaml"))
+    assert cells(load_suite(BENCHMARKS / f"{file}.yaml", tiny=True))
 
 
 def test_runs_resumes_and_gives_the_same_again(folder):
@@ -142,8 +190,11 @@ def test_what_learns_nothing_is_run_once_and_gives_what_each_cell_would(folder):
 def test_equal_training(folder):
     """As many steps as with 10 x 8 = 80 pictures, whatever the shots; one epoch at least."""
     (folder / "small.yaml").write_text(
-        "data: [playground-kinds]\nprotocols: {few-shot: {shots: [1, 8, 16]}}\nseeds: [1]\nmethods:\n"
-        "- {method: '*', sees: towers, preset: tiny, steps_as: {classes: 10, shots: 8}}\n"
+        "data: [playground-kinds]\nprotocols: {few-shot: {shots: [1, 8, 16]}}\nseeds: [1]\nsettings:\n"
+        "  full-fine-tune: {epochs: 8, batch_size: 16}\n"
+        "  wise-ft: {method: {method: fine-tune, hyperparameters: {epochs: 5, batch_size: 16}}}\n"
+        "  clip-lora: {steps_per_shot: 5}\nmethods:\n"
+        "- {method: '*', sees: towers, steps_as: {classes: 10, shots: 8}}\n"
     )
     found = {(c.label, c.options["shots"]): c.hyperparameters for c in cells(load_suite(folder / "small.yaml"))}
     assert [found["full-fine-tune", shots]["epochs"] for shots in (1, 8, 16)] == [20, 4, 2]  # 40 / 2, 9, 18 steps
@@ -181,7 +232,7 @@ def test_what_is_broken_spoils_only_its_own_cells(folder):
     (folder / "absent.yaml").write_text(POINTS.replace("points", "absent").replace("one.npz", "no.npz"))
     (folder / "small.yaml").write_text(
         SMALL.replace("[points.yaml]", "[absent.yaml, points.yaml]")
-        .replace("seeds:", "timeout: 60\nexclude: [proker]\nseeds:")
+        .replace("seeds:", "timeout: 600\nexclude: [proker]\nseeds:")
         .replace("tip-adapter,", "tip-adapter, coop,")
     )
     rows = run_suite(load_suite(folder / "small.yaml"), folder / "out", root=folder, threads=1)

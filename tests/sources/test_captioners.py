@@ -1,4 +1,4 @@
-"""Captions by tiny random image-to-text models, as plain transformers would give them."""
+"""Captions by tiny random image-to-text models, as plain transformers would give them, and by a backbone alone."""
 
 from __future__ import annotations
 
@@ -11,17 +11,18 @@ import torch
 import transformers
 from PIL import Image
 
+from clipadapt.backbones import Backbone, load_backbone
 from clipadapt.data import ImageItem
 from clipadapt.errors import BackboneError, ClipadaptError
-from clipadapt.sources.captioners import OPEN, Captioner, captioner, describe
-from tests.tiny import _word_tokenizer
+from clipadapt.sources.captioners import OPEN, PHRASES, ImageToText, Phrases, as_captioner, describe
+from tests.tiny import _word_tokenizer, tiny_clip
 
 SMALL = {"num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24, "hidden_size": 16}
 PROCESSOR = {"image_processor_type": "CLIPImageProcessor", "size": {"height": 32, "width": 32}, "do_center_crop": False}
 
 
 def save(model: torch.nn.Module, tokenizer, folder: Path) -> Path:
-    for name, parameter in model.named_parameters():  # larger than usual, so that pictures differ
+    for name, parameter in model.named_parameters():  # larger than usual, so that images differ
         if parameter.ndim > 1:
             torch.nn.init.normal_(parameter, std=0.5 if "embed" in name else 0.3)
     model.save_pretrained(folder)
@@ -71,12 +72,12 @@ def images() -> list[Image.Image]:
 
 
 def test_captions_are_the_models_own_whatever_the_batches(folder, images):
-    one_by_one = Captioner(folder, max_new_tokens=6, batch_size=1)(images)
+    one_by_one = ImageToText(folder, max_new_tokens=6, batch_size=1)(images)
     assert len(one_by_one) == 5
     assert all(sentence == sentence.strip() and "<" not in sentence and "[" not in sentence for sentence in one_by_one)
-    assert len(set(one_by_one)) > 1, "they tell of the picture"
+    assert len(set(one_by_one)) > 1, "they tell of the image"
     torch.manual_seed(7)  # global state must not matter
-    assert Captioner(folder, max_new_tokens=6, batch_size=3)(images) == one_by_one
+    assert ImageToText(folder, max_new_tokens=6, batch_size=3)(images) == one_by_one
     model = transformers.AutoModelForImageTextToText.from_pretrained(folder).eval()
     processor = transformers.AutoImageProcessor.from_pretrained(folder)
     pixels = processor(images=images, return_tensors="pt")["pixel_values"]
@@ -85,36 +86,61 @@ def test_captions_are_the_models_own_whatever_the_batches(folder, images):
     assert [sentence.strip() for sentence in plain] == one_by_one
 
 
-def test_grey_and_transparent_pictures_and_none(folder, images):
-    caption = Captioner(folder, max_new_tokens=4)
+def test_grey_and_transparent_images_and_none(folder, images):
+    caption = ImageToText(folder, max_new_tokens=4)
     assert caption([]) == []
     assert caption([images[0].convert("L")]) == caption([images[0].convert("L").convert("RGB")])
     assert len(caption([images[0].convert("RGBA")])) == 1
 
 
 def test_describe(folder, images):
-    items = [ImageItem(f"picture {i}", image) for i, image in enumerate(images)]
-    assert describe(str(folder), items) == Captioner(folder)(images)
+    items = [ImageItem(f"image {i}", image) for i, image in enumerate(images)]
+    assert describe(ImageToText(folder), items) == ImageToText(folder)(images)
     counts: list[int] = []
 
-    def size(pictures: list[Image.Image]) -> list[str]:
-        counts.append(len(pictures))
-        return [f"{picture.width} pixels" for picture in pictures]
+    def size(images: list[Image.Image]) -> list[str]:
+        counts.append(len(images))
+        return [f"{image.width} pixels" for image in images]
 
     assert describe(size, items * 20) == ["30 pixels"] * 100
     assert counts == [OPEN, 100 - OPEN], "few are open at a time"
     assert describe(size, []) == []
-    for wrong in (lambda pictures: "a" * len(pictures), lambda pictures: ["a"], lambda pictures: [1] * len(pictures)):
-        with pytest.raises(ClipadaptError, match="list of 5 strings for as many pictures"):
+    for wrong in (lambda images: "a" * len(images), lambda images: ["a"], lambda images: [1] * len(images)):
+        with pytest.raises(ClipadaptError, match="list of 5 strings for as many images"):
             describe(wrong, items)
 
 
+def test_phrases_are_the_most_similar_ones(images):
+    clip = load_backbone(tiny_clip())
+    phrases = ["a red cat", "a large house", "a small star"]
+    said = Phrases(clip, phrases)(images)
+    with torch.no_grad():
+        texts = clip.encode_texts(phrases)
+        for image, sentence in zip(images, said, strict=True):
+            assert sentence == phrases[int((texts @ clip.encode_images(clip.preprocess(image)[None])[0]).argmax())]
+    assert Phrases(clip)([]) == []
+    assert set(describe(Phrases(clip), [ImageItem("one", image) for image in images])) <= set(PHRASES)
+
+
+def test_where_captioners_come_from(folder, monkeypatch):
+    clip = load_backbone(tiny_clip())
+    assert isinstance(as_captioner("phrases", clip), Phrases)
+    for path in (folder, str(folder)):
+        found = as_captioner(path, clip)
+        assert (type(found), found.name, found.device) == (ImageToText, str(folder), clip.device)
+    assert as_captioner(len, clip) is len
+    for wrong in (3, None, ImageToText):
+        with pytest.raises(ClipadaptError, match=r'captioner is "phrases", a hub id or folder, or a callable .* not'):
+            as_captioner(wrong, clip)
+    monkeypatch.setattr(Backbone, "capabilities", property(lambda self: frozenset()))
+    with pytest.raises(BackboneError, match="Phrases needs texts"):
+        as_captioner("phrases", clip)
+
+
 def test_refused(tmp_path, images):
-    with pytest.raises(ClipadaptError, match=r"captioner is a function from PIL pictures to sentences, .* not 3"):
-        captioner(3)
     with pytest.raises(ClipadaptError, match="must be at least 1"):
-        Captioner("some/model", num_beams=0)
+        ImageToText("some/model", num_beams=0)
     (tmp_path / "config.json").write_text('{"model_type": "bert"}')
-    lazy = Captioner(tmp_path)  # not read until a picture comes
-    with pytest.raises(BackboneError, match="no image-to-text model that transformers can load"):
+    lazy = ImageToText(tmp_path)  # not read until an image comes
+    with pytest.raises(BackboneError, match="cannot be loaded as a captioner"):
         lazy(images)

@@ -15,7 +15,7 @@ from clipadapt.errors import BackboneError
 class Insertion:
     """Tokens that take part in a tower's computation; gradients reach them.
 
-    tokens  (n, W), the same for the whole batch, or (B, n, W), one set for each picture or text
+    tokens  (n, W), the same for the whole batch, or (B, n, W), one set for each image or text
     at      row of the first token in the sequence as it is afterwards, the others follow; in the vision tower it may
             be negative and then counts from the end. With "replace" also an int64 tensor of rows, (n,) or (B, n)
     layer   "input": the embeddings. A text row replaced there gets its position added like the word it stands for;
@@ -25,7 +25,7 @@ class Insertion:
             last block, then leave it: pooling sees the rows it was trained on (`ImageTokens.inserted` has the rest)
 
     CoOp:      text=[Insertion(ctx, at=1)], where the token ids hold n placeholder words behind the start token
-    CoCoOp:    the same with tokens (B * C, n, W) and the ids repeated for each picture
+    CoCoOp:    the same with tokens (B * C, n, W) and the ids repeated for each image
     VPT, deep: vision=[Insertion(p[0], at=-n, mode="insert")] + [Insertion(p[j], at=-n, layer=j) for j in 1, 2, ...]
     MaPLe:     VPT, and text=[Insertion(ctx, at=1)] + [Insertion(t[j], at=1, layer=j) for j in 1, 2, ...]
     MMRL:      [Insertion(r[0], at=1, layer=first, mode="insert")] + [Insertion(r[j], at=1, layer=first + j), ...]

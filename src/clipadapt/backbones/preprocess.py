@@ -1,4 +1,4 @@
-"""From a picture to the pixels a backbone was trained on: resize, centre crop, scale, normalise."""
+"""From an image to the pixels a backbone was trained on: resize, centre crop, scale, normalise."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
 class Preprocess:
     """The image transform of one backbone; equal bit for bit to the PIL image processors of `transformers`.
 
-    Two departures: SigLIP 2's flexible size becomes a square, and of a picture more than 100 times as long as wide
+    Two departures: SigLIP 2's flexible size becomes a square, and of an image more than 100 times as long as wide
     only the middle is resized, so that memory stays bounded.
 
     resize     shortest side in pixels (keeps the aspect ratio), or (height, width), or None
-    crop       (height, width) of the centre crop (black where the picture is smaller), or None
+    crop       (height, width) of the centre crop (black where the image is smaller), or None
     resample   PIL's number of the filter (2 bilinear, 3 bicubic)
     rescale    factor on the values 0..255
     mean, std  per RGB channel, after rescaling
@@ -72,14 +72,14 @@ class Preprocess:
             "image_std": list(self.std),
         }
 
-    def __call__(self, picture: Image.Image) -> torch.Tensor:
-        """A PIL picture of any mode -> (3, H, W) float32; transparency is laid on white."""
-        picture = to_rgb(picture)
+    def __call__(self, image: Image.Image) -> torch.Tensor:
+        """A PIL image of any mode -> (3, H, W) float32; transparency is laid on white."""
+        image = to_rgb(image)
         if isinstance(self.resize, int) and self.crop is not None:
-            picture = _bounded(picture)
+            image = _bounded(image)
         if self.resize is not None:
-            picture = picture.resize(_target_size(picture.size, self.resize), self.resample)
-        values = np.asarray(picture)  # (H, W, 3) uint8
+            image = image.resize(_target_size(image.size, self.resize), self.resample)
+        values = np.asarray(image)  # (H, W, 3) uint8
         if self.crop is not None:
             values = _centre_crop(values, *self.crop)
         table = _value_table(self.rescale, self.mean, self.std)
@@ -87,9 +87,9 @@ class Preprocess:
         return torch.from_numpy(np.stack(planes))
 
     def seen(self, size: tuple[int, int]) -> tuple[float, float, float, float]:
-        """Which part of a picture of `size` (width, height) is left: left, top, right, bottom, each a share in [0, 1].
+        """Which part of an image of `size` (width, height) is left: left, top, right, bottom, each a share in [0, 1].
 
-        Where the picture is smaller than the crop, all of it.
+        Where the image is smaller than the crop, all of it.
         """
         if self.crop is None:
             return 0.0, 0.0, 1.0, 1.0
@@ -98,15 +98,15 @@ class Preprocess:
         return 0.5 - across, 0.5 - down, 0.5 + across, 0.5 + down
 
 
-def to_rgb(picture: Image.Image) -> Image.Image:
+def to_rgb(image: Image.Image) -> Image.Image:
     """RGB, with any transparency composited on white."""
-    if picture.mode == "RGB" and picture.info.get("transparency") is None:
-        return picture
-    if "A" in picture.getbands() or picture.info.get("transparency") is not None:
-        layer = picture.convert("RGBA")
+    if image.mode == "RGB" and image.info.get("transparency") is None:
+        return image
+    if "A" in image.getbands() or image.info.get("transparency") is not None:
+        layer = image.convert("RGBA")
         white = Image.new("RGBA", layer.size, (255, 255, 255, 255))
-        picture = Image.alpha_composite(white, layer)
-    return picture.convert("RGB")
+        image = Image.alpha_composite(white, layer)
+    return image.convert("RGB")
 
 
 @lru_cache(maxsize=64)
@@ -120,18 +120,18 @@ def _value_table(rescale: float, mean: tuple[float, ...], std: tuple[float, ...]
     return (scaled - mean_) / std_  # (3, 256)
 
 
-def _bounded(picture: Image.Image) -> Image.Image:
-    """The middle of a picture more than 100 times as long as wide, whose enlargement could exhaust the memory."""
-    width, height = picture.size
+def _bounded(image: Image.Image) -> Image.Image:
+    """The middle of an image more than 100 times as long as wide, whose enlargement could exhaust the memory."""
+    width, height = image.size
     longest = 100 * min(width, height)
     if max(width, height) <= longest:
-        return picture
+        return image
     left, top = max(width - longest, 0) // 2, max(height - longest, 0) // 2
-    return picture.crop((left, top, left + min(width, longest), top + min(height, longest)))
+    return image.crop((left, top, left + min(width, longest), top + min(height, longest)))
 
 
 def _target_size(size: tuple[int, int], resize: int | tuple[int, int]) -> tuple[int, int]:
-    """PIL's (width, height) after resizing a picture of `size` (width, height)."""
+    """PIL's (width, height) after resizing an image of `size` (width, height)."""
     if not isinstance(resize, int):
         return resize[1], resize[0]
     width, height = size
@@ -140,7 +140,7 @@ def _target_size(size: tuple[int, int], resize: int | tuple[int, int]) -> tuple[
 
 
 def _centre_crop(values: np.ndarray, height: int, width: int) -> np.ndarray:
-    """(H, W, 3) -> (height, width, 3), zeros where the picture is too small."""
+    """(H, W, 3) -> (height, width, 3), zeros where the image is too small."""
     pad_h, pad_w = max(height - values.shape[0], 0), max(width - values.shape[1], 0)
     if pad_h or pad_w:
         before_h, before_w = -(-pad_h // 2), -(-pad_w // 2)

@@ -30,6 +30,7 @@ class TwoTowers(Model):
     encode_tokens  token ids (T, L) -> text features (T, D), of unit length unless `normalize` is off
     """
 
+    kind: ClassVar[str] = "backbone"  # as a fitted method has a kind, too
     aligned: ClassVar[bool] = True  # image and text features live in one space
     family: str
     processor: Any

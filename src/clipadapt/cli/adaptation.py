@@ -22,7 +22,7 @@ from clipadapt.files import is_model
 if TYPE_CHECKING:
     from clipadapt.backbones import Backbone
     from clipadapt.data import Dataset, MultiLabelDataset
-    from clipadapt.methods import Method
+    from clipadapt.methods import Classifier
 
 MAX_HELD_OUT = 2000  # pictures: the interval of an accuracy is then about two points to either side, or less
 
@@ -33,7 +33,7 @@ class Plan:
 
     target: Path
     shots: int = 16
-    method: Method | None = None  # None: compare and choose
+    method: Classifier | None = None  # None: compare and choose
     backbone: str | None = None
     templates: str = "photo"
     seed: int = 1
@@ -187,18 +187,13 @@ def note_duplicates(support: D, held_out: D) -> None:
 
 def compare(
     backbone: Backbone, support: Dataset | MultiLabelDataset, plan: Plan, frequencies: Sequence[float]
-) -> tuple[Method, dict[str, Any]]:
+) -> tuple[Classifier, dict[str, Any]]:
     """The best method inside the support set, unfitted, and the comparison for the document."""
-    from clipadapt.data import MultiLabelDataset
-    from clipadapt.evaluation.select_multi_label import select_multi_label
     from clipadapt.evaluation.selection import select
 
     common: Any = {"budget": plan.budget, "seed": plan.seed, "templates": plan.templates, "progress": note}
     with err.status(f"Comparing methods by cross-validation, at most {plan.budget:.0f} s"):
-        if isinstance(support, MultiLabelDataset):
-            selection = select_multi_label(backbone, support, **common)
-        else:
-            selection = select(backbone, support, frequencies=frequencies, **common)
+        selection = select(backbone, support, frequencies=frequencies, **common)
     trials = [
         {
             "method": trial.key,
@@ -216,7 +211,7 @@ def compare(
 
 
 def check(
-    model: Method, backbone: Backbone, support: Dataset | MultiLabelDataset, held_out: Any, templates: str
+    model: Classifier, backbone: Backbone, support: Dataset | MultiLabelDataset, held_out: Any, templates: str
 ) -> dict[str, Any] | None:
     """How good zero-shot and `model` are on held-out pictures; None where there are none."""
     from clipadapt.data import MultiLabelDataset
@@ -230,7 +225,7 @@ def check(
     return {"pictures": len(held_out), **scores}
 
 
-def _measured(model: Method, held_out: Dataset) -> dict[str, Any]:
+def _measured(model: Classifier, held_out: Dataset) -> dict[str, Any]:
     from clipadapt.metrics.classification import accuracy, wilson
 
     predicted = model.predict(held_out)
@@ -238,7 +233,7 @@ def _measured(model: Method, held_out: Dataset) -> dict[str, Any]:
     return {"accuracy": accuracy(held_out.labels, predicted), "interval": wilson(correct, len(held_out))}
 
 
-def _measured_sets(model: Method, held_out: MultiLabelDataset) -> dict[str, Any]:
+def _measured_sets(model: Classifier, held_out: MultiLabelDataset) -> dict[str, Any]:
     from clipadapt.metrics.multilabel import f1_scores, mean_average_precision
 
     scores = model.image_logits(held_out)[0]
@@ -246,8 +241,8 @@ def _measured_sets(model: Method, held_out: MultiLabelDataset) -> dict[str, Any]
     return {"mAP": mean_average_precision(held_out.targets, scores), "OF1": f1.overall, "CF1": f1.per_class}
 
 
-def settings(method: Method) -> dict[str, Any]:
+def settings(method: Classifier) -> dict[str, Any]:
     """The method's hyper-parameters as JSON values."""
-    from clipadapt.methods.artifact import recipe
+    from clipadapt.methods.recipe import recipe
 
     return recipe(method)["hyperparameters"]

@@ -174,7 +174,7 @@ def hash_bytes(data: bytes) -> str:
 def decode(data: bytes, name: str, least: int | None = None) -> Image.Image:
     """The image encoded in `data` as upright 8-bit RGB (see `to_rgb`); of an animation, the first frame.
 
-    With `least`, a JPEG is decoded at 1/2, 1/4 or 1/8 of its size where that leaves at least so many pixels a side.
+    With `least`, a JPEG is decoded at 1/2, 1/4 or 1/8 of its size where that leaves at least that many pixels a side.
     Raises `DataError` naming it when `data` is empty, truncated, corrupt, not an image, or above `MAX_PIXELS`.
     """
     if not data:

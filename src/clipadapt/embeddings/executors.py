@@ -6,19 +6,16 @@ the others are made, and the next run makes those that are missing.
 
 from __future__ import annotations
 
-import multiprocessing
-import threading
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from collections.abc import Callable, Generator
 from contextlib import closing
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
-
-from joblib import cpu_count
 
 from clipadapt.embeddings.format import check_same, describe, encode_shard, parts_in, read_marker
 from clipadapt.embeddings.listing import Listing
 from clipadapt.errors import ClipadaptError
+from clipadapt.jobs import Processes, RayWorkers, side_by_side, threads_each
 
 Row = dict[str, Any]  # of a part: shard, and either rows and skipped, or error
 Tell = Callable[[str], None]
@@ -86,16 +83,17 @@ def encode_shards(
     if not missing:
         return rows
     jobs = min(jobs, len(missing))
-    made: Iterator[Row]
+    made: Generator[Row, None, None]
     if ray is None and jobs == 1:
         worker = Worker(job, tower=tower)
-        made = map(worker.run, missing)
+        made = (worker(shard) for shard in missing)
     else:
         del tower  # each worker has its own
-        made = _side_by_side(_OnRay(ray, job, jobs, gpus) if ray else _Processes(job, jobs), missing, jobs)
-    for row in made:
-        rows.append(row)
-        tell(one_line(row, job.shards))
+        made = _side_by_side(job, missing, jobs, ray, gpus)
+    with closing(made):
+        for row in made:
+            rows.append(row)
+            tell(one_line(row, job.shards))
     return sorted(rows, key=lambda row: row["shard"])
 
 
@@ -120,7 +118,7 @@ class Worker:
         self._tower = job.load() if tower is None else tower
         self._options = ({} if threads is None else {"workers": threads}) | job.options
 
-    def run(self, shard: int) -> Row:
+    def __call__(self, shard: int) -> Row:
         """Make a part; what went wrong is in the row."""
         job = self._job
         try:
@@ -133,106 +131,13 @@ class Worker:
         return {"shard": shard, "rows": state["rows"], "skipped": len(state["skipped"])}
 
 
-def _side_by_side(run: Any, shards: list[int], jobs: int) -> Iterator[Row]:
-    """Rows as their parts end; each of the `jobs` threads drives a worker of its own."""
-    pool = ThreadPoolExecutor(jobs)
-    with closing(run):
-        try:
-            for future in as_completed([pool.submit(run, shard) for shard in shards]):
-                yield future.result()
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
-
-
-class _Processes:
-    """Local processes, one for each thread that calls; one that dies is replaced."""
-
-    def __init__(self, job: Job, jobs: int) -> None:
-        self._context = multiprocessing.get_context("spawn")
-        self._job, self._threads = job, max(1, cpu_count() // jobs)
-        self._own = threading.local()
-        self._started: list[Any] = []
-
-    def __call__(self, shard: int) -> Row:
-        if getattr(self._own, "process", None) is None:
-            self._own.pipe, there = self._context.Pipe()
-            self._own.process = self._context.Process(
-                target=_serve, args=(there, self._job, self._threads), daemon=True
-            )
-            self._own.process.start()
-            self._started.append(self._own.process)
-            there.close()
-        try:
-            self._own.pipe.send(shard)
-            return self._own.pipe.recv()
-        except (EOFError, OSError):
-            process, self._own.process = self._own.process, None
-            process.join()
-            code = process.exitcode
-            return {"shard": shard, "error": f"its process ended (exit code {code}), perhaps for lack of memory"}
-
-    def close(self) -> None:
-        for process in self._started:
-            process.kill()
-
-
-def _serve(pipe: Any, job: Job, threads: int) -> None:
-    try:
-        worker = Worker(job, threads)
-        while True:
-            pipe.send(worker.run(pipe.recv()))
-    except (EOFError, KeyboardInterrupt):
-        return
-
-
-class _OnRay:
-    """Actors of a Ray cluster, one for each thread that calls; one that dies is replaced."""
-
-    def __init__(self, address: str, job: Job, jobs: int, gpus: int) -> None:
-        try:
-            import ray
-        except ImportError:
-            raise ClipadaptError('Running on Ray needs an extra: pip install "clipadapt[ray]".') from None
-        self._ray, self._started = ray, not ray.is_initialized()
-        if self._started:
-            cores = max(jobs, cpu_count())
-            own: dict[str, Any] = {"num_cpus": cores, "include_dashboard": False} if address == "local" else {}
-            try:
-                ray.init(address, log_to_driver=False, **own)
-            except (ConnectionError, RuntimeError, ValueError) as error:
-                raise ClipadaptError(f"Ray cannot be reached at {address!r}: {error}") from None
-        machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-        self._threads = _threads_each(machines, jobs, gpus)
-        if not self._threads:  # Ray would wait for ever
-            self.close()
-            what = "a core and a GPU each" if gpus else "a core each"
-            raise ClipadaptError(f"The Ray cluster has no room for {jobs} workers with {what}; ask for fewer jobs.")
-        self._actor = ray.remote(num_cpus=self._threads, num_gpus=gpus, max_restarts=0)(Worker)
-        self._job = ray.put(job)
-        self._own = threading.local()
-
-    def __call__(self, shard: int) -> Row:
-        if getattr(self._own, "worker", None) is None:
-            self._own.worker = self._actor.remote(self._job, self._threads)
-        try:
-            return self._ray.get(self._own.worker.run.remote(shard))
-        except self._ray.exceptions.RayError as error:
-            self._own.worker = None
-            return {"shard": shard, "error": " ".join(f"{type(error).__name__}: {error}".split())[:300]}
-
-    def close(self) -> None:
-        if self._started:
-            self._ray.shutdown()
-
-
-def _threads_each(machines: list[dict[str, float]], jobs: int, gpus: int) -> int:
-    """The most cores that each of `jobs` workers can have, none of them spread over machines; 0 if there is no room."""
-
-    def room(cores: int) -> int:
-        return sum(
-            int(min(machine.get("CPU", 0) // cores, machine.get("GPU", 0) // gpus if gpus else jobs))
-            for machine in machines
-        )
-
-    most = int(max((machine.get("CPU", 0) for machine in machines), default=0))
-    return next((cores for cores in range(most, 0, -1) if room(cores) >= jobs), 0)
+def _side_by_side(job: Job, shards: list[int], jobs: int, ray: str | None, gpus: int) -> Generator[Row, None, None]:
+    """Rows as their parts end."""
+    run: Any
+    if ray is None:
+        run = Processes(partial(Worker, job, threads_each(jobs)))
+    else:
+        run = RayWorkers(ray, partial(Worker, job), jobs=jobs, gpus=gpus)
+    with closing(run), closing(side_by_side(run, {shard: shard for shard in shards}, jobs)) as results:
+        for shard, row in results:
+            yield {"shard": shard} | row

@@ -63,7 +63,7 @@ def encode_shard(
     tell.
 
     Args:
-        backbone: encodes the pictures: a `Backbone`, or `Method.image_tower()` of an adapted model.
+        backbone: encodes the pictures: a `Backbone`, or the `encoder` of an adapted model.
         images: all pictures, the same in every call: what `as_items` or `list_pictures` gives.
         out: folder that the n calls share, or its URL; parts for a URL are made on this machine and then copied.
         shard: (i, n) with 0 <= i < n.

@@ -22,7 +22,7 @@ from clipadapt.backbones import Backbone
 from clipadapt.data import Dataset
 from clipadapt.errors import ClipadaptError, unknown_name
 from clipadapt.evaluation import protocols as package
-from clipadapt.methods import Method
+from clipadapt.methods import Method, TrainingData
 from clipadapt.metrics.calibration import confidences, expected_calibration_error, risk_coverage
 from clipadapt.metrics.classification import accuracy, macro_accuracy, per_class
 
@@ -71,13 +71,17 @@ def options(key: str) -> dict[str, Any]:
     return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
 
 
+def check(method: Method, backbone: Backbone, data: TrainingData | None = None, **needs: bool) -> None:
+    """Raise `NotApplicable` where the method cannot run here; see `Method.why_not`."""
+    reason = method.why_not(backbone, data, **needs)
+    if reason is not None:
+        raise NotApplicable(reason)
+
+
 def fit(method: Method, backbone: Backbone, support: Dataset | None, **more: Any) -> tuple[Method, float]:
     """The fitted method, and the seconds that it learned; what learns nothing gets the support's class names alone."""
-    missing = method.card.requires - backbone.capabilities
-    if missing:
-        raise NotApplicable(f"{method.card.key} needs a backbone with {', '.join(sorted(missing))}.")
-    if method.card.signal == "unlabelled" and more.get("unlabelled") is None:
-        raise NotApplicable(f"{method.card.key} learns from unlabelled pictures, and here are none.")
+    names = more.get("class_names")
+    check(method, backbone, TrainingData.of(support, more.get("val"), more.get("unlabelled"), names, None))
     if method.card.signal == "none" and support is not None:
         more = {"class_names": support.class_names}
         support = None

@@ -1,9 +1,10 @@
-"""Which method suits these pictures? Cross-validation inside the support set; no other picture is looked at.
+"""Which method suits these images? Cross-validation inside the support set; no other image is looked at.
 
 Every registered method that fits the data and the backbone is tried with each setting of its `search_space`. All
-settings of a method run over the folds side by side, and one that is clearly behind the leader on the same pictures
+settings of a method run over the folds side by side, and one that is clearly behind the leader on the same images
 (paired, two standard errors) is dropped, so most of the time goes to those that matter. A method that would exceed
-the budget is stopped as soon as its own progress reports show it, and named.
+the budget is stopped as soon as its own progress reports show it, and named. Images that each show any number of
+classes are judged by mean average precision in each fold, and no setting is dropped.
 """
 
 from __future__ import annotations
@@ -19,21 +20,27 @@ from typing import Any
 import numpy as np
 
 from clipadapt.backbones import Backbone
-from clipadapt.data import Dataset
+from clipadapt.data import Dataset, MultiLabelDataset
 from clipadapt.data.splits import stratified_folds
 from clipadapt.errors import ClipadaptError
 from clipadapt.features import encode_classes, encode_images
-from clipadapt.methods import FeatureMethod, Method, create, list_methods, method_class
-from clipadapt.methods.base import Report
+from clipadapt.methods import Method, TrainingData, create, list_methods, method_class, why_not
+from clipadapt.methods.registry import card
 from clipadapt.metrics.classification import wilson
+from clipadapt.training.loop import Report
+
+# What is taken where one image of each class leaves none to hold out: it trains nothing, and its published setting is
+# good at one shot.
+UNJUDGED = "tip-adapter"
 
 
 @dataclass(frozen=True)
 class Trial:
-    """A method with its best setting, judged on pictures of the support set that it had not seen.
+    """A method with its best setting, judged on images of the support set that it had not seen.
 
-    `accuracy` is in [0, 1] with its 95 % `interval`; both are None where one picture a class allows no judgement.
-    `seconds` is the time of all its fits and predictions.
+    `accuracy` is in [0, 1] with its 95 % `interval`; both are None where one image of each class allows no judgement.
+    Where images have several labels, it is the mean of the folds' average precisions, without an interval. `seconds` is
+    the time of all its fits and predictions.
     """
 
     key: str
@@ -43,7 +50,7 @@ class Trial:
     seconds: float
     trained_parameters: int
 
-    def create(self) -> Method:
+    def create(self) -> Any:
         """The method with this setting, not fitted."""
         return create(self.key, **self.hyperparameters)
 
@@ -68,7 +75,7 @@ def settings(cls: type[Method]) -> list[dict[str, Any]]:
 
 
 def contenders(hits: dict[int, np.ndarray]) -> list[int]:
-    """Of settings with their hits (V,) on the same pictures, those not clearly behind the leader.
+    """Of settings with their hits (V,) on the same images, those not clearly behind the leader.
 
     A setting goes when its paired deficit exceeds two standard errors (McNemar: |losses - wins| > 2 sqrt(l + w)).
     """
@@ -79,9 +86,9 @@ def contenders(hits: dict[int, np.ndarray]) -> list[int]:
 
 def select(
     backbone: Backbone,
-    support: Dataset,
+    support: Dataset | MultiLabelDataset,
     *,
-    keys: list[str] | None = None,
+    keys: Sequence[str] | None = None,
     budget: float = 60.0,
     folds: int = 5,
     seed: int = 1,
@@ -90,24 +97,41 @@ def select(
     overrides: Mapping[str, dict[str, Any]] = MappingProxyType({}),
     progress: Callable[[str], None] | None = None,
 ) -> Selection:
-    """Judge methods (all, or those in `keys`) on `support` within `budget` seconds, and choose the best.
+    """Judge methods on `support` within a budget, and choose the best.
 
-    `frequencies` (C,) says how often each class occurs where the model will be used: accuracies are then those to
-    expect there, while without it every picture of the support set counts the same. `overrides` fixes hyper-parameters
-    by method; the others take the values of their search space. Each method may take a few times its equal share of the
-    time; those that need more are tried again with what is left at the end. Ties go to the earlier one in the order of
-    the table: what trains nothing comes first. With one picture a class nothing can be held out, and Tip-Adapter with
-    its published setting is taken unjudged.
+    zero-shot is always judged. Each method may take a few times its equal share of the time; those that need more are
+    tried again with what is left at the end. Ties go to the earlier one in the order of the table: what trains nothing
+    comes first. With one image of each class none can be held out, and `UNJUDGED` is taken with its published setting.
+
+    Args:
+        support: labelled images; of several labels, methods that take them are judged by mean average precision.
+        keys: the methods to try; all if None.
+        budget: seconds for everything.
+        folds: at most as many as the largest class has images.
+        seed: of the folds.
+        templates: of the class texts, for all methods.
+        frequencies: (C,) how often each class occurs where the model will be used; accuracies are then those to expect
+            there, while without it every image of the support set counts the same. For one label an image only.
+        overrides: fixed hyper-parameters by method; the others take the values of its search space.
+        progress: gets a line for each method that ends.
     """
     tell = progress or (lambda line: None)
-    k = min(folds, max(support.counts))
-    if k < 2:
-        trials = [Trial(key, {"templates": templates}, None, None, 0.0, 0) for key in ("zero-shot", "tip-adapter")]
-        reason = "one picture a class leaves none to judge by, so Tip-Adapter runs with its published setting"
-        return Selection(trials, trials[-1], reason, [])
+    judge: _Judge | _SetJudge
+    if isinstance(support, MultiLabelDataset):
+        keys = [key for key in keys or list_methods() if card(key).multi_label]
+        k, measure, best_is = min(folds, len(support)), "mAP ", "has the highest mAP"
+    else:
+        k, measure, best_is = min(folds, max(support.counts)), "", "is best"
+        if k < 2:
+            trials = [Trial(key, {"templates": templates}, None, None, 0.0, 0) for key in ("zero-shot", UNJUDGED)]
+            reason = f"one image of each class leaves none to judge by, so {UNJUDGED} runs with its published setting"
+            return Selection(trials, trials[-1], reason, [])
 
     end = time.perf_counter() + budget
-    judge = _Judge(backbone, support, k, seed, templates, overrides, frequencies)
+    if isinstance(support, MultiLabelDataset):
+        judge = _SetJudge(backbone, support, k, seed, templates, overrides)
+    else:
+        judge = _Judge(backbone, support, k, seed, templates, overrides, frequencies)
     found = {"zero-shot": judge("zero-shot", until=math.inf)}  # whatever the budget: it is what the others must beat
     order = [key for key in order_of(keys) if key != "zero-shot"]
     refused: dict[str, str] = {}
@@ -121,7 +145,7 @@ def select(
             share = (end - now) * min(1.0, generosity / (len(waiting) - number))
             try:
                 found[key] = judge(key, until=now + share)
-                tell(f"{key}: {100 * (found[key].accuracy or 0):.1f} % in {found[key].seconds:.1f} s")
+                tell(f"{key}: {measure}{100 * (found[key].accuracy or 0):.1f} % in {found[key].seconds:.1f} s")
             except OverBudget as error:
                 late[key] = str(error)
             except (ClipadaptError, FloatingPointError) as error:  # this data or this backbone does not suit it
@@ -133,21 +157,23 @@ def select(
     skipped = refused | late
     trials = [found[key] for key in ["zero-shot", *order] if key in found]
     best, zero_shot = max(trials, key=lambda t: t.accuracy or 0), trials[0]
-    reason = f"{best.key} is best on {len(support):,} pictures of the support set, each held out once in {k} folds"
+    reason = f"{best.key} {best_is} on {len(support):,} images of the support set, each held out once in {k} folds"
     if best is zero_shot:
-        reason = f"no method did better than zero-shot on {len(support):,} pictures of the support set"
+        reason = f"no method did better than zero-shot on {len(support):,} images of the support set"
     elif best.interval and zero_shot.interval and best.interval[0] <= zero_shot.interval[1]:
-        reason += "; its lead over zero-shot may be chance, so few pictures tell little"
+        reason += "; its lead over zero-shot may be chance, so few images tell little"
     return Selection(trials, best, reason, [(key, skipped[key]) for key in order if key in skipped])
 
 
 class _Judge:
     """Cross-validates one method after the other on the same folds of one support set, encoded once."""
 
+    folds: Sequence[Any]
+
     def __init__(
         self,
         backbone: Backbone,
-        support: Dataset,
+        support: Any,
         k: int,
         seed: int,
         templates: Any,
@@ -159,7 +185,7 @@ class _Judge:
         self.texts = encode_classes(backbone, support.class_names, templates)  # (C, D)
         self.labels = np.array(support.labels)  # (N,)
         self.folds = [np.array(rows) for rows in stratified_folds(support.labels, k, seed)]
-        judged = self.labels[np.concatenate(self.folds)]  # (N,) in the order of judgement
+        judged = self.labels[np.concatenate(self.folds)]  # (N,) in the order in which they are judged
         counts = np.bincount(judged, minlength=len(support.class_names))
         self.weights = np.ones(len(judged)) if frequencies is None else (np.array(frequencies) / counts.clip(1))[judged]
 
@@ -169,9 +195,9 @@ class _Judge:
         Raises `OverBudget` when not even one setting can be judged, and the winner refitted, before `until`.
         """
         cls = method_class(key)
-        missing = cls.card.requires - self.backbone.capabilities
-        if missing:
-            raise ClipadaptError(f"needs a backbone with {', '.join(sorted(missing))}")
+        reason = why_not(cls.card, self.backbone, TrainingData(self.support, class_names=self.support.class_names))
+        if reason is not None:
+            raise ClipadaptError(reason)
         begun = time.perf_counter()
         if begun >= until:
             raise OverBudget("no time was left")
@@ -184,42 +210,78 @@ class _Judge:
             for c in hits:
                 fit_begun = time.perf_counter()
                 model = self._fit(key, combos[c], held_out, stop_when_late(fits_after, until))
-                hits[c] = np.append(hits[c], self._predict(model, held_out) == self.labels[held_out])
+                hits[c] = np.append(hits[c], self._found(model, held_out))
                 parameters = model.trained_parameters
                 longest = max(longest, time.perf_counter() - fit_begun)
                 if time.perf_counter() + longest * (fits_after + 1) > until:
                     reached = len(hits[c])
                     hits = {s: h for s, h in hits.items() if len(h) == reached}
                     break  # no time for the settings that were not reached
-            hits = {c: hits[c] for c in contenders(hits)}
+            hits = {c: hits[c] for c in self._contenders(hits)}
             if time.perf_counter() + longest * (len(hits) * (fits_after - 1) + 1) > until:
                 leader = max(hits, key=lambda c: self.weights[: len(hits[c])] @ hits[c])
                 hits = {leader: hits[leader]}
-        w = self.weights
-        best = max(hits, key=lambda c: w @ hits[c])
-        total = w.sum() ** 2 / (w @ w)  # as many pictures of equal weight would tell as much (Kish)
-        correct = (w @ hits[best]) * total / w.sum()
-        return Trial(
-            key,
-            {"templates": self.templates} | combos[best],
-            correct / total,
-            wilson(correct, total),
-            time.perf_counter() - begun,
-            parameters,
-        )
+        best = max(hits, key=lambda c: self.weights[: len(hits[c])] @ hits[c])
+        accuracy, interval = self._estimate(hits[best])
+        setting = {"templates": self.templates} | combos[best]
+        return Trial(key, setting, accuracy, interval, time.perf_counter() - begun, parameters)
 
-    def _fit(self, key: str, setting: dict[str, Any], held_out: np.ndarray, watch: Report) -> Method:
+    def _found(self, model: Method, held_out: Any) -> np.ndarray:
+        """What counts for a setting: hits (V,)."""
+        return self._predict(model, held_out) == self.labels[held_out]
+
+    def _contenders(self, hits: dict[int, np.ndarray]) -> list[int]:
+        return contenders(hits)
+
+    def _estimate(self, hits: np.ndarray) -> tuple[float, tuple[float, float] | None]:
+        """Accuracy with its interval, from the hits (N,) on all folds."""
+        w = self.weights
+        total = w.sum() ** 2 / (w @ w)  # as many images of equal weight would tell as much (Kish)
+        correct = (w @ hits) * total / w.sum()
+        return correct / total, wilson(correct, total)
+
+    def _fit(self, key: str, setting: dict[str, Any], held_out: Any, watch: Report) -> Method:
         rows = np.setdiff1d(np.arange(len(self.labels)), held_out)
         method = create(key, **{"templates": self.templates} | setting)
-        if isinstance(method, FeatureMethod):
+        if sees_features(key):
             x, y = self.features[rows], self.labels[rows]
             return method.fit_features(x, y, self.texts, self.backbone.logit_scale, report=watch)
         return method.fit(self.backbone, self.support.select(rows), report=watch)
 
     def _predict(self, model: Method, rows: np.ndarray) -> np.ndarray:
-        if isinstance(model, FeatureMethod):
+        if sees_features(model.card.key):
             return np.asarray(model.logits(self.features[rows])).argmax(1)
         return model.predict(self.support.select(rows))
+
+
+class _SetJudge(_Judge):
+    """The same for images that each show any number of classes: a fold gives one figure, its mean average precision."""
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        support: MultiLabelDataset,
+        k: int,
+        seed: int,
+        templates: Any,
+        overrides: Mapping[str, dict[str, Any]],
+    ) -> None:
+        self.backbone, self.support, self.templates, self.overrides = backbone, support, templates, overrides
+        self.folds = support.folds(k, seed)  # (train, held out)
+        self.weights = np.ones(k)
+
+    def _fit(self, key: str, setting: dict[str, Any], held_out: Any, watch: Report) -> Method:
+        return create(key, **{"templates": self.templates} | setting).fit(self.backbone, held_out[0], report=watch)
+
+    def _found(self, model: Method, held_out: Any) -> np.ndarray:
+        """(1,) the fold's figure, or (0,) where none of its images has a label."""
+        return np.array([model.score(held_out[1])] if held_out[1].targets.any() else [])
+
+    def _contenders(self, hits: dict[int, np.ndarray]) -> list[int]:
+        return list(hits)
+
+    def _estimate(self, hits: np.ndarray) -> tuple[float, tuple[float, float] | None]:
+        return float(np.mean(hits)) if len(hits) else 0.0, None
 
 
 def stop_when_late(fits_after: int, until: float) -> Report:
@@ -236,24 +298,24 @@ def stop_when_late(fits_after: int, until: float) -> Report:
     return watch
 
 
-def order_of(keys: list[str] | None) -> list[str]:
+def order_of(keys: Sequence[str] | None) -> list[str]:
     """zero-shot first, then what trains nothing, feature methods, and last what runs the towers.
 
     Without `keys`, all methods but those that need more than a labelled support set.
     """
 
     def cost(key: str) -> tuple[bool, bool, bool, str]:
-        cls = method_class(key)
-        return key != "zero-shot", not issubclass(cls, FeatureMethod), cls.card.trains != "nothing", key
+        return key != "zero-shot", not sees_features(key), card(key).trains != "", key
 
     if keys is None:
-        keys = [key for key in list_methods() if method_class(key).card.signal != "unlabelled"]
+        known = [card(key) for key in list_methods()]
+        keys = [one.key for one in known if one.task == "classifier" and one.signal != "unlabelled"]
     return sorted({"zero-shot", *keys}, key=cost)
 
 
 def sees_features(key: str) -> bool:
     """Whether a method needs only features, which are there already."""
-    return issubclass(method_class(key), FeatureMethod)
+    return card(key).kind == "features"
 
 
 def duration(seconds: float) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol
 
 import torch
 
@@ -12,7 +12,6 @@ from clipadapt.data import Item
 from clipadapt.errors import ClipadaptError
 
 
-@runtime_checkable
 class Encoder(Protocol):
     """What `encode_images` needs. A backbone is one; prompted towers, views and the like wrap one.
 
@@ -26,13 +25,26 @@ class Encoder(Protocol):
         aligned: whether features live in one space with the model's texts.
     """
 
-    source: str
-    dim: int
-    device: torch.device
-    image_size: tuple[int, int]
-    fingerprint: str
-    image_fingerprint: str
-    aligned: bool
+    @property
+    def source(self) -> str: ...
+
+    @property
+    def dim(self) -> int: ...
+
+    @property
+    def device(self) -> torch.device: ...
+
+    @property
+    def image_size(self) -> tuple[int, int]: ...
+
+    @property
+    def fingerprint(self) -> str | None: ...
+
+    @property
+    def image_fingerprint(self) -> str | None: ...
+
+    @property
+    def aligned(self) -> bool: ...
 
     def prepare(self, item: Item) -> torch.Tensor:
         """Decode and transform one item, (3, H, W) for an image; called in workers."""

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from clipadapt.errors import ClipadaptError
 from clipadapt.methods.artifact import save
@@ -34,6 +34,11 @@ class Method:
     search_space: ClassVar[dict[str, Sequence[Any]]] = {}
 
     templates: Any = hyper("photo", "prompt templates of the class names: a set's name, template(s), file or mapping")
+
+    if TYPE_CHECKING:  # a kind asks what only its task has, and the other way round
+        kind: ClassVar[str]
+
+        def __getattr__(self, name: str) -> Any: ...
 
     def __post_init__(self) -> None:
         for name, value in self.settings.items():
@@ -95,13 +100,17 @@ class Method:
 
     def _open(self, model: Any, data: TrainingData) -> None:
         """Refuse what cannot work, and remember what the method is fitted on."""
-        reason = why_not(dataclasses.replace(self.card, signal=self._signal), model, data)
+        reason = self.why_not(model, data)
         if reason is not None:
             raise ClipadaptError(reason)
         self.backbone_: Any = model
         self.origin_: dict[str, str] | None = None
         if model is not None:
             self.origin_ = {"source": model.source, "fingerprint": model.fingerprint}
+
+    def why_not(self, model: Any = None, data: TrainingData | None = None, **needs: bool) -> str | None:
+        """Why this method cannot run here, as one sentence, or None; see `training_data.why_not`."""
+        return why_not(dataclasses.replace(self.card, signal=self._signal), model, data, **needs)
 
     @property
     def _signal(self) -> str:

@@ -34,7 +34,9 @@ def load(folder: str | Path, backbone: Backbone | None = None) -> Any:
     return _restored(config, tensors, str(folder), backbone)
 
 
-def _restored(config: dict[str, Any], tensors: dict[str, Tensor], where: str, backbone: Backbone | None) -> Any:
+def _restored(
+    config: dict[str, Any], tensors: dict[str, Tensor], where: str, backbone: Backbone | None, device: Any = "cpu"
+) -> Any:
     """The fitted method of a configuration, whose wrapped ones may have been fitted on other backbones."""
     method, nested = from_recipe(config), {}
     for name, value in config["learned"].items():
@@ -51,23 +53,24 @@ def _restored(config: dict[str, Any], tensors: dict[str, Tensor], where: str, ba
         else:
             setattr(method, name, tensor)
     method.origin_ = config["backbone"]
-    backbone = _backbone_for(config["backbone"], where, backbone)
+    backbone = _backbone_for(config["backbone"], where, backbone, device)
+    device = device if backbone is None else backbone.device
     for name, configs in nested.items():
         inner = []
         for number, one in enumerate(configs):
             prefix = f"{name}.{number}."
             own = {path.removeprefix(prefix): tensor for path, tensor in tensors.items() if path.startswith(prefix)}
             same = one["backbone"] is not None and one["backbone"] == config["backbone"]
-            inner.append(_restored(one, own, where, backbone if same else None))
+            inner.append(_restored(one, own, where, backbone if same else None, device))
         setattr(method, name, inner)
     method._restore(backbone)
     return method
 
 
-def _backbone_for(origin: dict[str, str] | None, where: str, backbone: Backbone | None) -> Backbone | None:
+def _backbone_for(origin: dict[str, str] | None, where: str, backbone: Backbone | None, device: Any) -> Backbone | None:
     if origin is None:
         return None
-    backbone = backbone or load_backbone(origin["source"])
+    backbone = backbone or load_backbone(origin["source"], device)
     if backbone.fingerprint != origin["fingerprint"]:
         raise ArtifactError(
             f"{where} was adapted from the backbone {origin['source']!r} ({origin['fingerprint'][:12]}), and "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any
 
@@ -44,6 +44,11 @@ class TrainingData:
         names = None if class_names is None else list(class_names)
         return cls(support, val, unlabelled, names, task)
 
+    def with_more(self, more: Dataset) -> TrainingData:
+        """The same with the labelled images of `more`, whose class names are those of the support set, added to it."""
+        items, labels = [*self.support.items, *more.items], [*self.support.labels, *more.labels]
+        return replace(self, support=replace(self.support, items=items, labels=labels, domains=None))
+
     @property
     def labelled(self) -> int:
         """The number of labelled examples to learn from."""
@@ -58,7 +63,12 @@ class TrainingData:
 
 
 def why_not(
-    card: Card, model: Any = None, data: TrainingData | None = None, *, new_classes: bool = False
+    card: Card,
+    model: Any = None,
+    data: TrainingData | None = None,
+    *,
+    new_classes: bool = False,
+    from_labels: bool = False,
 ) -> str | None:
     """Why the method cannot run here, as one sentence; None where it can.
 
@@ -67,6 +77,7 @@ def why_not(
         model: the backbone that it would be fitted on, or None if that is not in question.
         data: what it would learn from, or None if that is not in question.
         new_classes: whether it must serve classes that it has not learned.
+        from_labels: whether it must learn from labels.
     """
     key = card.key
     if model is not None and (missing := card.requires - model.capabilities):
@@ -74,6 +85,8 @@ def why_not(
         return f"{key} needs a backbone with {', '.join(sorted(missing))}; {model.source} has {has}."
     if new_classes and not (card.new_classes or card.signal == "none"):
         return f"{key} cannot be applied to new classes."
+    if from_labels and card.signal != "labels":
+        return f"{key} does not learn from labels."
     return None if data is None else _why_not_data(card, data)
 
 

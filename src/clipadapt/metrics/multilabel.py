@@ -38,7 +38,7 @@ def mean_average_precision(targets: ArrayLike, scores: ArrayLike) -> float:
 def best_threshold(targets: ArrayLike, scores: ArrayLike) -> float:
     """The threshold t for which predicting `scores >= t` has the highest overall F1, among all that there are.
 
-    It lies midway between the lowest score that it accepts and the next one below; of equally good ones it is the
+    It is midway between the lowest score that it accepts and the next one below; of equally good ones it is the
     highest. Choose it on support or validation images, never on those that are tested. Without a positive it raises
     ValueError.
     """
@@ -104,7 +104,7 @@ def top_k_predictions(scores: ArrayLike, k: int) -> np.ndarray:
     """(N, C) bool: the `k` highest classes of each image, of equals the first; ValueError unless 1 <= k <= C."""
     _, values = checked(scores, scores)
     if not 1 <= k <= values.shape[1]:
-        raise ValueError(f"k must lie between 1 and the number of classes ({values.shape[1]}), not {k}")
+        raise ValueError(f"k must be between 1 and the number of classes ({values.shape[1]}), not {k}")
     predicted = np.zeros(values.shape, dtype=bool)
     np.put_along_axis(predicted, np.argsort(-values, axis=1, kind="stable")[:, :k], True, axis=1)
     return predicted

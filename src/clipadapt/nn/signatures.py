@@ -11,7 +11,7 @@ from clipadapt.errors import ClipadaptError
 
 
 def log_signature(images: Tensor, texts: Tensor, temperature: float) -> Tensor:
-    """log p (N, C) of unit features (N, D) and texts (C, D): which classes a picture resembles. Cosines, not logits."""
+    """log p (N, C) of unit features (N, D) and texts (C, D): which classes an image resembles. Cosines, not logits."""
     return (images.double() @ texts.double().T / temperature).log_softmax(dim=1)
 
 
@@ -33,7 +33,7 @@ def divergence_classifier(keys: Tensor, values: Tensor) -> Tensor:
 
 
 def common_range(keys: Tensor, affinities: Sequence[tuple[float, Tensor, Tensor]]) -> float:
-    """(range of affinities) / (range of divergences) over all pairs of two different support pictures; 0 if all agree.
+    """(range of affinities) / (range of divergences) over all pairs of two different support images; 0 if all agree.
 
     keys (N, S) log signatures; an affinity is the sum of weight * a @ b' over the given (weight, a (N, D), b (N, D)).
     """
@@ -57,5 +57,23 @@ def official_affinity(divergences: Tensor, low: float, high: float, batch: int) 
     divergences = divergences * kept[:, None]
     near, far = divergences.min(), divergences.max()
     if far == near:
-        raise ClipadaptError(f'scaling="official" needs at least {batch} different pictures at a time.')
+        raise ClipadaptError(f'scaling="official" needs at least {batch} different images at a time.')
     return -((divergences - near) / (far - near) * (high - low) + low)
+
+
+def official_logits(
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    affinity: Tensor,
+    batch: int,
+    ends: Sequence[float] | None = None,
+) -> Tensor:
+    """Minus the divergences summed by class (M, C), brought to `ends`, or else to the range of the affinities (M, N).
+
+    queries (M, S), keys (N, S) log signatures, values (N, C) one-hot.
+    """
+    if len(queries) == 0:
+        return affinity @ values
+    low, high = ends or (float(affinity.min()), float(affinity.max()))
+    return official_affinity(divergence(queries, keys), low, high, batch).to(affinity.dtype) @ values

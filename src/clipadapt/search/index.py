@@ -28,12 +28,11 @@ from clipadapt.embeddings import Embeddings
 from clipadapt.errors import ArtifactError, ClipadaptError, unknown_name
 from clipadapt.features.retrieval import top
 from clipadapt.files import written_aside
-from clipadapt.methods import Method, load
+from clipadapt.methods import load
 from clipadapt.search.stores.registry import STORES, open_store
 from clipadapt.search.where import Where
 
 if TYPE_CHECKING:
-    from clipadapt.backbones import Backbone
     from clipadapt.search.stores.store import VectorStore
 
 FORMAT = 1  # raised when an older version of the library could not read index.json any more
@@ -77,7 +76,7 @@ class Index:
             self.check(self._given)
 
     @classmethod
-    def open(cls, folder: str | Path, model: Backbone | Method | str | Path | None = None) -> Index:
+    def open(cls, folder: str | Path, model: Any | str | Path | None = None) -> Index:
         """The embeddings in `folder` with the store that was made of them.
 
         Args:
@@ -104,7 +103,7 @@ class Index:
         return cls(embeddings, store, state["store"], model)
 
     @cached_property
-    def model(self) -> Backbone | Method:
+    def model(self) -> Any:
         """What encodes queries: a backbone or an adapted model."""
         if self._given is not None:
             return self._given
@@ -121,18 +120,15 @@ class Index:
     @property
     def adapts_texts(self) -> bool:
         """Whether the model reads texts otherwise than the backbone it was adapted from."""
-        model = self.model
-        if not isinstance(model, Method) or model.backbone_ is None or model.origin_ is None:
-            return False
-        own = type(model).encode_texts is not Method.encode_texts
-        return own or model.backbone_.fingerprint != model.origin_["fingerprint"]
+        return self.model.kind != "backbone" and self.model.adapts_texts
 
-    def check(self, model: Backbone | Method) -> None:
+    def check(self, model: Any) -> None:
         """Raise `ArtifactError` unless `model` sees pictures as they were embedded."""
-        if isinstance(model, Method) and model._fitted("backbone_") is None:
+        adapted = model.kind != "backbone"
+        if adapted and model.backbone_ is None:
             raise ArtifactError(f"This {model.card.key} was fitted on features: it has no text tower to search with.")
-        if model.image_fingerprint != self.embeddings.image_fingerprint:
-            what = f"This {model.card.key} model" if isinstance(model, Method) else model.source
+        if model.encoder.image_fingerprint != self.embeddings.image_fingerprint:
+            what = f"This {model.card.key} model" if adapted else model.source
             raise ArtifactError(
                 f"{what} sees pictures otherwise than the model that {self.embeddings.folder} was embedded with: "
                 "embed them with it, by `clipadapt embed PHOTOS --model MODEL --out NEW` (of a backbone, --backbone)."
@@ -174,7 +170,7 @@ class Index:
     def _judged(self, name: str) -> tuple[np.ndarray, np.ndarray]:
         """Of a class the probabilities (N,), and what orders as they do but tells apart those that round to 0 or 1."""
         model = self.model
-        if not isinstance(model, Method):
+        if model.kind == "backbone":
             raise ClipadaptError(f"Classes are searched for with an adapted model, and {model.source} is a backbone.")
         if name not in model.class_names_:
             raise unknown_name("class of this model", name, model.class_names_)

@@ -11,16 +11,16 @@ import torch
 from clipadapt.data import as_items
 from clipadapt.errors import ClipadaptError
 from clipadapt.features import encode_images
+from clipadapt.features.encoder import in_text_space
 
 if TYPE_CHECKING:
-    from clipadapt.backbones import Backbone
-    from clipadapt.methods.base import Method
+    pass
 
 Weighted = str | tuple[str, float]
 
 
 def query_vector(
-    model: Backbone | Method,
+    model: Any,
     texts: str | Sequence[Weighted] = (),
     images: Any = (),
     minus: str | Sequence[Weighted] = (),
@@ -58,8 +58,7 @@ def query_vector(
             features.append(model.encode_texts(sentences).float().cpu())  # (T, D)
     if pictures:
         items = as_items([picture for picture, _ in pictures])
-        tower: Any = getattr(model, "image_tower", lambda: model)()
-        features.append(encode_images(tower, items, cache=False).features)  # (P, D)
+        features.append(encode_images(in_text_space(model.encoder), items, cache=False).features)  # (P, D)
     total = torch.tensor(weights, dtype=torch.float32) @ torch.cat(features)  # (D,)
     length = float(total.norm())
     if not length > 1e-4 * sum(map(abs, weights)):

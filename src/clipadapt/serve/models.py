@@ -26,7 +26,7 @@ from clipadapt.data.items import hash_bytes
 from clipadapt.errors import ArtifactError, ClipadaptError, unknown_name
 from clipadapt.features import encode_images
 from clipadapt.features.encoder import in_text_space
-from clipadapt.methods import Method, load
+from clipadapt.methods import load
 from clipadapt.methods.artifact import origin_of
 from clipadapt.search.query import query_vector
 from clipadapt.serve.limits import check_picture, open_picture
@@ -84,19 +84,24 @@ class Served:
     """
 
     id: str
-    model: Method | Backbone
+    model: Any
     revision: str
     tower: Tower | None
     image_fingerprint: str
 
     @property
+    def method(self) -> Any:
+        """The adapted model; None where a backbone is served as it is."""
+        return None if self.model.kind == "backbone" else self.model
+
+    @property
     def backbone(self) -> Backbone:
         """The towers, adapted where the model adapts them."""
-        return self.model.backbone_ if isinstance(self.model, Method) else self.model
+        return self.model if self.method is None else self.model.backbone_
 
     @property
     def class_names(self) -> list[str]:
-        return self.model.class_names_ if isinstance(self.model, Method) else []
+        return [] if self.method is None else self.method.class_names_
 
     def prepare(self, picture: Picture, max_pixels: int) -> Pixels | BytesItem:
         """What the tasks below take of a picture; decoded here, unless the method wants to do that itself."""
@@ -113,7 +118,7 @@ class Served:
 
     def describe(self) -> dict[str, Any]:
         """What clients are told; of the backbone's folder only the name, since paths are the server's own."""
-        method = self.model if isinstance(self.model, Method) else None
+        method = self.method
         origin = method.origin_ if method is not None else None  # of a plain backbone, what it is itself
         source = origin["source"] if origin is not None else self.backbone.source
         return {
@@ -144,7 +149,6 @@ class Classify:
         features = self.tower.features([pixels for pixels, _ in items])  # (B, K)
         answers: dict[int, Tensor] = {}
         for served in dict.fromkeys(served for _, served in items):
-            assert isinstance(served.model, Method)
             rows = [row for row, (_, asked) in enumerate(items) if asked is served]
             with torch.no_grad():
                 probabilities = served.model.probabilities(served.model.head.logits(features[rows]))  # (len(rows), C)
@@ -159,7 +163,6 @@ class ClassifyWhole:
     served: Served
 
     def __call__(self, items: Sequence[tuple[BytesItem, Served]]) -> list[Tensor]:
-        assert isinstance(self.served.model, Method)
         logits, _ = self.served.model.image_logits([picture for picture, _ in items])
         return list(self.served.model.probabilities(logits))
 
@@ -252,7 +255,6 @@ class Explain:
         model = self.served.model
         if not why.is_class:
             return model.encode_texts([why.text])[0]
-        assert isinstance(model, Method)
         return model.encode_class(why.text)
 
 
@@ -365,7 +367,7 @@ class Models:
         return self._backbones[origin["fingerprint"]]
 
 
-def _tower(model: Method) -> Tower | None:
+def _tower(model: Any) -> Tower | None:
     """The image tower whose features the method's classifier takes; None if it looks at the images themselves."""
     encoder = model.encoder
     if model.head is None:

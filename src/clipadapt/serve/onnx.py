@@ -32,7 +32,7 @@ from clipadapt.errors import ArtifactError, ClipadaptError
 from clipadapt.files import written_aside
 
 if TYPE_CHECKING:
-    from clipadapt.methods import Method
+    from clipadapt.methods import Classifier
 
 FORMAT = 1
 TOLERANCE = 1e-4  # largest difference to torch: of a feature, and of a logit relative to the largest one
@@ -40,10 +40,10 @@ _TEXTS = ("a cat", "a photo of two red circles")
 
 
 class _Image(nn.Module):
-    def __init__(self, method: Method) -> None:
+    def __init__(self, method: Classifier) -> None:
         super().__init__()
         # No modules: their weights are constants of the graph, and the logit scale is a number.
-        self.encode, self.logits = method.encoder.encode, method.head.logits
+        self.encode, self.logits = method.encoder.encode, method.head.logits  # type: ignore[union-attr]
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         features = self.encode(pixels)  # (N, D)
@@ -53,7 +53,7 @@ class _Image(nn.Module):
 class _Text(nn.Module):
     """`Backbone.encode_tokens` without its cut to the longest text, which depends on the values."""
 
-    def __init__(self, method: Method) -> None:
+    def __init__(self, method: Classifier) -> None:
         super().__init__()
         backbone: Any = method.backbone_
         self.model, self.pad, self.padding = backbone.model, backbone._pad_id, backbone._family.padding
@@ -71,7 +71,7 @@ class _Text(nn.Module):
         return nn.functional.normalize(self.model.get_text_features(**inputs).pooler_output, dim=-1)
 
 
-def export_onnx(method: Method, folder: Path | str, *, int8: bool = False) -> Path:
+def export_onnx(method: Classifier, folder: Path | str, *, int8: bool = False) -> Path:
     """Write a fitted method as ONNX; every graph is run and compared with torch before the folder counts as written.
 
     Raises:
@@ -197,7 +197,7 @@ class OnnxModel:
         return self._text.run(None, {"ids": ids})[0]
 
 
-def _texts_are_plain(method: Method) -> bool:
+def _texts_are_plain(method: Classifier) -> bool:
     """Whether free texts go through the towers in `backbone_` and nothing else, and a tokenizer can be written."""
     backbone: Any = method.backbone_
     return method.plain_texts and "texts" in backbone.capabilities and hasattr(backbone.tokenizer, "backend_tokenizer")

@@ -1,18 +1,18 @@
-"""Where in a picture are the things named? Detectors: open-vocabulary ones of `transformers`, and one without any.
+"""Where in an image are the things named? Open-vocabulary detectors of `transformers`, and one without a model.
 
-A detector is any callable (picture, names) -> boxes (n, 4), scores (n,), which name (n,): see `Detections`. Methods
-call it through `detect`, so one of the caller's own may answer in lists, numpy or torch, in any order.
+A detector is any callable (image, names) -> boxes (n, 4), scores (n,), which name (n,): see `Detections`. Methods call
+it through `detect`, so a caller's own may answer in lists, numpy or torch, in any order.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -22,20 +22,19 @@ from safetensors import SafetensorError
 from torch import Tensor
 from torch.nn.functional import max_pool2d, normalize
 
+from clipadapt.backbones import Backbone
 from clipadapt.backbones.families import first_line, load_tokenizer, quiet
 from clipadapt.backbones.preprocess import Preprocess
 from clipadapt.errors import BackboneError, ClipadaptError
 
-if TYPE_CHECKING:
-    from clipadapt.backbones.backbone import Backbone
-
 
 class Detections(NamedTuple):
-    """What was found in a picture, best first.
+    """What was found in an image, best first.
 
-    boxes   (n, 4) float32: left, top, right, bottom in pixels of the picture
-    scores  (n,) float32
-    names   (n,) int64: positions in the list of names
+    Attributes:
+        boxes: (n, 4) float32: left, top, right, bottom in pixels of the image.
+        scores: (n,) float32.
+        names: (n,) int64: positions in the list of names.
     """
 
     boxes: Tensor
@@ -51,15 +50,16 @@ class Detections(NamedTuple):
 Detector = Callable[[Image.Image, Sequence[str]], tuple[Any, Any, Any]]
 
 
-def detect(detector: Detector, picture: Image.Image, names: Sequence[str]) -> Detections:
-    """What `detector` finds, checked: boxes are cut to the picture and left out where nothing of them remains.
+def detect(detector: Detector, image: Image.Image, names: Sequence[str]) -> Detections:
+    """What `detector` finds, checked: boxes are cut to the image and left out where nothing of them remains.
 
-    Raises ClipadaptError where the answer is not three arrays of n rows, or a box or score is not finite.
+    Raises:
+        ClipadaptError: the answer is not three arrays of n rows, or a box or score is not finite.
     """
     try:
         boxes, scores, which = (
             part.detach().cpu() if isinstance(part, Tensor) else torch.from_numpy(np.array(part))
-            for part in detector(picture, names)
+            for part in detector(image, names)
         )
     except (TypeError, ValueError) as error:
         raise ClipadaptError(
@@ -75,29 +75,37 @@ def detect(detector: Detector, picture: Image.Image, names: Sequence[str]) -> De
         raise ClipadaptError("A detector answered with a box or score that is not finite.")
     if len(which) and (which.is_floating_point() or int(which.min()) < 0 or int(which.max()) >= len(names)):
         raise ClipadaptError(f"A detector's names are ints from 0 to {len(names) - 1}, positions in the list of names.")
-    return _ordered(picture, boxes, scores, which.long())
+    return _ordered(image, boxes, scores, which.long())
 
 
-def _ordered(picture: Image.Image, boxes: Tensor, scores: Tensor, names: Tensor) -> Detections:
-    """Best first, ties as they came; boxes cut to the picture, without those of which nothing remains."""
-    boxes = boxes.clamp(min=0).minimum(torch.tensor([picture.width, picture.height] * 2))
+def _ordered(image: Image.Image, boxes: Tensor, scores: Tensor, names: Tensor) -> Detections:
+    """Best first, ties as they came; boxes cut to the image, without those of which nothing remains."""
+    boxes = boxes.clamp(min=0).minimum(torch.tensor([image.width, image.height] * 2))
     kept = (boxes[:, 2:] > boxes[:, :2]).all(1).nonzero()[:, 0]
     order = kept[scores[kept].sort(descending=True, stable=True).indices]
     return Detections(boxes[order], scores[order], names[order])
 
 
-def as_detector(source: str | Path | Detector, backbone: Backbone) -> Detector:
-    """ "saliency": the backbone itself; another string: a `ZeroShotDetector`; a callable: that one.
+def as_detector(value: Any, backbone: Backbone) -> Detector:
+    """The detector that `value` stands for.
 
-    Raises ClipadaptError for anything else, and for "saliency" where the backbone lacks what it takes.
+    Args:
+        value: "saliency", the patches of `backbone`; another string or a path, the hub id or folder of a
+            `ZeroShotDetector`; or a `Detector`, which stays as it is.
+        backbone: what "saliency" looks with, and where a model is put.
+
+    Raises:
+        BackboneError: "saliency" needs what the backbone lacks.
+        ClipadaptError: it is something else.
     """
-    if source == "saliency":
-        return Saliency(backbone)
-    if isinstance(source, str | Path):
-        return ZeroShotDetector(source, device=backbone.device)
-    if callable(source):
-        return source
-    raise ClipadaptError(f'A detector is "saliency", a hub id or folder, or a callable, not {source!r}.')
+    if isinstance(value, str | os.PathLike):
+        return Saliency(backbone) if value == Saliency.name else ZeroShotDetector(value, device=backbone.device)
+    if callable(value) and not isinstance(value, type):
+        return value
+    raise ClipadaptError(
+        'A detector is "saliency", a hub id or folder, or a callable (image, names) -> boxes, scores, names, '
+        f"not {value!r}."
+    )
 
 
 # -- detectors of transformers ---------------------------------------------------------------------------------------
@@ -110,24 +118,31 @@ class ZeroShotDetector:
     Every pair of a box and a name is a detection, so that each name has its best box, even where another name suits
     that box better.
 
-    source     hub id or folder of an OWL-ViT, OWLv2, Grounding DINO or MM Grounding DINO
-    device     where it runs
-    threshold  least score, in [0, 1]; at 0 everything counts, and each name has a box
-    template   words around a name; without it the form that the family was trained on: "a photo of a {}" for OWL,
-               the lower-case name and a full stop for Grounding DINO
+    Args:
+        source: hub id or folder of an OWL-ViT, OWLv2, Grounding DINO or MM Grounding DINO.
+        device: where it runs.
+        threshold: least score, in [0, 1]; at 0 everything counts, and each name has a box.
+        template: words around a name; without it the form that the family was trained on: "a photo of a {}" for OWL,
+            the lower-case name and a full stop for Grounding DINO.
 
-    Raises BackboneError naming the source when it is missing, incomplete, or of a family that is not known.
+    Raises:
+        BackboneError: when called, if the source is missing, incomplete, or of an unknown family.
     """
 
-    source: str | Path
+    source: str | os.PathLike[str]
     device: str | torch.device = "cpu"
     threshold: float = 0.0
     template: str | None = None
 
+    @property
+    def name(self) -> str:
+        """The hub id or folder."""
+        return os.fspath(self.source)
+
     @cached_property
     def _parts(self) -> tuple[Any, Any, Any]:
         """Model, image processor and tokenizer."""
-        source = str(self.source)
+        source = self.name
         try:
             with quiet():
                 kind = transformers.AutoConfig.from_pretrained(source).model_type
@@ -146,20 +161,20 @@ class ZeroShotDetector:
         return model.eval().requires_grad_(False).to(self.device), processor, load_tokenizer(source)
 
     @torch.no_grad()
-    def __call__(self, picture: Image.Image, names: Sequence[str]) -> Detections:
+    def __call__(self, image: Image.Image, names: Sequence[str]) -> Detections:
         model, processor, _ = self._parts
         if not names:
             return _nothing()
         family = model.config.model_type
-        pixels = processor(images=[picture.convert("RGB")], return_tensors="pt")
+        pixels = processor(images=[image.convert("RGB")], return_tensors="pt")
         scores, boxes = _FAMILIES[family](self, {k: v.to(model.device) for k, v in pixels.items()}, names)
-        width, height = picture.size
-        if family == "owlv2":  # sees the picture in the upper left corner of a square
-            width = height = max(picture.size)
-        centre, size = boxes[:, :2].cpu(), boxes[:, 2:].cpu()  # shares of the picture
+        width, height = image.size
+        if family == "owlv2":  # sees the image in the upper left corner of a square
+            width = height = max(image.size)
+        centre, size = boxes[:, :2].cpu(), boxes[:, 2:].cpu()  # shares of the image
         boxes = torch.cat([centre - size / 2, centre + size / 2], 1) * torch.tensor([width, height] * 2)  # (Q, 4)
         rows, which = (scores.cpu() >= self.threshold).nonzero(as_tuple=True)
-        return _ordered(picture, boxes[rows], scores.cpu()[rows, which], which)
+        return _ordered(image, boxes[rows], scores.cpu()[rows, which], which)
 
     def _owl(self, pixels: dict[str, Tensor], names: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Scores (Q, T) of Q boxes for T names, and the boxes (Q, 4)."""
@@ -231,33 +246,38 @@ class Saliency:
     """A detector without a model of its own: regions of a backbone's patches, named by their likeness to the texts.
 
         odd_p   = 1 - cos(x_p, mean x)       patch features x of the last block with q-q and k-k attention
-        regions = connected parts of {p : odd_p, scaled to [0, 1] over the picture, >= threshold}
+        regions = connected parts of {p : odd_p, scaled to [0, 1] over the image, >= threshold}
         score   = mean over the region's patches of cos(x_p, text of the name)
 
     Every pair of a region and a name is a detection. Boxes are as coarse as patches, touching things are one region,
-    and a picture without background has no good one: it is what there is where no detector can be had. The whole
-    picture is looked at, at its own shape and `zoom` squared times as many patches as the backbone was trained on.
+    and an image without background has no good one: a stand-in for where no detector is available. The whole image is
+    looked at, in its own shape and with `zoom` squared times as many patches as the backbone was trained on.
 
-    threshold  of the regions, in (0, 1)
-    zoom       1 is the trained resolution
-    template   words around a name
+    Args:
+        backbone: what looks.
+        threshold: of the regions, in (0, 1).
+        zoom: 1 is the trained resolution.
+        template: words around a name.
 
-    Raises BackboneError where the backbone has no patch features, no access to attention or no tokenizer.
+    Raises:
+        BackboneError: the backbone has no patch features, no access to attention or no tokenizer.
     """
+
+    name: ClassVar[str] = "saliency"
 
     def __init__(
         self, backbone: Backbone, *, threshold: float = 0.3, zoom: float = 2.0, template: str = "a photo of a {}."
     ) -> None:
         missing = {"attention", "patches", "texts"} - backbone.capabilities
         if missing or not isinstance(backbone.preprocess, Preprocess):
-            lacks = ", ".join(sorted(missing)) or "a picture transform that can be resized"
+            lacks = ", ".join(sorted(missing)) or "an image transform that can be resized"
             raise BackboneError(f"Saliency needs {lacks}, which {backbone.source} lacks; name another detector.")
         self.backbone, self.threshold, self.zoom, self.template = backbone, threshold, zoom, template
         self._texts: dict[str, Tensor] = {}
 
     @torch.no_grad()
-    def __call__(self, picture: Image.Image, names: Sequence[str]) -> Detections:
-        patches = self.patches(picture)  # (h, w, D)
+    def __call__(self, image: Image.Image, names: Sequence[str]) -> Detections:
+        patches = self.patches(image)  # (h, w, D)
         height, width = patches.shape[:2]
         oddness = 1 - patches @ normalize(patches.mean((0, 1)), dim=0)  # (h, w)
         low, high = oddness.aminmax()
@@ -266,20 +286,20 @@ class Saliency:
             return _nothing()
         likeness = patches @ self.texts(names).T  # (h, w, T)
         scores = torch.stack([likeness[region].mean(0) for region in regions])  # (R, T)
-        scale = torch.tensor([picture.width / width, picture.height / height] * 2)
+        scale = torch.tensor([image.width / width, image.height / height] * 2)
         boxes = torch.stack([_bounds(region) for region in regions]) * scale  # (R, 4)
         rows = torch.arange(len(regions)).repeat_interleave(len(names))
-        return _ordered(picture, boxes[rows], scores.flatten(), torch.arange(len(names)).repeat(len(regions)))
+        return _ordered(image, boxes[rows], scores.flatten(), torch.arange(len(names)).repeat(len(regions)))
 
-    def patches(self, picture: Image.Image) -> Tensor:
-        """Unit features of a picture's patches, (h, w, D) on the CPU."""
+    def patches(self, image: Image.Image) -> Tensor:
+        """Unit features of an image's patches, (h, w, D) on the CPU."""
         size, backbone = self.backbone.patch_size, self.backbone
         count = self.zoom**2 * backbone.image_size[0] * backbone.image_size[1] / size**2
-        rows = min(max(round(math.sqrt(count * picture.height / picture.width)), 1), round(count))
+        rows = min(max(round(math.sqrt(count * image.height / image.width)), 1), round(count))
         columns = max(round(count / rows), 1)
         whole = dataclasses.replace(backbone.preprocess, resize=(rows * size, columns * size), crop=None)  # type: ignore[type-var]
         with backbone.attention("qq+kk"):
-            encoded = backbone.encode_images(whole(picture)[None], tokens=True)
+            encoded = backbone.encode_images(whole(image)[None], tokens=True)
         return encoded.patches[0].view(*encoded.grid, -1).float().cpu()
 
     def texts(self, names: Sequence[str]) -> Tensor:

@@ -1,9 +1,9 @@
-"""Where support pictures come from when there are only class names: given, drawn, retrieved from a pool, or generated.
+"""Images of classes that are known by name only: given, drawn, retrieved from a pool, or generated.
 
 The two ways of SuS-X (arXiv 2211.16198), as the official repository vishaal27/SuS-X has them: `Retrieved` is SuS-LC
-over a pool of one's own in place of LAION-5B, `Generated` is SuS-SD with any text-to-image pipeline of `diffusers`.
+over the user's own pool in place of LAION-5B, `Generated` is SuS-SD with any text-to-image pipeline of `diffusers`.
 
-    source = Retrieved("any pictures, unsorted")         # or Generated("CompVis/stable-diffusion-v1-4")
+    source = Retrieved("unsorted/")                      # or Generated("CompVis/stable-diffusion-v1-4")
     support = support_of(source, backbone, ["cat", "dog"], per_class=16, seed=1)
 """
 
@@ -12,54 +12,47 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from hashlib import blake2b
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import Any, ClassVar, Protocol
 
 import torch
 from PIL import Image
 
+from clipadapt.backbones import Backbone
 from clipadapt.data import Dataset, FileItem, ImageItem, Item, as_items, class_texts, image_folder, picture_files
+from clipadapt.data.playground import KINDS, Playground
 from clipadapt.errors import ClipadaptError, DataError
 from clipadapt.features.classes import encode_classes
 from clipadapt.features.encode import encode_images
 from clipadapt.files import written_aside
 
-if TYPE_CHECKING:
-    from clipadapt.backbones import Backbone
-
-OTHER_WORLD = 1_000_000  # added to a seed, so that the playground never draws pictures of a data set made of it
+OTHER_WORLD = 1_000_000  # added to a seed, so that the playground never draws the images of a data set made of it
 
 Prompts = Mapping[str, Sequence[str]]
 
 
-@runtime_checkable
 class ImageSource(Protocol):
-    """Anything that finds or makes pictures of classes that are known by name."""
+    """Anything that finds or makes images of classes that are known by name."""
 
-    def pictures(
-        self,
-        backbone: Backbone,
-        class_names: Sequence[str],
-        per_class: int,
-        seed: int,
-        prompts: Prompts | None = None,
+    def __call__(
+        self, class_names: Sequence[str], per_class: int, seed: int, prompts: Prompts | None = None
     ) -> Dataset:
-        """Pictures of `class_names`, about `per_class` of each; there may be others, under further class names.
+        """Images of `class_names`, about `per_class` of each; there may be others, under further class names.
 
-        The same arguments give the same pictures. `prompts`, {class name: sentences}, take the place of the source's
-        own sentences, if it has such; where a picture is made from one sentence, that is the picture's name.
+        The same arguments give the same images. `prompts`, {class name: sentences}, take the place of the source's
+        own sentences, if it has such; where an image is made from one sentence, that is the image's name.
         """
-        ...
 
 
-def image_source(value: Any) -> ImageSource:
+def as_image_source(value: Any, backbone: Backbone) -> ImageSource:
     """The source that `value` stands for.
 
     Args:
-        value: a `Dataset`; the path of a folder with one sub-folder per class; "playground", pictures drawn by
-            `clipadapt.data.playground.drawing`; or an `ImageSource`.
+        value: a `Dataset`; the path of a folder with one sub-folder per class; "playground", images drawn by
+            `clipadapt.data.playground.drawing`; or an `ImageSource`, which stays as it is.
+        backbone: what a `Retrieved` that names no backbone looks with, and whose image size is drawn.
 
     Raises:
         DataError: the folder does not exist, or is not divided into classes.
@@ -68,12 +61,14 @@ def image_source(value: Any) -> ImageSource:
     if isinstance(value, Dataset):
         return Given(value)
     if isinstance(value, str | os.PathLike):
-        return Drawn() if value == "playground" else Given(image_folder(value))
-    if isinstance(value, ImageSource) and not isinstance(value, type):
+        return Drawn(max(32, *backbone.image_size)) if value == Drawn.name else Given(image_folder(value))
+    if isinstance(value, Retrieved) and value.backbone is None:
+        return replace(value, backbone=backbone)
+    if callable(value) and not isinstance(value, type):
         return value
     raise ClipadaptError(
-        'A source of pictures is a Dataset, a folder of classes, "playground" or an object with a method pictures(), '
-        f"not {value!r}."
+        'An image source is a Dataset, a folder of classes, "playground", or a callable (class_names, per_class, seed, '
+        f"prompts) -> Dataset, not {value!r}."
     )
 
 
@@ -85,17 +80,19 @@ def support_of(
     seed: int,
     prompts: Prompts | None = None,
 ) -> Dataset:
-    """The pictures that `source` (what `image_source` takes) has of `class_names`, labelled in their order.
+    """The images that `source` (what `as_image_source` takes) has of `class_names`, labelled in their order.
 
     Raises:
-        ClipadaptError: it has no picture of one of them.
+        ClipadaptError: it has no image of one of them, or does not answer with a data set.
     """
-    data = image_source(source).pictures(backbone, class_names, per_class, seed, prompts)
+    data = as_image_source(source, backbone)(class_names, per_class, seed, prompts)
+    if not isinstance(data, Dataset):
+        raise ClipadaptError(f"An image source must give a Dataset, not {type(data).__name__}.")
     shown = {name for name, count in zip(data.class_names, data.counts, strict=True) if count}
     missing = [name for name in class_names if name not in shown]
     if missing:
         raise ClipadaptError(
-            f"The source {data.name} has no picture of {', '.join(map(repr, missing))}; it has pictures of "
+            f"The source {data.name} has no image of {', '.join(map(repr, missing))}; it has images of "
             f"{', '.join(map(repr, sorted(shown))) or 'nothing'}."
         )
     return data.only(class_names)
@@ -103,70 +100,82 @@ def support_of(
 
 @dataclass(frozen=True)
 class Given:
-    """Labelled pictures that are there already: all of them, however many."""
+    """Labelled images that are there already: all of them, however many."""
 
     data: Dataset
 
     @property
     def name(self) -> str:
+        """That of the data set."""
         return self.data.name
 
-    def pictures(
-        self, backbone: Backbone, class_names: Sequence[str], per_class: int, seed: int, prompts: Prompts | None = None
+    def __call__(
+        self, class_names: Sequence[str], per_class: int, seed: int, prompts: Prompts | None = None
     ) -> Dataset:
         return self.data
 
 
 @dataclass(frozen=True)
 class Drawn:
-    """Pictures that `clipadapt.data.playground.drawing` draws: of few kinds of things, others are refused."""
+    """Images that `clipadapt.data.playground.drawing` draws, `size` pixels wide: of few kinds of things.
 
-    name: str = "playground"
+    Raises:
+        ClipadaptError: when called, if a class is not among these.
+    """
 
-    def pictures(
-        self, backbone: Backbone, class_names: Sequence[str], per_class: int, seed: int, prompts: Prompts | None = None
+    name: ClassVar[str] = "playground"
+
+    size: int
+
+    def __call__(
+        self, class_names: Sequence[str], per_class: int, seed: int, prompts: Prompts | None = None
     ) -> Dataset:
-        from clipadapt.data.playground.drawing import KINDS, Playground
-
         unknown = [name for name in class_names if name not in KINDS]
         if unknown:
             raise ClipadaptError(
                 f"Of these classes the playground cannot draw {', '.join(map(repr, unknown))}; it draws "
-                f"{', '.join(KINDS)}. Give a data set or a folder of pictures."
+                f"{', '.join(KINDS)}. Give a data set or a folder of images."
             )
-        size = max(32, *backbone.image_size)
-        return Playground(size=size, kinds=tuple(sorted(class_names)), seed=OTHER_WORLD + seed).dataset(per_class)
+        return Playground(size=self.size, kinds=tuple(sorted(class_names)), seed=OTHER_WORLD + seed).dataset(per_class)
 
 
 @dataclass(frozen=True)
 class Retrieved:
-    """Of a pool of pictures, for each class those most similar to its text feature.
+    """Of a pool of images, for each class those most similar to its text feature.
 
-    pool       what `clipadapt.data.as_items` takes, or a folder; labels are not looked at, of copies one is used
-    templates  of the sentences whose mean feature a class is sought by (see `clipadapt.data.class_texts`)
-    name       what it is called in messages
+    An image may serve several classes. Nothing is random.
 
-    A picture may serve several classes. Nothing is random.
+    Args:
+        pool: what `clipadapt.data.as_items` takes, or a folder; labels are not looked at, of copies one is used.
+        templates: of the sentences whose mean feature a class is sought by (see `clipadapt.data.class_texts`).
+        name: what it is called in messages.
+        backbone: what looks; without it, the one that a method is fitted on.
+
+    Raises:
+        DataError: when called, if the pool holds fewer images than are asked for.
     """
 
     pool: Any = field(repr=False)
     templates: Any = "photo"
     name: str = "retrieved"
+    backbone: Backbone | None = field(default=None, repr=False)
 
-    def pictures(
-        self, backbone: Backbone, class_names: Sequence[str], per_class: int, seed: int, prompts: Prompts | None = None
+    def __call__(
+        self, class_names: Sequence[str], per_class: int, seed: int, prompts: Prompts | None = None
     ) -> Dataset:
+        if self.backbone is None:
+            raise ClipadaptError("Retrieved compares features, so it needs backbone=.")
         pool = self.pool
         if isinstance(pool, str | os.PathLike) and os.path.isdir(pool):
             pool = picture_files(pool)
         items = list({item.digest(): item for item in reversed(as_items(pool))}.values())[::-1]
         if len(items) < per_class:
             raise DataError(
-                f"The pool {self.name!r} holds {len(items)} different pictures; {per_class} of each class are asked "
+                f"The pool {self.name!r} holds {len(items)} different images; {per_class} of each class are asked "
                 "for, so give a larger pool or a smaller per_class."
             )
-        texts = encode_classes(backbone, class_names, self.templates if prompts is None else prompts)  # (C, D)
-        similarity = texts @ encode_images(backbone, items).features.T  # (C, P)
+        texts = encode_classes(self.backbone, class_names, self.templates if prompts is None else prompts)  # (C, D)
+        similarity = texts @ encode_images(self.backbone, items).features.T  # (C, P)
         nearest = similarity.sort(dim=1, descending=True, stable=True).indices[:, :per_class]  # (C, per_class)
         chosen = [items[row] for row in nearest.flatten().tolist()]
         labels = [label for label in range(len(class_names)) for _ in range(per_class)]
@@ -175,18 +184,22 @@ class Retrieved:
 
 @dataclass
 class Generated:
-    """Pictures that a text-to-image pipeline of `diffusers` makes of sentences, kept for as long as this object lives.
+    """Images that a text-to-image pipeline of `diffusers` makes of sentences, kept for as long as this object lives.
 
-    pipeline    such a pipeline, or the folder or hub id of one (needs the extra [diffusers])
-    templates   of the sentences (see `clipadapt.data.class_texts`); a class's are taken in turn
-    settings    what the pipeline is called with besides prompts and generators (defaults: SuS-SD's)
-    folder      where to keep the pictures, as PNG files in a sub-folder per class; what is there is not made again
-    batch_size  pictures per call of the pipeline (SuS-SD: 5)
-    device      where a pipeline that is loaded goes; one that is given stays where it is
+    Each image has its own `torch.Generator` on the CPU, seeded by `seed`, class, sentence and its number, so that it
+    depends neither on the batch nor on the order of classes. What the pipeline's safety checker blackens is left out.
 
-    Each picture has a `torch.Generator` of its own on the CPU, seeded by `seed`, class, sentence and its number, so
-    that it depends neither on the batch nor on the order of classes. What the pipeline's safety checker blackens is
-    left out. A saved model keeps this source's name only.
+    Args:
+        pipeline: such a pipeline, or the folder or hub id of one (needs the extra [diffusers]).
+        templates: of the sentences (see `clipadapt.data.class_texts`); a class's are taken in turn.
+        settings: what the pipeline is called with in addition to prompts and generators (defaults: SuS-SD's).
+        folder: where to keep the images, as PNG files in a sub-folder per class; what is there is not made again.
+        batch_size: images per call of the pipeline (SuS-SD: 5).
+        device: where a pipeline that is loaded goes; one that is given stays where it is.
+
+    Raises:
+        ClipadaptError: the pipeline or the batch size is not one; when called, if the pipeline cannot be loaded or
+            does not answer as one of diffusers.
     """
 
     pipeline: Any
@@ -209,12 +222,13 @@ class Generated:
 
     @property
     def name(self) -> str:
+        """That of the pipeline."""
         if callable(self.pipeline):
             return getattr(self.pipeline, "name_or_path", None) or type(self.pipeline).__name__
         return os.fspath(self.pipeline)
 
-    def pictures(
-        self, backbone: Backbone, class_names: Sequence[str], per_class: int, seed: int, prompts: Prompts | None = None
+    def __call__(
+        self, class_names: Sequence[str], per_class: int, seed: int, prompts: Prompts | None = None
     ) -> Dataset:
         wanted: list[_Wanted] = []
         sentences = class_texts(class_names, self.templates if prompts is None else prompts)
@@ -245,7 +259,7 @@ class Generated:
         output = self._loaded()([one.prompt for one in batch], generator=generators, **self.settings)
         images = getattr(output, "images", None)
         if not isinstance(images, list) or len(images) != len(batch) or not isinstance(images[0], Image.Image):
-            raise ClipadaptError(f"The pipeline {self.name} must return `images`, one PIL picture for each sentence.")
+            raise ClipadaptError(f"The pipeline {self.name} must return `images`, one PIL image for each sentence.")
         blackened = getattr(output, "nsfw_content_detected", None) or [False] * len(batch)
         for one, image, bad in zip(batch, images, blackened, strict=True):
             path = self._path(one)
@@ -288,7 +302,7 @@ class Generated:
 
 @dataclass(frozen=True)
 class _Wanted:
-    """One picture to generate."""
+    """One image to generate."""
 
     label: int
     class_name: str

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -10,6 +12,7 @@ from torch.nn.functional import cross_entropy
 import clipadapt
 from clipadapt.backbones import load_backbone
 from clipadapt.errors import ArtifactError, ClipadaptError
+from clipadapt.features import encode_images
 from clipadapt.methods import create
 from clipadapt.methods.analysis_evaluation.backbone_effects_study import (
     BackboneEffectsStudy,
@@ -18,6 +21,7 @@ from clipadapt.methods.analysis_evaluation.backbone_effects_study import (
     fit_scales,
     overlap,
 )
+from clipadapt.methods.artifact import NESTED
 from tests.methods.test_golden_features import ENCODERS, Case
 from tests.pictures import colours
 from tests.tiny import tiny_clip, tiny_siglip
@@ -99,7 +103,7 @@ def test_two_encoders_on_whu(shared, shots, claim):
     claim({name: np.array(found[key]) / 100 for name, key in named.items()})
     assert mean["fitted"] > mean["best"] + 0.4
     assert mean["fitted"] > mean["uniform"] + 0.8
-    assert mean["oracle"] > mean["best"] + 4  # what an informed choice for each picture could add
+    assert mean["oracle"] > mean["best"] + 4  # what an informed choice for each image could add
 
 
 def test_overlap():
@@ -127,13 +131,15 @@ def test_two_backbones_saved_and_loaded(method, tmp_path):
     assert report["fitted"] == model.score(queries)
     assert report["oracle"] >= max(report["accuracy"])
     assert isinstance(loaded, BackboneEffectsStudy)
-    loaded.others_[0]["fingerprint"] = "0" * 32
-    with pytest.raises(ArtifactError, match="not the backbone it was fitted on"):
-        loaded._restore(backbone)
+    config = json.loads((folder / "config.json").read_text())
+    config["learned"]["inner_"][NESTED][1]["backbone"]["fingerprint"] = "0" * 32
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ArtifactError, match=r"model was adapted from the backbone .* is another one"):
+        clipadapt.load(folder, backbone)
 
 
-def test_pictures_that_trained_a_method_do_not_judge_it():
-    """A cache knows its own pictures by heart; held out, the same labels at random give it no confidence."""
+def test_images_that_trained_a_method_do_not_judge_it():
+    """A cache knows its own images by heart; held out, the same labels at random give it no confidence."""
     backbone, support = load_backbone(tiny_clip()), colours(6, seed=1)
     shuffled = np.random.default_rng(0).permutation(support.labels).tolist()
     support = type(support)(support.items, shuffled, support.class_names)
@@ -144,7 +150,7 @@ def test_pictures_that_trained_a_method_do_not_judge_it():
     assert model.temperatures_[0] > 3 * own[0][0]
 
 
-def test_one_picture_a_class_leaves_nothing_to_fit():
+def test_one_image_a_class_leaves_nothing_to_fit():
     model = create("backbone-effects-study", method="tip-adapter", backbones=[str(tiny_siglip())])
     model.fit(load_backbone(tiny_clip()), colours(1, seed=1))
     assert model.temperatures_.tolist() == [1, 1]
@@ -159,14 +165,27 @@ def test_val_is_the_evidence_where_it_is_given():
     torch.testing.assert_close((model.temperatures_, model.weights_), expected)
 
 
-def test_bad_input_is_met_with_one_sentence():
+def test_on_a_single_backbone_it_has_the_head_of_its_method():
+    backbone, support, queries = load_backbone(tiny_clip()), colours(4, seed=1), colours(3, seed=2)
+    model = create("backbone-effects-study", method="tip-adapter").fit(backbone, support)
+    features = encode_images(model.encoder, queries).features
+    torch.testing.assert_close(model.head.logits(features), model.image_logits(queries)[0])
+    torch.testing.assert_close(model.logits(features), model.image_logits(queries)[0])
+    pixels = torch.stack([backbone.preprocess(item.open()) for item in queries.items])
+    torch.testing.assert_close(model.image_logits(pixels)[0], model.image_logits(queries)[0], atol=1e-4, rtol=0)
+    pictured = create("backbone-effects-study", method="gc-clip").fit(backbone, support)
+    assert pictured.head is None, "its method looks at pixels"
+
+
+def test_bad_input():
     backbone, support = load_backbone(tiny_clip()), colours(2, seed=1)
     with pytest.raises(ClipadaptError, match="list of names"):
         create("backbone-effects-study", backbones=[3]).fit(backbone, support)
     model = create("backbone-effects-study", backbones=[str(tiny_siglip())]).fit(backbone, support)
     with pytest.raises(ClipadaptError, match="prepared for one backbone"):
         model.predict(torch.zeros(1, 3, 32, 32))
-    with pytest.raises(ClipadaptError, match="belong to one backbone"):
+    assert model.head is None
+    with pytest.raises(ClipadaptError, match="not at features"):
         model.logits(torch.ones(1, 16))
     with pytest.raises(ClipadaptError, match="in their order"):
         model.overlap(type(support)(support.items, support.labels, support.class_names[::-1]))

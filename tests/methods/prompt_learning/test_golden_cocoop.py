@@ -6,11 +6,10 @@ import pytest
 import torch
 
 import clipadapt
-from clipadapt.methods.prompt_learning import cocoop
-from clipadapt.methods.prompt_learning.cocoop import ConditionalLearner
-from clipadapt.methods.prompt_learning.coop import ContextLearner
-from clipadapt.methods.prompt_method import Batch
+from clipadapt.methods.kinds import contexts
+from clipadapt.methods.kinds.prompts import Batch
 from tests.golden import NAMES, Golden, assert_close, golden_backbone
+from tests.learners import bound, coop
 
 OURS = {
     "ctx": "context",
@@ -24,8 +23,7 @@ OURS = {
 @pytest.fixture
 def setting(shared):
     golden, backbone = Golden(shared, "cocoop"), golden_backbone(shared)
-    learner = ConditionalLearner(backbone, NAMES, golden["ctx"])
-    learner.load_state_dict({ours: golden[theirs] for theirs, ours in OURS.items()}, strict=True)
+    learner = bound("cocoop", backbone, NAMES, {ours: golden[theirs] for theirs, ours in OURS.items()})
     with torch.no_grad():
         images = backbone.encode_images(golden["pixels"])
     return golden, learner, images
@@ -34,8 +32,8 @@ def setting(shared):
 def test_cocoop(setting):
     golden, learner, images = setting
     assert_close(learner.meta_net(images), golden["meta_bias"])
-    contexts = learner.context + learner.meta_net(images)[:, None, None]
-    assert_close(learner.prompts.encode(contexts, normalize=False), golden["text_features"])
+    shifted = learner.context + learner.meta_net(images)[:, None, None]
+    assert_close(learner.prompts.encode(shifted, normalize=False), golden["text_features"])
     assert_close(learner.logits(images, learner.texts()), golden["logits"])
     loss, hits = learner.loss(Batch(torch.arange(3), golden["labels"], images, None))
     assert_close(loss, golden["loss"])
@@ -50,7 +48,7 @@ def test_cocoop(setting):
 @pytest.mark.parametrize("prompts", [1, 10, 1000])
 def test_a_prediction_goes_through_few_prompts_at_a_time(setting, monkeypatch, prompts):
     golden, learner, images = setting
-    monkeypatch.setattr(cocoop, "PROMPTS", prompts)
+    monkeypatch.setattr(contexts, "PROMPTS", prompts)
     seen: list[int] = []
     texts_for = learner.texts_for
     monkeypatch.setattr(learner, "texts_for", lambda part: seen.append(len(part)) or texts_for(part))
@@ -65,14 +63,14 @@ def test_without_shift_it_is_coop(setting):
     with torch.no_grad():
         learner.meta_net[2].weight.zero_()
         learner.meta_net[2].bias.zero_()
-    plain = ContextLearner(learner.backbone, NAMES, golden["ctx"])
+    plain = coop(learner.backbone, NAMES, golden["ctx"])
     assert_close(learner.logits(images, learner.texts()), plain.logits(images, plain.texts()).detach())
     for each in (learner, plain):
         each.loss(Batch(torch.arange(3), golden["labels"], images, None))[0].backward()
     assert_close(learner.context.grad, plain.context.grad)
 
 
-def test_a_picture_is_judged_by_itself(setting):
+def test_an_image_is_judged_by_itself(setting):
     _, learner, images = setting
     together = learner.logits(images, learner.texts())
     alone = torch.cat([learner.logits(image[None], learner.texts()) for image in images])
@@ -81,6 +79,6 @@ def test_a_picture_is_judged_by_itself(setting):
 
 def test_the_method_makes_this_learner(shared):
     backbone = golden_backbone(shared)
-    learner = clipadapt.create("cocoop")._learner(backbone, NAMES)
+    learner = clipadapt.create("cocoop").bind(backbone, NAMES)
     assert_close(learner.context, Golden(shared, "kgcoop", "Caltech101")["ctx_init"])  # "a photo of a"
     assert [tuple(p.shape) for p in learner.meta_net.parameters()] == [(2, 32), (2,), (128, 2), (128,)]

@@ -5,16 +5,17 @@ from __future__ import annotations
 import pytest
 import torch
 
-from clipadapt.methods.prompt_learning.coop import ContextLearner
-from clipadapt.methods.prompt_method import Batch
+from clipadapt.methods.kinds.prompts import Batch
 from tests.golden import NAMES, Golden, assert_close, golden_backbone
+from tests.learners import bound
 
 
 @pytest.mark.parametrize("position", ["end", "middle", "front"])
 @pytest.mark.parametrize("sharing", ["unified", "csc"])
 def test_coop(shared, position, sharing):
     golden, backbone = Golden(shared, "coop", f"{position}_{sharing}"), golden_backbone(shared)
-    learner = ContextLearner(backbone, NAMES, golden["ctx"], position)
+    context, settings = golden["ctx"], {"position": position, "class_specific": sharing == "csc"}
+    learner = bound("coop", backbone, NAMES, {"context": context}, n_ctx=context.shape[-2], **settings)
     lengths = (golden["tokenized_prompts"] > 0).sum(1)
     assert torch.equal((learner.prompts.ids > 0).sum(1), lengths)
     assert_close(learner.prompts.encode(learner.context, normalize=False), golden["text_features"])

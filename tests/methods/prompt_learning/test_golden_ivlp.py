@@ -8,11 +8,10 @@ from torch.nn.functional import cross_entropy
 
 from clipadapt.backbones import Insertion, load_backbone
 from clipadapt.methods import create
-from clipadapt.methods.prompt_learning.ivlp import IndependentPrompts
-from clipadapt.methods.prompt_method import Batch
+from clipadapt.methods.kinds.prompts import Batch
 from clipadapt.nn.prompts import visual_prompts
-from tests.golden import NAMES, Golden, assert_close, golden_backbone
-from tests.methods.prompt_learning.test_golden_promptsrc import VARIANTS, parameter_names
+from tests.golden import Golden, assert_close, golden_backbone
+from tests.methods.prompt_learning.test_golden_promptsrc import VARIANTS, golden_learner
 from tests.pictures import colours
 from tests.tiny import tiny_clip
 
@@ -20,9 +19,7 @@ from tests.tiny import tiny_clip
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_features_and_cross_entropy(shared, variant):
     golden, backbone = Golden(shared, "promptsrc", variant), golden_backbone(shared)
-    names = parameter_names(golden)
-    textual, visual = ([golden[n] for n in names if n.startswith("visual") == v] for v in (False, True))
-    learner = IndependentPrompts(backbone, NAMES, textual, visual, "a" if variant.endswith("words") else "")
+    learner = golden_learner(golden, backbone, "ivlp")
     batch = Batch(torch.arange(4), golden["labels"], None, golden["pixels"])
     assert_close(learner.texts(), golden["text_features_normalized"])
     assert_close(learner.seen(batch), golden["image_features_normalized"])
@@ -35,7 +32,7 @@ def test_features_and_cross_entropy(shared, variant):
 @pytest.mark.parametrize("depth", [1, 2, 50])
 def test_depth_is_at_most_that_of_each_tower(depth):
     backbone = load_backbone()  # 4 text blocks, 6 image blocks
-    learner = create("ivlp", depth=depth, n_ctx=4, n_visual=3)._learner(backbone, ["cat", "dog"])
+    learner = create("ivlp", depth=depth, n_ctx=4, n_visual=3).bind(backbone, ["cat", "dog"])
     assert len(learner.textual) == min(depth, len(backbone.blocks("text")))
     assert len(learner.visual) == min(depth, len(backbone.blocks("vision")))
     assert {tuple(v.shape) for v in learner.textual} == {(4, backbone.width("text"))}
@@ -45,7 +42,7 @@ def test_depth_is_at_most_that_of_each_tower(depth):
 def test_untouched_words_without_visual_tokens_are_the_zero_shot_prompt():
     """Vectors that are a prompt's own words, at the input alone, give the features of that prompt."""
     backbone = load_backbone()
-    learner = create("ivlp", depth=1, n_ctx=2)._learner(backbone, ["cat", "fire_truck"])
+    learner = create("ivlp", depth=1, n_ctx=2).bind(backbone, ["cat", "fire_truck"])
     sentences = ["a photo of a cat.", "a photo of a fire truck."]
     torch.testing.assert_close(learner.texts(), backbone.encode_texts(sentences), rtol=1e-4, atol=1e-5)
 
@@ -60,7 +57,7 @@ def test_new_classes_keep_what_was_learned():
 
 
 def test_loss_of_a_step_is_the_plain_cross_entropy():
-    """One step at rate zero on all pictures, against the same prompts put in by hand, one text after the other."""
+    """One step at rate zero on all images, against the same prompts put in by hand, one text after the other."""
     backbone, support = load_backbone(tiny_clip()), colours(2, seed=1)
     lines: list[dict] = []
     model = create("ivlp", epochs=1, lr=0.0, batch_size=8, min_scale=1.0, n_ctx=2).fit(

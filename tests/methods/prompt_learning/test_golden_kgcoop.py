@@ -7,9 +7,10 @@ import torch
 from torch.nn.functional import cross_entropy
 
 import clipadapt
-from clipadapt.methods.prompt_learning.kgcoop import GuidedLearner, distance
-from clipadapt.methods.prompt_method import Batch
+from clipadapt.methods.kinds.prompts import Batch
+from clipadapt.methods.prompt_learning.kgcoop import distance
 from tests.golden import NAMES, Golden, assert_close, golden_backbone
+from tests.learners import bound
 
 TEMPLATES = {"OxfordPets": "a photo of a {}, a type of pet.", "Caltech101": "a photo of a {}."}
 
@@ -17,8 +18,8 @@ TEMPLATES = {"OxfordPets": "a photo of a {}, a type of pet.", "Caltech101": "a p
 @pytest.mark.parametrize("variant", TEMPLATES)
 def test_kgcoop(shared, variant):
     golden, backbone = Golden(shared, "kgcoop", variant), golden_backbone(shared)
-    learner = GuidedLearner(backbone, NAMES, golden["ctx"], TEMPLATES[variant])
-    learner.weight = float(golden["W"])
+    settings = {"templates": TEMPLATES[variant], "weight": float(golden["W"])}
+    learner = bound("kgcoop", backbone, NAMES, {"context": golden["ctx"]}, **settings)
     assert_close(learner.teacher, golden["teacher_text_features"])
     assert_close(learner.prompts.encode(learner.context, normalize=False), golden["text_features"])
     images = backbone.encode_images(golden["pixels"])
@@ -36,10 +37,10 @@ def test_the_method_makes_this_learner(shared):
     """Official start values, weight and templates arrive where the figures above were taken."""
     golden, backbone = Golden(shared, "kgcoop", "OxfordPets"), golden_backbone(shared)
     method = clipadapt.create("kgcoop", templates=TEMPLATES["OxfordPets"], weight=2.5)
-    learner = method._learner(backbone, NAMES)
+    learner = method.bind(backbone, NAMES)
     assert_close(learner.context, golden["ctx_init"])
     assert_close(learner.teacher, golden["teacher_text_features"])
-    assert learner.weight == 2.5
+    assert learner.of.weight == 2.5
     assert not learner.teacher.requires_grad
     assert [name for name, _ in learner.named_parameters()] == ["context"], "the teacher is not learned, nor saved"
 
@@ -53,5 +54,5 @@ def test_other_classes_need_no_teacher(shared):
     """Sentences given for the learned classes alone do not stand in the way of new ones."""
     backbone = golden_backbone(shared)
     sentences = {name: [f"a photo of a {name}."] for name in NAMES[:3]}
-    learner = clipadapt.create("kgcoop", templates=sentences)._learner(backbone, NAMES[3:])
+    learner = clipadapt.create("kgcoop", templates=sentences).bind(backbone, NAMES[3:])
     assert learner.texts().shape == (2, 32)

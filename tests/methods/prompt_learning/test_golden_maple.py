@@ -6,11 +6,10 @@ import pytest
 import torch
 
 from clipadapt.methods import create
-from clipadapt.methods.prompt_learning.ivlp import IndependentPrompts
-from clipadapt.methods.prompt_learning.maple import CoupledPrompts
-from clipadapt.methods.prompt_method import Batch
+from clipadapt.methods.kinds.prompts import Batch
 from clipadapt.nn.prompts import split_words
 from tests.golden import NAMES, Golden, assert_close, golden_backbone
+from tests.learners import bound
 
 VARIANTS = ["depth1_ctx2", "depth2_ctx2", "depth3_ctx3", "depth3_ctx2_words"]
 
@@ -24,14 +23,16 @@ def coupling_names(golden: Golden) -> list[str]:
     return ["proj", *deeper]
 
 
-def golden_learner(golden: Golden, backbone) -> CoupledPrompts:
-    words = "of a" if golden.variant.endswith("words") else ""
-    learner = CoupledPrompts(backbone, NAMES, [golden[name] for name in textual_names(golden)], words)
-    with torch.no_grad():
-        for coupling, name in zip(learner.couplings, coupling_names(golden), strict=True):
-            coupling.weight.copy_(golden[f"{name}.weight"])
-            coupling.bias.copy_(golden[f"{name}.bias"])
-    return learner
+def settings_of(golden: Golden) -> dict:
+    init = "a photo of a" if golden.variant.endswith("words") else None  # two of its tokens are learned
+    return {"n_ctx": len(golden["ctx"]), "depth": int(golden["depth"]), "init": init}
+
+
+def golden_learner(golden: Golden, backbone):
+    start = {f"textual.{j}": golden[name] for j, name in enumerate(textual_names(golden))}
+    for j, name in enumerate(coupling_names(golden)):
+        start |= {f"couplings.{j}.{part}": golden[f"{name}.{part}"] for part in ("weight", "bias")}
+    return bound("maple", backbone, NAMES, start, **settings_of(golden))
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -66,7 +67,7 @@ def test_the_first_words_start_the_context_and_the_others_stay(shared):
     start, words = split_words(backbone, "a photo of a", 2)
     assert_close(start, golden["ctx_init"])
     assert words == "of a"
-    learner = create("maple", depth=12)._learner(backbone, NAMES)
+    learner = create("maple", depth=12).bind(backbone, NAMES)
     assert [tuple(v.shape) for v in learner.textual] == [(2, 128)] * 3, "as deep as the backbone"
     assert_close(learner.textual[0], golden["ctx_init"])
     ids = golden["tokenized_prompts"][:, : learner.prompts.ids.shape[1]].clone()
@@ -81,9 +82,10 @@ def test_the_first_words_start_the_context_and_the_others_stay(shared):
 def test_ivlp_with_the_projected_tokens_is_the_same_model(shared, variant):
     golden, backbone = Golden(shared, "maple", variant), golden_backbone(shared)
     coupled = golden_learner(golden, backbone)
-    words = "of a" if variant.endswith("words") else ""
-    visual = [tokens.detach() for tokens in coupled.visual()]
-    independent = IndependentPrompts(backbone, NAMES, [v.detach() for v in coupled.textual], visual, words)
+    start = {f"textual.{j}": vectors.detach() for j, vectors in enumerate(coupled.textual)}
+    start |= {f"visual.{j}": tokens.detach() for j, tokens in enumerate(coupled.visual())}
+    settings = settings_of(golden)
+    independent = bound("ivlp", backbone, NAMES, start, n_visual=settings["n_ctx"], **settings)
     with torch.no_grad():
         torch.testing.assert_close(independent.texts(), coupled.texts(), rtol=0, atol=1e-7)
         torch.testing.assert_close(
@@ -98,7 +100,6 @@ def test_new_classes_are_those_of_the_learned_prompts(shared):
     model.learned_ = {k: v.detach() for k, v in golden_learner(golden, backbone).named_parameters()}
     model.class_names_, model.origin_, model.dim_ = NAMES[:2], None, backbone.dim
     model._restore(backbone)
-    assert model.trained_parameters == sum(v.numel() for v in model.learned_.values())
     new = model.with_classes(NAMES[2:])
     images = golden["pixels"]
     assert_close(model.image_logits(images)[0], golden["logits"][:, :2])

@@ -8,19 +8,21 @@ from torch.nn.functional import cosine_similarity
 
 import clipadapt
 from clipadapt.errors import ClipadaptError
-from clipadapt.methods.prompt_learning.prograd import AlignedLearner, aligned
-from clipadapt.methods.prompt_method import Batch
+from clipadapt.methods.kinds.prompts import Batch
+from clipadapt.methods.prompt_learning.prograd import aligned
 from clipadapt.nn.prompts import word_vectors
 from clipadapt.training.loop import train
 from tests.golden import NAMES, Golden, assert_close, golden_backbone
+from tests.learners import bound
 
 TEMPLATE = "a type of pet, a photo of a {}."
 
 
-def setting(shared, variant):
+def setting(shared, variant, **more):
     golden, backbone = Golden(shared, "prograd", variant), golden_backbone(shared)
-    learner = AlignedLearner(backbone, NAMES, golden["ctx"], TEMPLATE)
-    learner.strength, learner.temperature = float(golden["lambda"]), float(golden["T"])
+    settings = {"strength": float(golden["lambda"]), "temperature": float(golden["T"]), **more}
+    settings |= {"templates": TEMPLATE, "n_ctx": len(golden["ctx"])}
+    learner = bound("prograd", backbone, NAMES, {"context": golden["ctx"]}, **settings)
     with torch.no_grad():
         images = backbone.encode_images(golden["pixels"])
     return golden, learner, Batch(torch.arange(4), golden["labels"], images, None)
@@ -75,8 +77,7 @@ def test_a_projected_gradient_never_opposes(shared):
 
 
 def test_strength_zero_is_coop(shared):
-    golden, learner, batch = setting(shared, "conflict_lambda1.0_T1.0")
-    learner.strength = 0.0
+    golden, learner, batch = setting(shared, "conflict_lambda1.0_T1.0", strength=0.0)
     learner.loss(batch)[0].backward()
     assert_close(learner.context.grad, golden["grad_xe"])
 
@@ -91,11 +92,11 @@ def test_prompts_that_exceed_the_memory_give_the_same_gradient(shared):
 def test_start_values(shared):
     """As in the official code: the words' embeddings last, zeros in front of them."""
     backbone = golden_backbone(shared)
-    learner = clipadapt.create("prograd", strength=0.8, temperature=2.0)._learner(backbone, NAMES)
+    learner = clipadapt.create("prograd", strength=0.8, temperature=2.0).bind(backbone, NAMES)
     assert learner.context.shape == (16, 128)
     assert not learner.context[:12].any()
     assert torch.equal(learner.context[12:].detach(), word_vectors(backbone, "a photo of a"))
-    assert (learner.strength, learner.temperature) == (0.8, 2.0)
+    assert (learner.of.strength, learner.of.temperature) == (0.8, 2.0)
     with pytest.raises(ClipadaptError, match="4 tokens, more than n_ctx = 2"):
-        clipadapt.create("prograd", n_ctx=2)._learner(backbone, NAMES)
-    assert clipadapt.create("prograd", n_ctx=2, init=None)._learner(backbone, NAMES).context.shape == (2, 128)
+        clipadapt.create("prograd", n_ctx=2).bind(backbone, NAMES)
+    assert clipadapt.create("prograd", n_ctx=2, init=None).bind(backbone, NAMES).context.shape == (2, 128)

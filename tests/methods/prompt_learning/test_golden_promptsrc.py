@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from torch import nn
 from torch.nn.functional import normalize
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
@@ -12,8 +13,9 @@ from clipadapt.backbones import load_backbone
 from clipadapt.data import class_texts
 from clipadapt.errors import ClipadaptError
 from clipadapt.methods import create
-from clipadapt.methods.prompt_learning.promptsrc import RegulatedPrompts, averaging, gaussian_weights, mean_texts
-from clipadapt.methods.prompt_method import Batch
+from clipadapt.methods.kinds.prompts import Batch
+from clipadapt.methods.prompt_learning.promptsrc import RegulatedPrompts, mean_texts
+from clipadapt.training.averages import Average, gaussian_weights
 from clipadapt.training.loop import Run, train
 from tests.golden import NAMES, Golden, assert_close, golden_backbone
 from tests.pictures import colours
@@ -31,15 +33,21 @@ def parameter_names(golden: Golden) -> list[str]:
     return [*textual, *visual]
 
 
-def golden_learner(golden: Golden, backbone) -> RegulatedPrompts:
+def golden_learner(golden: Golden, backbone, key: str = "promptsrc", **settings):
+    """The learner of a method with vectors in both towers; the official code counts the blocks of each by itself."""
     names = parameter_names(golden)
     textual = [golden[name] for name in names if not name.startswith("visual")]
     visual = [golden[name] for name in names if name.startswith("visual")]
-    words = "a" if golden.variant.endswith("words") else ""
-    learner = RegulatedPrompts(backbone, NAMES, textual, visual, words)
-    learner.templates, learner.kl_mean = TEACHER, "logits"
-    learner.text_weight, learner.image_weight = float(golden["text_weight"]), float(golden["image_weight"])
+    settings |= {"n_ctx": len(textual[0]), "n_visual": len(visual[0]), "depth": max(len(textual), len(visual))}
+    init = "a photo of a" if golden.variant.endswith("words") else None  # three of its tokens are learned
+    learner = create(key, init=init, **settings).bind(backbone, NAMES)
+    learner.textual, learner.visual = nn.ParameterList(textual), nn.ParameterList(visual)
     return learner
+
+
+def official(golden: Golden) -> dict:
+    weights = {name: float(golden[name]) for name in ("text_weight", "image_weight")}
+    return {"teacher_templates": TEACHER, "kl_mean": "logits", **weights}
 
 
 @pytest.fixture(params=VARIANTS)
@@ -49,7 +57,7 @@ def golden(shared, request) -> Golden:
 
 @pytest.fixture
 def learner(golden, shared) -> RegulatedPrompts:
-    return golden_learner(golden, golden_backbone(shared))
+    return golden_learner(golden, golden_backbone(shared), **official(golden))
 
 
 @pytest.fixture
@@ -78,8 +86,8 @@ def test_features_losses_and_gradients(golden, learner, batch):
         assert_close(parameter.grad, golden[f"grad/{name}"])
 
 
-def test_divergence_of_the_paper_is_one_for_each_picture(golden, learner, batch):
-    learner.kl_mean = "pictures"
+def test_divergence_of_the_paper_is_one_for_each_image(golden, learner, batch):
+    learner.of.kl_mean = "pictures"
     teacher, student = (golden[name].softmax(1).double() for name in ("zero_shot_logits", "logits"))
     each = [sum(t * (t / s).log() for t, s in zip(*rows, strict=True)) for rows in zip(teacher, student, strict=True)]
     term = learner.losses(batch)[0]["logits"]
@@ -89,22 +97,21 @@ def test_divergence_of_the_paper_is_one_for_each_picture(golden, learner, batch)
 
 def test_four_epochs_and_their_average(golden, learner, batch):
     mean, std, epochs = golden["gpa_mean_std_epochs"].tolist()
-    weights = gaussian_weights(int(epochs), mean, std)
-    torch.testing.assert_close(weights, golden["gpa_weights"], rtol=1e-12, atol=0)
+    torch.testing.assert_close(gaussian_weights(int(epochs), mean, std), golden["gpa_weights"], rtol=1e-12, atol=0)
     parameters, names = list(learner.parameters()), parameter_names(golden)
-    sums, add = averaging(parameters, weights, per_epoch=1)
+    average = Average.gaussian(parameters, mean, std, int(epochs), per_epoch=1)
 
     def after_step(number: int) -> None:
         for parameter, name in zip(parameters, names, strict=True):
             assert_close(parameter, golden[f"epoch{number + 1}/{name}"])
-        add(number)
+        average.update(number)
 
     optimizer = torch.optim.SGD(parameters, lr=float(golden["sgd_lr"]))
     train(lambda _: learner.loss(batch), optimizer, range(4), after_step=after_step)
     with torch.no_grad():
-        for parameter, total, name in zip(parameters, sums, names, strict=True):
-            assert_close(total, golden[f"gpa/{name}"])
-            parameter.copy_(total)
+        average.copy_to(parameters)
+        for parameter, name in zip(parameters, names, strict=True):
+            assert_close(parameter, golden[f"gpa/{name}"])
         assert_close(learner.logits(learner.seen(batch), learner.texts()), golden["gpa/logits"])
 
 
@@ -146,7 +153,7 @@ def test_what_is_kept_is_the_average_over_epochs():
     handle = register_optimizer_step_post_hook(remember)
     model = fit()
     handle.remove()
-    assert len(steps) == 9  # 16 pictures are three batches
+    assert len(steps) == 9  # 16 images are three batches
     weights = np.exp(-0.5 * (np.array([1, 2, 3]) - 2.0) ** 2)
     for i, kept in enumerate(model.learned_.values()):
         average = sum(w * steps[3 * e + 2][i] for e, w in enumerate(weights / weights.sum()))

@@ -11,9 +11,9 @@ from torch.nn.functional import cross_entropy, layer_norm, normalize
 from clipadapt.backbones import load_backbone
 from clipadapt.features import encode_classes
 from clipadapt.methods import create
-from clipadapt.methods.prompt_learning.vpt import VisualPrompts
-from clipadapt.methods.prompt_method import Batch
+from clipadapt.methods.kinds.prompts import Batch
 from tests.golden import NAMES, Golden, assert_close, golden_backbone
+from tests.learners import bound
 from tests.methods.prompt_learning.test_golden_promptsrc import VARIANTS, parameter_names
 from tests.pictures import colours
 from tests.tiny import tiny_clip
@@ -50,7 +50,9 @@ def test_features_loss_and_gradients(shared, variant):
     golden, backbone = Golden(shared, "promptsrc", variant), golden_backbone(shared)
     visual = [golden[name] for name in parameter_names(golden) if name.startswith("visual")]
     classes = encode_classes(backbone, NAMES, "a photo of a {}.")
-    learner = VisualPrompts(backbone, NAMES, visual, classes)
+    start = {f"visual.{j}": tokens for j, tokens in enumerate(visual)}
+    settings = {"n_ctx": len(visual[0]), "depth": len(visual), "templates": "a photo of a {}."}
+    learner = bound("vpt", backbone, NAMES, start, **settings)
     batch = Batch(torch.arange(4), golden["labels"], None, golden["pixels"])
     assert_close(learner.seen(batch), golden["image_features_normalized"])
     loss, hits = learner.loss(batch)

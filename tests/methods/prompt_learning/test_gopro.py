@@ -9,11 +9,11 @@ import torch
 from torch.nn.functional import cross_entropy, normalize
 
 from clipadapt.backbones import Backbone, Insertion, load_backbone
-from clipadapt.methods import create
-from clipadapt.methods.prompt_learning.coop import ContextLearner
+from clipadapt.methods import TrainingData, create
+from clipadapt.methods.kinds.prompts import Batch
 from clipadapt.methods.prompt_learning.gopro import StyleLearner, encode_with_statistics, views_of
-from clipadapt.methods.prompt_method import Batch
 from clipadapt.nn.prompts import word_vectors
+from tests.learners import coop
 from tests.pictures import colours
 from tests.tiny import tiny_clip
 
@@ -27,12 +27,12 @@ def backbone() -> Backbone:
 
 @pytest.fixture
 def pixels() -> torch.Tensor:
-    return torch.randn(3, 3, 3, 32, 32, generator=torch.Generator().manual_seed(0))  # pictures, views
+    return torch.randn(3, 3, 3, 32, 32, generator=torch.Generator().manual_seed(0))  # images, views
 
 
 def learner(backbone: Backbone, **options) -> StyleLearner:
     torch.manual_seed(3)
-    made = StyleLearner(backbone, NAMES, word_vectors(backbone, "a photo of a"), **options)
+    made = create("gopro", **options).bind(backbone, NAMES)
     torch.nn.init.normal_(made.projector.weight, std=0.1)  # away from its start at zero
     return made
 
@@ -43,9 +43,9 @@ def batch_of(backbone: Backbone, pixels: torch.Tensor) -> Batch:
     return Batch(torch.arange(len(pixels)), torch.arange(len(pixels)) % 4, rows, None)
 
 
-def slow_shift(made: StyleLearner, backbone: Backbone, picture: torch.Tensor) -> torch.Tensor:
-    """One picture (3, H, W) -> (W,), block by block, from what transformers itself reports."""
-    states = backbone.model.vision_model(picture[None], output_hidden_states=True).hidden_states[1:]
+def slow_shift(made: StyleLearner, backbone: Backbone, image: torch.Tensor) -> torch.Tensor:
+    """One image (3, H, W) -> (W,), block by block, from what transformers itself reports."""
+    states = backbone.model.vision_model(image[None], output_hidden_states=True).hidden_states[1:]
     total = made.rho.bias.clone()
     for i, state in enumerate(states):
         rows = state[0]  # (L, Wv)
@@ -98,22 +98,22 @@ def test_loss_is_that_of_a_slow_computation(backbone, pixels, projector):
 
 def test_it_is_coop_without_shift(backbone, pixels):
     """Maps at zero and an identity projector give CoOp with the same context; `start="zero"` begins there."""
-    coop = ContextLearner(backbone, NAMES, word_vectors(backbone, "a photo of a"))
-    wanted = coop.logits(backbone.encode_images(pixels[:, 0]), coop.texts())
-    made = StyleLearner(backbone, NAMES, word_vectors(backbone, "a photo of a"))
+    plain = coop(backbone, NAMES, word_vectors(backbone, "a photo of a"))
+    wanted = plain.logits(backbone.encode_images(pixels[:, 0]), plain.texts())
+    made = create("gopro").bind(backbone, NAMES)
     with torch.no_grad():
         assert not torch.allclose(made.logits(made.images(pixels[:, 0]), made.texts()), wanted, atol=1e-3)
         for name, parameter in made.named_parameters():
             if name.startswith(("style", "content")) or name == "rho.bias":
                 parameter.zero_()
         torch.testing.assert_close(made.logits(made.images(pixels[:, 0]), made.texts()), wanted, rtol=1e-4, atol=1e-4)
-    started = StyleLearner(backbone, NAMES, word_vectors(backbone, "a photo of a"), start="zero")
+    started = create("gopro", start="zero").bind(backbone, NAMES)
     torch.testing.assert_close(
         started.logits(started.images(pixels[:, 0]), started.texts()), wanted, rtol=1e-4, atol=1e-4
     )
 
 
-def test_prompts_follow_the_picture(backbone, pixels):
+def test_prompts_follow_the_image(backbone, pixels):
     made = learner(backbone)
     with torch.no_grad():
         shifts = made.images(torch.cat([pixels[:, 0], pixels[:1, 0]]))[:, backbone.dim :]
@@ -144,7 +144,7 @@ def test_what_each_loss_reaches(backbone, pixels, projector):
 
     features = batch.features[..., : backbone.dim]
     contrast = reached(made.view_contrast(features[:, 0], features[:, 1]))
-    made.contrast = 0.0
+    made.of.contrast = 0.0
     logits = reached(made.loss(batch)[0])
     assert {"context", "rho.weight", "style.0.weight", "content.2.bias"} <= logits
     assert "projector.weight" in contrast
@@ -152,7 +152,7 @@ def test_what_each_loss_reaches(backbone, pixels, projector):
     assert bool(contrast & logits) == (projector == "logits")
 
 
-def test_a_single_picture_has_no_contrast(backbone, pixels):
+def test_a_single_image_has_no_contrast(backbone, pixels):
     for projector in ("logits", "contrast"):
         loss, _ = learner(backbone, projector=projector).loss(batch_of(backbone, pixels[:1]))
         assert torch.isfinite(loss)
@@ -161,7 +161,7 @@ def test_a_single_picture_has_no_contrast(backbone, pixels):
 def test_views_are_encoded_once_and_used_in_turn(backbone):
     data = colours(1, seed=1)
     method = create("gopro", views=2, min_scale=0.5)
-    batch = method._batches(backbone, data)
+    batch = method._batches(backbone, TrainingData(data))
     rows = torch.tensor([2, 0])
     for epoch, places in ((0, [0, 1, 2]), (1, [0, 3, 4]), (2, [0, 1, 2])):
         got = batch(rows, epoch)

@@ -12,8 +12,8 @@ import clipadapt
 from clipadapt.backbones import Backbone, Insertion, load_backbone
 from clipadapt.errors import ClipadaptError
 from clipadapt.methods import create
+from clipadapt.methods.kinds.prompts import Batch
 from clipadapt.methods.prompt_learning.map import GENERIC, AttributeLearner, described
-from clipadapt.methods.prompt_method import Batch
 from tests.pictures import COLOURS, colours
 from tests.tiny import tiny, tiny_clip
 
@@ -43,7 +43,7 @@ def learner(backbone: Backbone, *, start: bool = False, **changes) -> AttributeL
     method.class_names_ = NAMES
     method.phrases_ = method._phrases()
     torch.manual_seed(5)
-    made = method._learner(backbone, NAMES)
+    made = method.bind(backbone, NAMES)
     if not start:
         for name, parameter in made.named_parameters():
             torch.nn.init.normal_(parameter, std=0.3 if name == "visual" else 0.15)
@@ -64,10 +64,10 @@ def slow_attention(module: torch.nn.MultiheadAttention, queries: torch.Tensor, k
     return module.out_proj(torch.cat(parts, 1))
 
 
-def slow_images(made: AttributeLearner, backbone: Backbone, picture: torch.Tensor, texts: torch.Tensor) -> torch.Tensor:
-    """One picture (3, H, W) -> unit features (1 + P, D), through the tower's parts one after the other."""
+def slow_images(made: AttributeLearner, backbone: Backbone, image: torch.Tensor, texts: torch.Tensor) -> torch.Tensor:
+    """One image (3, H, W) -> unit features (1 + P, D), through the tower's parts one after the other."""
     tower, module, count = backbone.model.vision_model, made.enhancement, len(made.visual)
-    rows = tower.pre_layrnorm(torch.cat([tower.embeddings(picture[None]), made.visual[None]], 1))
+    rows = tower.pre_layrnorm(torch.cat([tower.embeddings(image[None]), made.visual[None]], 1))
     for number, block in enumerate(tower.encoder.layers):
         rows = block(rows, None)
         if number == made.layer:
@@ -116,7 +116,7 @@ def test_logits_are_those_of_a_slow_computation(backbone, pixels, layer):
         torch.testing.assert_close(texts, slow_texts(made, backbone), rtol=1e-4, atol=1e-4)
         images = made.images(pixels)
         assert images.shape == (3, made.image_dim)
-        slow = torch.stack([slow_images(made, backbone, picture, texts) for picture in pixels])  # (B, 1 + P, D)
+        slow = torch.stack([slow_images(made, backbone, image, texts) for image in pixels])  # (B, 1 + P, D)
         torch.testing.assert_close(images, slow.flatten(1), rtol=1e-4, atol=1e-4)
         unit = normalize(texts, dim=-1)
         wanted = torch.empty(3, 4)
@@ -159,14 +159,14 @@ def test_the_order_within_a_set_does_not_matter(backbone, pixels):
 
 
 def test_the_nearest_classes_enhance(backbone, pixels):
-    """A class beyond the nearest `top` changes nothing in a picture's features; one more place lets it in."""
+    """A class beyond the nearest `top` changes nothing in an image's features; one more place lets it in."""
     made = learner(backbone, top=3)
     with torch.no_grad():
         texts = made.texts()
         images = made.images(pixels)
         without = torch.stack([made.images_among(pixels, texts[:, torch.arange(4) != c]) for c in range(4)])
         same = torch.isclose(without, images, atol=1e-5).all(2)  # (C, B)
-        assert same.sum(0).tolist() == [1, 1, 1]  # only the class that is farthest from the picture
+        assert same.sum(0).tolist() == [1, 1, 1]  # only the class that is farthest from the image
         made.enhancement.top = 10
         assert not torch.isclose(made.images(pixels), images, atol=1e-5).all(1).any()
 
@@ -181,7 +181,7 @@ def test_gradients_reach_everything(backbone, pixels):
 
 @pytest.mark.parametrize("family", ["siglip", "chinese_clip"])
 def test_other_families(family, pixels):
-    """Also where no row stands for the picture, and where texts are not causal."""
+    """Also where no row stands for the image, and where texts are not causal."""
     other = load_backbone(tiny(family))
     made = learner(other)
     loss, _ = made.loss(Batch(torch.arange(3), torch.tensor([1, 0, 2]), None, pixels))

@@ -1,4 +1,4 @@
-"""MoCoOp against a plain computation, picture by picture and prompt by prompt, and what follows from its formula."""
+"""MoCoOp against a plain computation, image by image and prompt by prompt, and what follows from its formula."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from clipadapt.data.templates.sets import class_texts
 from clipadapt.errors import ClipadaptError
 from clipadapt.features import encode_images
 from clipadapt.methods import create
-from clipadapt.methods.prompt_learning.coop import ContextLearner
+from clipadapt.methods.kinds.prompts import Batch
 from clipadapt.methods.prompt_learning.mocoop import MixtureLearner, general_groups, guidance, routing
-from clipadapt.methods.prompt_method import Batch
 from clipadapt.training.loop import seeded
 from tests.golden import assert_close
+from tests.learners import coop
 from tests.pictures import colours
 from tests.tiny import tiny_clip
 
@@ -37,7 +37,7 @@ def backbone() -> Backbone:
 
 def learner_of(backbone: Backbone, groups: list[list[str]] = GROUPS, **settings) -> MixtureLearner:
     torch.manual_seed(2)
-    return MixtureLearner(backbone, NAMES, groups, **settings)
+    return create("mocoop", groups=groups, **settings).bind(backbone, NAMES)
 
 
 def shaken(learner: MixtureLearner) -> MixtureLearner:
@@ -101,7 +101,7 @@ def plain_loss(
     held = 0.0
     for g in groups:
         for c in classes:
-            cosines = [learner.text_scale * texts[g][c] @ prototypes[g][e] for e in classes]
+            cosines = [learner.of.text_scale * texts[g][c] @ prototypes[g][e] for e in classes]
             held = held - log_softmax(cosines)[c] / (len(groups) * len(classes))
     return recognised + 5 * held + gate, logits
 
@@ -131,7 +131,7 @@ def test_training_takes_the_steps_of_a_plain_loop(backbone):
     model = create("mocoop", groups=GROUPS, epochs=3, seed=6, lr=0.2, text_weight=100.0).fit(backbone, support)
     images, labels = encode_images(backbone, support).features, torch.tensor(support.labels)
     with seeded(6):
-        learner = MixtureLearner(backbone, support.class_names, GROUPS, text_weight=100.0)
+        learner = create("mocoop", groups=GROUPS, text_weight=100.0).bind(backbone, support.class_names)
     parameters = dict(learner.named_parameters())
     speed = {name: torch.zeros_like(p) for name, p in parameters.items()}
     cut = 0
@@ -174,12 +174,12 @@ def test_the_general_groups_share_out_the_templates_of_clip():
 def test_one_group_is_coop(backbone, batch):
     learner = learner_of(backbone, [["a photo of a {}."]], text_weight=0, gate_weight=0)
     before, after = learner.contexts[0][:4], learner.contexts[0][4:]
-    coop = ContextLearner(backbone, NAMES, before.detach().clone())  # whose period is a fixed word
+    plain = coop(backbone, NAMES, before)  # whose period is a fixed word
     assert len(after) == 1
-    assert_close(learner.logits(batch.features, learner.texts()), coop.logits(batch.features, coop.texts()).detach())
+    assert_close(learner.logits(batch.features, learner.texts()), plain.logits(batch.features, plain.texts()).detach())
     learner.loss(batch)[0].backward()
-    coop.loss(batch)[0].backward()
-    assert_close(learner.contexts[0].grad[:4], coop.context.grad)
+    plain.loss(batch)[0].backward()
+    assert_close(learner.contexts[0].grad[:4], plain.context.grad)
 
 
 def test_routing(backbone, batch):
@@ -196,7 +196,7 @@ def test_routing(backbone, batch):
     assert_close(learner.logits(batch.features, texts), average.detach())
 
 
-def test_a_prompt_that_no_picture_chooses_learns_from_its_templates_only(backbone, batch):
+def test_a_prompt_that_no_image_chooses_learns_from_its_templates_only(backbone, batch):
     for text_weight in (0.0, 5.0):
         learner = shaken(learner_of(backbone, text_weight=text_weight))
         learner.router.bias.data[1] = -100.0
@@ -217,7 +217,7 @@ def test_guidance_is_shared_by_the_two_best_groups(backbone, batch):
 def test_prototypes_follow_the_labels(backbone, batch):
     order = [2, 0, 1]
     learner = shaken(learner_of(backbone))
-    permuted = MixtureLearner(backbone, [NAMES[c] for c in order], GROUPS)
+    permuted = create("mocoop", groups=GROUPS).bind(backbone, [NAMES[c] for c in order])
     permuted.load_state_dict(learner.state_dict())
     labels = torch.tensor([order.index(label) for label in batch.labels.tolist()])
     loss = permuted.loss(Batch(batch.rows, labels, batch.features, None))[0]

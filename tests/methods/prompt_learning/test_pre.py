@@ -10,9 +10,9 @@ from torch.nn.functional import cross_entropy
 from clipadapt.backbones import Backbone, Insertion, load_backbone
 from clipadapt.errors import ClipadaptError
 from clipadapt.methods import create
-from clipadapt.methods.prompt_learning.coop import ContextLearner
 from clipadapt.methods.prompt_learning.pre import EncodedContextLearner
 from tests.golden import assert_close
+from tests.learners import bound, coop
 from tests.pictures import colours
 from tests.tiny import tiny_clip
 
@@ -29,8 +29,9 @@ def learner_of(
     backbone: Backbone, encoder: str = "lstm", residual: bool = True, rows: int = M
 ) -> EncodedContextLearner:
     torch.manual_seed(7)
-    context = 0.3 * torch.randn(rows, backbone.width("text"))
-    return EncodedContextLearner(backbone, NAMES, context, encoder, residual)
+    start = {"context": 0.3 * torch.randn(rows, backbone.width("text"))}
+    settings = {"init": None, "n_ctx": rows, "encoder": encoder, "residual": residual}
+    return bound("pre", backbone, NAMES, start, **settings)
 
 
 def plain_lstm(lstm: torch.nn.LSTM, rows: Tensor) -> Tensor:
@@ -88,13 +89,13 @@ def test_figures_of_a_plain_computation(backbone, batch, encoder, residual):
 
 
 def test_an_encoder_of_zeros_or_none_at_all_is_coop(backbone, batch):
-    coop = ContextLearner(backbone, NAMES, learner_of(backbone).context.detach().clone())
+    plain = coop(backbone, NAMES, learner_of(backbone).context)
     zeros, none = learner_of(backbone), learner_of(backbone, "none")
     for parameter in zeros.encoder.parameters():
         torch.nn.init.zeros_(parameter)
     for learner in (zeros, none):
-        assert torch.equal(learner.texts(), coop.texts())
-    assert sum(p.numel() for p in none.parameters()) == coop.context.numel()
+        assert torch.equal(learner.texts(), plain.texts())
+    assert sum(p.numel() for p in none.parameters()) == plain.context.numel()
 
 
 def test_the_encoder_ties_the_vectors_together(backbone):
@@ -127,5 +128,9 @@ def test_new_classes_are_put_behind_the_same_encoded_context(backbone):
 
 
 def test_an_odd_width_cannot_be_shared_by_two_directions(backbone):
+    class Odd(EncodedContextLearner):
+        def first(self) -> Tensor:
+            return torch.zeros(2, 7)
+
     with pytest.raises(ClipadaptError, match="two directions"):
-        EncodedContextLearner(backbone, NAMES, torch.zeros(2, 7), "lstm", True)
+        Odd(create("pre"), backbone, NAMES)

@@ -16,8 +16,7 @@ from clipadapt.data.items import FeatureItem
 from clipadapt.data.playground.drawing import HELDOUT_STYLE, Playground
 from clipadapt.errors import ClipadaptError, DataError
 from clipadapt.features import encode_classes, encode_images
-from clipadapt.methods import create
-from clipadapt.methods.prompt_learning.coop import CoOp
+from clipadapt.methods import FeatureMethod, create
 from clipadapt.methods.prompt_learning.ship import Ship, Synthesis, synthesis_loss
 from clipadapt.training.loop import Run
 from tests.pictures import colours
@@ -33,12 +32,12 @@ def backbone():
 
 @pytest.fixture
 def support() -> Dataset:
-    """Three colours with four pictures each, and a fourth without any."""
+    """Three colours with four images each, and a fourth without any."""
     return colours(4, seed=1).select(range(12))
 
 
-def coop() -> CoOp:
-    return CoOp(n_ctx=3, epochs=5, lr=0.05)
+def coop():
+    return create("coop", n_ctx=3, epochs=5, lr=0.05)
 
 
 def spoken(backbone, context: torch.Tensor, name: str) -> torch.Tensor:
@@ -64,8 +63,8 @@ def test_loss_by_plain_sums():
 
 
 def test_first_step_by_plain_computation(backbone, support, monkeypatch):
-    """Loss and gradients of a step, each picture's prompt through the tower on its own."""
-    images, labels = encode_images(backbone, support).features, torch.tensor(support.labels)
+    """Loss and gradients of a step, each image's prompt through the tower on its own."""
+    images = encode_images(backbone, support).features
     seen: dict[str, torch.Tensor] = {}
 
     def first(loss_of, optimizer, steps, run):
@@ -75,7 +74,7 @@ def test_first_step_by_plain_computation(backbone, support, monkeypatch):
 
     monkeypatch.setattr("clipadapt.methods.prompt_learning.ship.train", first)
     method = Ship(**SMALL)
-    synthesis = method._train(backbone, support.class_names, images, labels, Run())
+    synthesis = method._train(backbone, support, images, Run())
     rows = seen["rows"].tolist()
     assert len(rows) == 8
     assert len({support.labels[row] for row in rows}) == 3
@@ -132,12 +131,12 @@ class Recorder:
     """Stands in for a wrapped method's learning, and keeps what it was given."""
 
     def __init__(self, monkeypatch) -> None:
-        def learn(method, images, labels, texts, logit_scale, val, unlabelled, run):
+        def take(method, images, labels, texts, logit_scale, val, *more):
             self.images, self.labels, self.texts, self.val = images, list(labels), texts, val
-            original(method, images, labels, texts, logit_scale, val, unlabelled, run)
+            original(method, images, labels, texts, logit_scale, val, *more)
 
-        original = create("tip-adapter")._learn.__func__
-        monkeypatch.setattr("clipadapt.methods.base.FeatureMethod._learn", learn)
+        original = FeatureMethod._take
+        monkeypatch.setattr(FeatureMethod, "_take", take)
 
 
 def test_the_wrapped_method_gets_real_and_made_features(backbone, support, monkeypatch):
@@ -147,12 +146,12 @@ def test_the_wrapped_method_gets_real_and_made_features(backbone, support, monke
     model.fit(backbone, support, val=val)
     names = [*support.class_names, "dog"]
     assert model.class_names_ == names
-    assert given.labels == [*support.labels, *[4] * 6, *[3] * 6], "classes without pictures by name: dog, then yellow"
+    assert given.labels == [*support.labels, *[4] * 6, *[3] * 6], "classes without images by name: dog, then yellow"
     torch.testing.assert_close(given.images[:12], encode_images(backbone, support).features)
     torch.testing.assert_close(given.images[12:].norm(dim=1), torch.ones(12))
     torch.testing.assert_close(given.texts, encode_classes(backbone, names, "photo"))
     assert list(given.val[1]) == val.labels
-    assert create("ship", method="tip-adapter", **SMALL).fit(backbone, support).keys_.shape == (12 + 4, 16)
+    assert create("ship", method="tip-adapter", **SMALL).fit(backbone, support).inner_[0].keys_.shape == (12 + 4, 16)
 
 
 def test_without_missing_classes_it_is_the_wrapped_method(backbone):
@@ -181,7 +180,7 @@ def test_saved_and_loaded(backbone, support, inner, tmp_path):
         assert other.predict_proba(queries).shape == (8, 2)
         assert loaded.predict_proba(queries).shape == (8, 5)
     else:
-        with pytest.raises(ClipadaptError, match="ties what it learns"):
+        with pytest.raises(ClipadaptError, match="cannot be applied to new classes"):
             loaded.with_classes(["cat", "red"])
 
 
@@ -213,13 +212,13 @@ def test_an_interrupted_synthesis_goes_on(backbone, support, tmp_path, monkeypat
 
 
 @pytest.mark.parametrize("inner", ["vpt", "fine-tune"])
-def test_a_method_that_needs_pictures_is_refused(backbone, support, inner):
-    with pytest.raises(ClipadaptError, match=f"ship synthesises features, and {inner} learns from pictures"):
+def test_a_method_that_needs_images_is_refused(backbone, support, inner):
+    with pytest.raises(ClipadaptError, match=f"ship synthesises features, and {inner} learns from images"):
         create("ship", method=inner).fit(backbone, support)
 
 
 def test_prompts_learn_the_same_from_ready_features(backbone):
-    """`FeatureItem`: a prompt method is trained on features as on the pictures that they are of."""
+    """`FeatureItem`: a prompt method is trained on features as on the images that they are of."""
     data = colours(3, seed=1)
     items = [FeatureItem(str(i), x) for i, x in enumerate(encode_images(backbone, data).features)]
     ready = dataclasses.replace(data, items=items)
@@ -232,13 +231,13 @@ def test_prompts_learn_the_same_from_ready_features(backbone):
 
 def test_more_divergence_more_collapse_and_reconstruction_learns(backbone, support):
     """The distance falls; with little weight on the divergence, made features of a class differ."""
-    images, labels = encode_images(backbone, support).features, torch.tensor(support.labels)
+    images = encode_images(backbone, support).features
     spread = []
     for kl in (1.0, 1e-3):
         losses: list[float] = []
         method = Ship(**{**SMALL, "epochs": 60, "lr": 5e-3}, kl=kl)
         run = Run(lambda line, losses=losses: losses.append(line["loss"]))
-        synthesis = method._train(backbone, support.class_names, images, labels, run)
+        synthesis = method._train(backbone, support, images, run)
         assert np.mean(losses[-5:]) < 0.7 * losses[0]
         made = method._sample(backbone, synthesis, support.class_names, 8)
         spread.append((1 - (made * normalize(made.mean(1, keepdim=True), dim=2)).sum(2)).mean().item())
@@ -256,7 +255,7 @@ GAIN = {
 @pytest.mark.claim("ship", "six classes without pictures: made features against none, for four wrapped methods")
 @pytest.mark.parametrize("key", GAIN)
 def test_made_features_raise_accuracy_on_new_classes(key, claim):
-    """Six kinds of sketches (a style new to the model) with pictures, six without; these are told from all twelve."""
+    """Six kinds of sketches (a style new to the model) with images, six without; these are told from all twelve."""
     backbone = load_backbone()
     base = ("snail", "cup", "tree", "kite", "ring", "bus")
     new = ("fish", "crown", "house", "apple", "star", "lamp")

@@ -1,4 +1,4 @@
-"""SYNC-CLIP: its terms by plain computation, which tokens they reach, what pictures are drawn, and what it gains."""
+"""SYNC-CLIP: its terms by plain computation, which tokens they reach, what images are drawn, and what it gains."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from clipadapt.backbones import Insertion, load_backbone
 from clipadapt.data import Dataset
 from clipadapt.data.playground.drawing import HELDOUT_STYLE, Playground
 from clipadapt.errors import ClipadaptError, DataError
-from clipadapt.methods import create
+from clipadapt.methods import TrainingData, create
 from clipadapt.methods.artifact import recipe
-from clipadapt.methods.prompt_learning.sync_clip import DomainPrompts, SyncClip, TwoDomains, alignment
+from clipadapt.methods.prompt_learning.sync_clip import DomainPrompts, TwoDomains, alignment
 from tests.pictures import colours
 from tests.tiny import tiny_clip
 
@@ -31,7 +31,7 @@ def backbone():
 
 @pytest.fixture(scope="module")
 def generated() -> Dataset:
-    """Noisier pictures of the four colours, two of each, under class names in another order."""
+    """Noisier images of the four colours, two of each, under class names in another order."""
     data = colours(2, seed=5, noise=60)
     order = [3, 1, 0, 2]
     labels = [order.index(label) for label in data.labels]
@@ -40,14 +40,20 @@ def generated() -> Dataset:
 
 def learner_of(backbone, seed: int = 0, **settings) -> DomainPrompts:
     torch.manual_seed(seed)
-    learner = SyncClip(**{**SMALL, "n_domain": 1, "n_visual": 3, **settings})._learner(backbone, NAMES)
+    learner = create("sync-clip", **{**SMALL, "n_domain": 1, "n_visual": 3, **settings}).bind(backbone, NAMES)
     for parameter in learner.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     return learner
 
 
+def batches_of(backbone, support: Dataset, synthetic: Dataset):
+    """What gives the method's batches, from rows and epoch."""
+    method = create("sync-clip", **SMALL, synthetic=synthetic)
+    return method._batches(backbone, method._prepare(backbone, TrainingData(support, class_names=support.class_names)))
+
+
 def batch_of(backbone) -> TwoDomains:
-    """Four real pictures of three classes; generated ones of three of them, and one of yellow."""
+    """Four real images of three classes; generated ones of three of them, and one of yellow."""
     real, made = colours(2, seed=1), colours(2, seed=5, noise=60)
     rows, chosen = [0, 1, 2, 4], [1, 0, 4, 6]
     pixels = [
@@ -81,10 +87,9 @@ def test_alignment_without_another_class_is_the_distance():
 
 
 def test_terms_by_plain_computation(backbone):
-    """Pictures one at a time, tokens put together by hand, sums in plain numbers."""
-    learner, batch = learner_of(backbone), batch_of(backbone)
+    """Images one at a time, tokens put together by hand, sums in plain numbers."""
+    learner, batch = learner_of(backbone, made_weight=0.7, align_weight=0.3), batch_of(backbone)
     learner.shown = torch.tensor([True, True, True, False])
-    learner.made_weight, learner.align_weight = 0.7, 0.3
 
     def feature(pixels, tokens):
         insertions = [Insertion(tokens[0], at=-3, mode="insert"), Insertion(tokens[1], at=-3, layer=1)]
@@ -114,7 +119,7 @@ def test_terms_by_plain_computation(backbone):
         loss, right = learner.loss(batch)
     assert loss.item() == pytest.approx(sum(expected.values()), rel=1e-4)
     assert right.tolist() == (normalize(real, dim=1) @ texts[:3].T).argmax(1).eq(batch.labels).tolist()
-    assert (logits[:, 3] == -torch.inf).all(), "a class without real pictures is no choice for a real picture"
+    assert (logits[:, 3] == -torch.inf).all(), "a class without real images is no choice for a real image"
 
 
 REACHED = {
@@ -179,17 +184,17 @@ def test_without_weight_the_source_changes_nothing(backbone, generated):
 
 
 def test_what_is_drawn_for_a_batch(backbone, generated):
-    """Beside each real picture one of its class and one of a class without real pictures, the same in every run."""
+    """For each real image one of its class and one of a class without real images, the same in every run."""
     support = colours(3, seed=1).select(range(6))  # red and green; blue and yellow are new
     rows = torch.tensor([5, 0, 3])
-    draw = SyncClip(**SMALL, synthetic=generated)._batches(backbone, support)
+    draw = batches_of(backbone, support, generated)
     batch = draw(rows, 0)
     assert batch.rows.tolist() == [5, 0, 3]
     assert batch.labels.tolist() == [1, 0, 1]
     assert batch.pairs.tolist() == [0, 1, 2]
     assert batch.made.shape == (6, 3, 32, 32)
     assert batch.made_labels[:3].tolist() == [1, 0, 1]
-    pictures = {
+    images = {
         (generated.class_names[label], round(backbone.preprocess(item.open()).sum().item(), 3))
         for item, label in zip(generated.items, generated.labels, strict=True)
     }
@@ -201,19 +206,19 @@ def test_what_is_drawn_for_a_batch(backbone, generated):
             (NAMES[label], round(p.sum().item(), 3))
             for p, label in zip(batch.made, batch.made_labels.tolist(), strict=True)
         }
-    assert seen == pictures, "all are used in time, each under its own name"
-    again = SyncClip(**SMALL, synthetic=generated)._batches(backbone, support)(rows, 11)
+    assert seen == images, "all are used in time, each under its own name"
+    again = batches_of(backbone, support, generated)(rows, 11)
     torch.testing.assert_close(again.made, batch.made)
 
 
 def test_a_source_may_lack_classes(backbone, generated):
     support = colours(3, seed=1).select(range(9))  # red, green and blue
     rows = torch.tensor([0, 3, 6])
-    new = SyncClip(**SMALL, synthetic=generated.only(["yellow"]))._batches(backbone, support)(rows, 0)
+    new = batches_of(backbone, support, generated.only(["yellow"]))(rows, 0)
     assert new.pairs.tolist() == []
     assert new.made_labels.tolist() == [3, 3, 3]
     assert set(learner_of(backbone).terms(new)[0]) == {"real", "new"}
-    some = SyncClip(**SMALL, synthetic=generated.only(["blue", "red"]))._batches(backbone, support)
+    some = batches_of(backbone, support, generated.only(["blue", "red"]))
     batch = some(rows, 0)
     assert batch.pairs.tolist() == [0, 2]
     assert batch.made_labels.tolist() == [0, 2]
@@ -235,7 +240,7 @@ def test_names_of_all_sources_are_classes(backbone, generated, tmp_path):
     np.testing.assert_allclose(loaded.predict_proba(queries), model.predict_proba(queries), atol=1e-6)
     with pytest.raises(DataError, match="made does not exist"):
         loaded.fit(backbone, support)
-    # the same pictures as a folder
+    # the same images as a folder
     for item, label in zip(generated.items, generated.labels, strict=True):
         folder = tmp_path / "folder" / generated.class_names[label]
         folder.mkdir(parents=True, exist_ok=True)
@@ -257,7 +262,7 @@ def test_the_playground_draws_what_it_knows(backbone):
     drawn = {item.digest() for item in source.items}
     for seed in range(5):
         theirs = Playground(size=32, kinds=tuple(source.class_names), seed=seed).dataset(3)
-        assert drawn.isdisjoint(item.digest() for item in theirs.items), "never the pictures of somebody's data set"
+        assert drawn.isdisjoint(item.digest() for item in theirs.items), "never the images of somebody's data set"
     with pytest.raises(ClipadaptError, match=r"the playground cannot draw 'red', 'blue', 'dog'; it draws .*star"):
         create("sync-clip", synthetic="playground", new_classes=["dog"]).fit(
             backbone, colours(2, seed=1).only(["red", "blue"])
@@ -266,13 +271,17 @@ def test_the_playground_draws_what_it_knows(backbone):
 
 def test_a_run_is_resumed_with_the_same_source_only(backbone, generated):
     support = colours(2, seed=1)
-    first = create("sync-clip", synthetic=generated)._identity(backbone, support)
-    assert create("sync-clip", synthetic=generated)._identity(backbone, support) == first
-    fewer = create("sync-clip", synthetic=generated.select(range(5)))
-    assert fewer._identity(backbone, support) != first
+
+    def identity(source: Dataset) -> str:
+        method = create("sync-clip", synthetic=source)
+        data = method._prepare(backbone, TrainingData(support, class_names=support.class_names))
+        return method._identity(backbone, data)
+
+    assert identity(generated) == identity(generated)
+    assert identity(generated.select(range(5))) != identity(generated)
 
 
-def test_generated_pictures_of_new_classes_make_them_known():
+def test_generated_images_of_new_classes_make_them_known():
     """Sketches, a style new to the model, of eight kinds; of eight others there are only drawings in all styles."""
     backbone = load_backbone()
     base = ("snail", "magnifying glass", "drop", "clock", "bus", "flower", "triangle", "cloud")

@@ -1,4 +1,4 @@
-"""TaI-DPT against a plain computation, and what the paper says of it, on drawn pictures of several objects."""
+"""TaI-DPT against a plain computation, and what the paper says of it, on drawn images of several objects."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from clipadapt.errors import ClipadaptError
 from clipadapt.methods import create
 from clipadapt.methods.prompt_learning.tai_dpt import Sentences, local_scores
 from tests.pictures import COLOURS, colours
+from tests.quick import quick
 from tests.tiny import tiny, tiny_clip
 
 NAMES = list(COLOURS)
@@ -26,14 +27,14 @@ def backbone() -> Backbone:
     return load_backbone(tiny_clip())
 
 
-def quick(**given):
+def small(**given):
     return create("tai-dpt", **{"n_ctx": 2, "sentences": 5, "epochs": 2, "batch_size": 8, "lr": 1e-2, **given})
 
 
 def test_loss_equals_a_plain_computation(backbone):
     """Sentence by sentence, class by class, token by token, from encodings that share nothing."""
     torch.manual_seed(0)
-    learner = quick()._learner(backbone, NAMES)
+    learner = small().bind(backbone, NAMES)
     with torch.no_grad():
         learner.contexts.mul_(20)  # away from zero, so that the two kinds differ
     loss = Sentences(backbone, TEXTS, TARGETS).loss(torch.arange(3), learner.texts(), 50.0)
@@ -90,9 +91,9 @@ def test_local_scores():
     torch.testing.assert_close(local_scores(rows, texts, 50.0, mask)[1], local_scores(rows[:, :3], texts, 50.0)[1])
 
 
-def test_picture_scores_equal_a_plain_computation(backbone):
+def test_image_scores_equal_a_plain_computation(backbone):
     """Patches by the value path of the last block, written out with its weights."""
-    model = quick().fit(backbone, class_names=NAMES)
+    model = small().fit(backbone, class_names=NAMES)
     pixels = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     rows: list[torch.Tensor] = []
     with backbone.after_blocks("vision", {-2: rows.append}):
@@ -118,7 +119,7 @@ def test_picture_scores_equal_a_plain_computation(backbone):
 
 def test_captions_and_synonyms_decide_what_is_learned(backbone, tmp_path):
     (tmp_path / "c.txt").write_text("a red and blue house\nnothing of it\nleaves by the sea\n", encoding="utf-8")
-    method = quick(captions=tmp_path / "c.txt", synonyms={"green": ["leaf"], "blue": ["sea"]}, templates="the {}")
+    method = small(captions=tmp_path / "c.txt", synonyms={"green": ["leaf"], "blue": ["sea"]}, templates="the {}")
     texts, targets = method._sentences(NAMES)
     named = [{NAMES[c] for c in row.nonzero()[:, 0].tolist()} for row in targets]
     assert dict(zip(texts, named, strict=True)) == {
@@ -129,35 +130,35 @@ def test_captions_and_synonyms_decide_what_is_learned(backbone, tmp_path):
     model = method.fit(backbone, class_names=NAMES)
     (tmp_path / "c.txt").unlink()  # a saved model does not need its captions
     loaded = clipadapt.load(model.save(tmp_path / "model"), backbone)
-    pictures = colours(1, seed=1)
-    torch.testing.assert_close(loaded.image_logits(pictures)[0], model.image_logits(pictures)[0])
+    images = colours(1, seed=1)
+    torch.testing.assert_close(loaded.image_logits(images)[0], model.image_logits(images)[0])
     with pytest.raises(ClipadaptError, match="tai-dpt: none of the captions names a class"):
-        quick(captions=["nothing of it"]).fit(backbone, class_names=NAMES)
+        small(captions=["nothing of it"]).fit(backbone, class_names=NAMES)
 
 
-def test_pictures_set_the_threshold_and_nothing_else(backbone):
-    pictures = colours(2, seed=1)
-    support = MultiLabelDataset(pictures.items, [frozenset({label}) for label in pictures.labels], NAMES)
-    with_pictures, without = quick().fit(backbone, support), quick().fit(backbone, MultiLabelDataset([], [], NAMES))
-    assert torch.equal(with_pictures.image_logits(pictures)[0], without.image_logits(pictures)[0])
-    assert with_pictures.predict(pictures).shape == (8, 4)
-    assert without.score(support) == with_pictures.score(support)
+def test_images_set_the_threshold_and_nothing_else(backbone):
+    images = colours(2, seed=1)
+    support = MultiLabelDataset(images.items, [frozenset({label}) for label in images.labels], NAMES)
+    with_images, without = small().fit(backbone, support), small().fit(backbone, MultiLabelDataset([], [], NAMES))
+    assert torch.equal(with_images.image_logits(images)[0], without.image_logits(images)[0])
+    assert with_images.predict(images).shape == (8, 4)
+    assert without.score(support) == with_images.score(support)
     for use in (without.predict, without.predict_proba):
-        with pytest.raises(ClipadaptError, match="no picture to choose a threshold on"):
-            use(pictures)
-    without.threshold_ = with_pictures.threshold_
-    assert (without.predict(pictures) == with_pictures.predict(pictures)).all()
+        with pytest.raises(ClipadaptError, match="no image to choose a threshold on"):
+            use(images)
+    without.threshold_ = with_images.threshold_
+    assert (without.predict(images) == with_images.predict(images)).all()
 
 
 def test_features_alone_are_refused(backbone):
-    with pytest.raises(ClipadaptError, match="give pictures to image_logits"):
-        quick().fit(backbone, class_names=NAMES).logits(torch.randn(2, backbone.dim))
+    with pytest.raises(ClipadaptError, match="use image_logits or predict"):
+        small().fit(backbone, class_names=NAMES).logits(torch.randn(2, backbone.dim))
 
 
 @pytest.mark.parametrize("family", ["siglip", "siglip2", "altclip", "chinese_clip", "metaclip_2"])
 def test_other_families(family):
     backbone, losses = load_backbone(tiny(family)), []
-    model = quick(epochs=8).fit(backbone, class_names=NAMES, report=lambda step: losses.append(step["loss"]))
+    model = small(epochs=8).fit(backbone, class_names=NAMES, report=lambda step: losses.append(step["loss"]))
     assert sum(losses[-3:]) < sum(losses[:3])
     assert model.predict_proba(colours(1, seed=1)).shape == (4, 4)
 
@@ -165,14 +166,14 @@ def test_other_families(family):
 @pytest.mark.claim(
     "tai-dpt", "no picture seen, mAP of drawings of one to three things: above zero-shot and global prompts"
 )
-def test_beats_zero_shot_and_global_prompts_without_a_picture(claim):
-    """The paper's two claims, on drawn pictures of one to three objects, over three seeds."""
+def test_beats_zero_shot_and_global_prompts_without_an_image(claim):
+    """The paper's two claims, on drawn images of one to three objects, over three seeds."""
     backbone = load_backbone()
     test, none = Playground(kinds=KNOWN, seed=7).multilabel(200), MultiLabelDataset([], [], list(KNOWN))
     zero_shot = create("zero-shot").fit(backbone, none).score(test)
     double, whole = [], []
     for seed in (1, 2, 3):
-        model = create("tai-dpt", **{**create("tai-dpt").tiny, "seed": seed}).fit(backbone, none)
+        model = quick("tai-dpt", seed=seed).fit(backbone, none)
         double.append(model.score(test))
         model.local_share = 0.0
         whole.append(model.score(test))

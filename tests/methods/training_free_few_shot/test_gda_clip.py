@@ -1,4 +1,4 @@
-"""GDA beyond few shots: new classes as the official code synthesises them, unlabelled pictures, long tails."""
+"""GDA beyond few shots: new classes as the official code synthesises them, unlabelled images, long tails."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def percent(scores: torch.Tensor, labels: torch.Tensor) -> float:
 
 @pytest.fixture(scope="module")
 def playground():
-    """The embedded model, and drawn pictures of every kind, 8 to learn from and 8 to be judged on."""
+    """The embedded model, and drawn images of every kind, 8 to learn from and 8 to be judged on."""
     train, test = Playground(seed=1).dataset(16).split(test=0.5, seed=1)
     return load_backbone(), train, test
 
@@ -82,12 +82,12 @@ def test_a_fitted_model_takes_new_classes_by_name(base_to_new):
     assert (shift - shift.mean()).abs().max() < 1e-5 * np.abs(golden("new_logits64")).max()  # one prior for all
 
 
-@pytest.mark.parametrize("pictures", [1, 5, 80])
-def test_new_classes_are_those_of_a_plain_inverse(pictures):
-    """Whatever the width, and with fewer than 64 pictures as well."""
+@pytest.mark.parametrize("images", [1, 5, 80])
+def test_new_classes_are_those_of_a_plain_inverse(images):
+    """Whatever the width, and with fewer than 64 images as well."""
     g = torch.Generator().manual_seed(0)
-    rows, texts = (normalize(torch.randn(n, 24, generator=g), dim=1) for n in (pictures, 3))
-    k = min(64, pictures)
+    rows, texts = (normalize(torch.randn(n, 24, generator=g), dim=1) for n in (images, 3))
+    k = min(64, images)
     precision, means = torch.zeros(24, 24, dtype=torch.float64), []
     for text in texts.double():
         near = rows.double()[(rows.double() @ text).topk(k).indices]
@@ -105,23 +105,23 @@ def test_learned_classes_keep_their_weights(playground):
     backbone, train, test = playground
     base, new = train.few_shot(8, seed=1).base_new_split()
     model = create("gda-clip").fit(backbone, base)
-    pictures = test.select(range(20))
-    before = model.image_logits(pictures)[0]
-    torch.testing.assert_close(model.with_classes(base.class_names).image_logits(pictures)[0], before)
+    images = test.select(range(20))
+    before = model.image_logits(images)[0]
+    torch.testing.assert_close(model.with_classes(base.class_names).image_logits(images)[0], before)
     mixed = model.with_classes([*new.class_names, *base.class_names])
-    torch.testing.assert_close(mixed.image_logits(pictures)[0][:, len(new.class_names) :], before)
+    torch.testing.assert_close(mixed.image_logits(images)[0][:, len(new.class_names) :], before)
     # through other classes and back again
     again = model.with_classes(new.class_names).with_classes(base.class_names)
-    torch.testing.assert_close(again.image_logits(pictures)[0], before)
+    torch.testing.assert_close(again.image_logits(images)[0], before)
 
 
-# -- unlabelled pictures ----------------------------------------------------------------------------------------------
+# -- unlabelled images ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.claim("gda-clip", "whu-rs19, two encoders, no labels: EM over the pictures against zero-shot")
+@pytest.mark.claim("gda-clip", "whu-rs19, two encoders, no labels: EM over the images against zero-shot")
 @pytest.mark.parametrize("encoder", ENCODERS)
-def test_unlabelled_pictures_beat_zero_shot(shared, encoder, claim):
-    """All 1,005 pictures of WHU-RS19 without a label: 81.3 to 95.9 % and 71.5 to 94.6 %."""
+def test_unlabelled_images_beat_zero_shot(shared, encoder, claim):
+    """All 1,005 images of WHU-RS19 without a label: 81.3 to 95.9 % and 71.5 to 94.6 %."""
     x, y, t = features(shared, encoder)
     head = create("gda-clip").fit_features(x[:0], [], t, unlabelled=x)
     claim({"gda-clip": percent(head.logits(x), y) / 100, "zero-shot": percent(x @ t.T, y) / 100})
@@ -129,8 +129,8 @@ def test_unlabelled_pictures_beat_zero_shot(shared, encoder, claim):
 
 
 @pytest.mark.parametrize("encoder", ENCODERS)
-def test_labels_and_unlabelled_pictures_together(shared, encoder):
-    """Four labelled pictures a class and the others without labels: better than either alone, in the mean of seeds."""
+def test_labels_and_unlabelled_images_together(shared, encoder):
+    """Four labelled images a class and the others without labels: better than either alone, in the mean of seeds."""
     both, labels, unlabelled = [], [], []
     for seed in (1, 2, 3):
         c = Case(shared, encoder, f"s4_seed{seed}", "gda")
@@ -160,7 +160,7 @@ def test_one_round_is_the_published_equations():
 
 
 def long_tail(y: torch.Tensor, seed: int, most: int = 30, ratio: float = 0.05) -> torch.Tensor:
-    """Row numbers of a support set whose classes, in random order, have 30 down to 2 pictures, geometrically."""
+    """Row numbers of a support set whose classes, in random order, have 30 down to 2 images, geometrically."""
     rng = np.random.default_rng(seed)
     order = rng.permutation(19)
     counts = [round(most * ratio ** (rank / 18)) for rank in range(19)]

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from clipadapt.methods import create
-from clipadapt.methods.training_free_few_shot.ape import class_means, criterion, divergence, search, similarity
+from clipadapt.methods.training_free_few_shot.ape import class_means, divergence, search
+from clipadapt.nn.channels import criterion, similarity
 from tests.methods.test_golden_features import ENCODERS, Case, close
 
 OFFICIAL = {"clip_vit-b-32": 500 / 512, "clip_rn50": 500 / 1024}  # 500 channels, whatever the encoder
@@ -70,7 +71,7 @@ def test_search_is_the_plain_search():
     assert search(zero_shot, affinity, values, surprise, labels) == pytest.approx(chosen)
 
 
-def test_channels_from_texts_need_no_pictures():
+def test_channels_from_texts_need_no_images():
     rng = np.random.default_rng(2)
     x, t = rng.standard_normal((6, 16)), rng.standard_normal((3, 16))
     one = create("ape").fit_features(x, [0, 0, 1, 1, 2, 2], t)

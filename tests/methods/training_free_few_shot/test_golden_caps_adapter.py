@@ -14,9 +14,10 @@ from clipadapt.data import Dataset, ImageItem
 from clipadapt.errors import ClipadaptError
 from clipadapt.features import encode_classes, encode_images
 from clipadapt.methods import create
-from clipadapt.methods.artifact import recipe
+from clipadapt.methods.recipe import recipe
 from clipadapt.methods.training_free_few_shot.caps_adapter import DELTAS, mixed
-from clipadapt.methods.training_free_few_shot.sus_x import divergence, official_affinity, published_grid, search
+from clipadapt.nn.signatures import divergence, official_affinity, official_logits
+from clipadapt.training.cache_search import best_signature_cache, published_grid
 from tests.methods.test_golden_features import ENCODERS, close
 from tests.methods.training_free_few_shot.test_golden_sus_x import TipXCase, random_case
 from tests.pictures import colours
@@ -57,7 +58,9 @@ def test_official_figures(case):
     kl_val = divergence(case.channels(case.val), keys)
     ranges = [(float(a.min()), float(a.max())) for a in affinities]
     kl_logits = [official_affinity(kl_val, *ends, 10).float() @ case.values for ends in ranges]
-    *best, which = search(100 * val @ case.t.T, affinities, case.values, kl_logits, case.y[case.val], (5, 10, 10))
+    *best, which = best_signature_cache(
+        100 * val @ case.t.T, affinities, case.values, kl_logits, case.y[case.val], (5, 10, 10)
+    )
     alpha, beta, gamma, delta = (float(case[name]) for name in ("alpha", "beta", "gamma", "delta"))
     assert (*best, DELTAS[which]) == pytest.approx((alpha, beta, gamma, delta))
 
@@ -66,7 +69,9 @@ def test_official_figures(case):
     head.fit_features(s, labels, case.t, captions=case.captions)
     logits = head.logits(case.x[case.test])
     close(logits[case.probe], case["test_logits64"], 3e-4)
-    close(head._kl_logits(case.x[case.test], delta, keys)[case.probe], case["kl_logits64"], 3e-4)
+    affinity = mixed(case.x[case.test], s, case.captions, delta)
+    kl_logits = official_logits(case.channels(case.test), keys, case.values, affinity, 10)
+    close(kl_logits[case.probe], case["kl_logits64"], 3e-4)
     assert case.accuracy(logits) == pytest.approx(float(case["test_acc"]), abs=0.2)
 
 
@@ -88,7 +93,7 @@ def test_search_is_the_plain_search():
                     right = int((logits.argmax(1) == labels).sum())
                     if right > best:
                         best, plain = right, (alpha, beta, gamma, d)
-    assert search(zero_shot, affinities, values, list(kl), labels, (3, 6, 7)) == pytest.approx(plain)
+    assert best_signature_cache(zero_shot, affinities, values, list(kl), labels, (3, 6, 7)) == pytest.approx(plain)
 
 
 def test_without_captions_weight_it_is_sus_x():
@@ -128,7 +133,7 @@ def test_validation_chooses(case):
     assert right[0] >= right[1]
 
 
-# -- pictures and captions --------------------------------------------------------------------------------------------
+# -- images and captions --------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -137,17 +142,17 @@ def backbone():
 
 
 def brightness(images: list[Image.Image]) -> list[str]:
-    """A captioner that says something of a picture, and nothing of its class."""
+    """A captioner that says something of an image, and nothing of its class."""
     return ["small cat" if np.asarray(image).mean() > 110 else "large house" for image in images]
 
 
 class Painter:
-    """An image source that draws from prompts: a plain picture for each, in a colour that depends on the prompt."""
+    """An image source that draws from prompts: a plain image for each, in a colour that depends on the prompt."""
 
     def __init__(self) -> None:
         self.prompts: dict[str, list[str]] | None = None
 
-    def pictures(self, backbone, class_names, per_class, seed, prompts=None) -> Dataset:
+    def __call__(self, class_names, per_class, seed, prompts=None) -> Dataset:
         self.prompts = prompts
         made = [(prompts[n][i % len(prompts[n])], c) for c, n in enumerate(class_names) for i in range(per_class)]
         images = [Image.new("RGB", (32, 32), (len(p), 40 * c, 7 * seed)) for p, c in made]
@@ -181,7 +186,7 @@ def test_captions_as_list_mapping_or_captioner(backbone, tmp_path):
     np.testing.assert_array_equal(loaded.predict_proba(queries), by_list.predict_proba(queries))
 
 
-def test_unlabelled_pictures_without_a_source(backbone):
+def test_unlabelled_images_without_a_source(backbone):
     """They join the support as what zero-shot CLIP takes them for, with captions of their own."""
     support, more = colours(1, seed=1), colours(2, seed=3)
     model = create("caps-adapter", captioner=brightness).fit(backbone, support, unlabelled=more)
@@ -194,7 +199,7 @@ def test_unlabelled_pictures_without_a_source(backbone):
 
 
 def test_the_recipe_of_the_paper(backbone):
-    """Captions of unlabelled pictures become prompts, these pictures, and both together the caches."""
+    """Captions of unlabelled images become prompts, these images, and both together the caches."""
     names, found = ["red", "blue", "dog"], colours(3, seed=3)
     painter = Painter()
     settings = {"source": painter, "per_class": 3, "captioner": brightness, "seed": 2}
@@ -210,11 +215,11 @@ def test_the_recipe_of_the_paper(backbone):
     assert painter.prompts == expected
     used = [expected[name][i % len(expected[name])] for name in names for i in range(3)]
     torch.testing.assert_close(model.captions_, backbone.encode_texts(used))
-    drawn = painter.pictures(backbone, names, 3, 2, expected)
+    drawn = painter(names, 3, 2, expected)
     torch.testing.assert_close(model.keys_, encode_images(backbone, drawn).features)
     assert model.values_.sum(0).tolist() == [3, 3, 3]
 
-    # captions of labelled pictures are for their own class, and they are in the caches, too
+    # captions of labelled images are for their own class, and they are in the caches, too
     support = colours(1, seed=1).only(["red", "blue"])
     model = create("caps-adapter", **settings).fit(backbone, support)
     said = brightness([item.open() for item in support.items])
@@ -239,13 +244,13 @@ def test_refused(backbone):
     support = colours(2, seed=1)
     with pytest.raises(ClipadaptError, match="captions must be 8 sentences"):
         create("caps-adapter", captions=["a"] * 7).fit(backbone, support)
-    with pytest.raises(ClipadaptError, match="captions has none for 'picture 0'; add it"):
+    with pytest.raises(ClipadaptError, match=f"captions has none for {support.items[0].name!r}; add it"):
         create("caps-adapter", captions={"no such": "a"}).fit(backbone, support)
-    with pytest.raises(ClipadaptError, match="list of 8 strings for as many pictures"):
+    with pytest.raises(ClipadaptError, match="list of 8 strings for as many images"):
         create("caps-adapter", captioner=lambda images: "one").fit(backbone, support)
-    with pytest.raises(ClipadaptError, match="captioner is a function from PIL pictures"):
+    with pytest.raises(ClipadaptError, match='captioner is "phrases", a hub id or folder'):
         create("caps-adapter", captioner=3).fit(backbone, support)
-    with pytest.raises(ClipadaptError, match="learns from labelled pictures"):
+    with pytest.raises(ClipadaptError, match="learns from labelled images"):
         create("caps-adapter").fit(backbone, class_names=support.class_names)
     x, y, t, _ = random_case([3, 3])
     with pytest.raises(ClipadaptError, match=r"captions must have shape \(6, 8\)"):

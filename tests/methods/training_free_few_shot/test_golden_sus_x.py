@@ -15,17 +15,17 @@ from clipadapt.data.playground.drawing import Playground
 from clipadapt.errors import ClipadaptError
 from clipadapt.features import encode_images
 from clipadapt.methods import create
-from clipadapt.methods.artifact import recipe
-from clipadapt.methods.training_free_few_shot.sus_x import (
+from clipadapt.methods.recipe import recipe
+from clipadapt.nn.signatures import (
     common_range,
     divergence,
     divergence_classifier,
     log_signature,
     official_affinity,
-    published_grid,
-    search,
+    official_logits,
 )
 from clipadapt.sources.images import Retrieved
+from clipadapt.training.cache_search import best_signature_cache, published_grid
 from tests.methods.test_golden_features import ENCODERS, Case, close
 from tests.pictures import colours
 from tests.tiny import tiny_clip
@@ -58,7 +58,7 @@ def test_divergences(case):
 
 
 def test_official_figures(case):
-    """Range over the whole matrix, of the validation pictures' cosines; the search on a grid of 5 x 10 x 10."""
+    """Range over the whole matrix, of the validation images' cosines; the search on a grid of 5 x 10 x 10."""
     s, val = case.x[case.support], case.x[case.val]
     affinity = val @ s.T
     low, high = float(affinity.min()), float(affinity.max())
@@ -67,8 +67,13 @@ def test_official_figures(case):
     ours = official_affinity(divergence(case.signatures(case.test), keys), low, high, 100)
     close(ours[case.probe], case["affinities64"], 1e-4)
     close(ours[case.probe].float() @ case.values, case["kl_logits64"], 1e-4)
+    x = case.x[case.test]
+    summed = official_logits(case.signatures(case.test), keys, case.values, x @ s.T, 100, [low, high])
+    close(summed[case.probe], case["kl_logits64"], 1e-4)
     kl_val = official_affinity(divergence(case.signatures(case.val), keys), low, high, 100).float() @ case.values
-    best = search(100 * val @ case.t.T, [affinity], case.values, [kl_val], case.y[case.val], steps=(5, 10, 10))
+    best = best_signature_cache(
+        100 * val @ case.t.T, [affinity], case.values, [kl_val], case.y[case.val], steps=(5, 10, 10)
+    )
     alpha, beta, gamma = (float(case[name]) for name in ("alpha", "beta", "gamma"))
     assert best == pytest.approx((alpha, beta, gamma, 0))
 
@@ -88,7 +93,7 @@ def test_official_rows_behind_the_last_full_hundred_count_as_zero():
     ours = official_affinity(kl, 0.2, 0.7, batch=2)
     kept = torch.cat([kl[:4], torch.zeros(1, 3)])
     torch.testing.assert_close(ours, -(kept / kept.max() * 0.5 + 0.2))
-    with pytest.raises(ClipadaptError, match="at least 9 different pictures"):
+    with pytest.raises(ClipadaptError, match="at least 9 different images"):
         official_affinity(kl, 0.2, 0.7, batch=9)
 
 
@@ -111,8 +116,8 @@ def random_case(counts: list[int], seed: int = 0):
     return x, y, t, q
 
 
-def test_the_classifier_is_the_sum_over_support_pictures():
-    """With equally many pictures a class, its logits differ from the paper's sums by the same for all classes."""
+def test_the_classifier_is_the_sum_over_support_images():
+    """With equally many images a class, its logits differ from the paper's sums by the same for all classes."""
     x, y, t, q = random_case([3, 3, 3, 3])
     keys, values = log_signature(x, t, 0.5), one_hot(y, 4).double()
     p = log_signature(q, t, 0.5)
@@ -124,7 +129,7 @@ def test_the_classifier_is_the_sum_over_support_pictures():
     torch.testing.assert_close(2 * (linear - linear[:, :1]), mapped - mapped[:, :1])
 
 
-def test_how_many_pictures_a_class_has_does_not_matter():
+def test_how_many_images_a_class_has_does_not_matter():
     x, y, t, q = random_case([3, 3, 3, 3])
     p, keys, values = log_signature(q, t, 0.5), log_signature(x, t, 0.5), one_hot(y, 4).double()
     once = p.exp() @ divergence_classifier(keys, values)
@@ -138,7 +143,7 @@ def test_how_many_pictures_a_class_has_does_not_matter():
     torch.testing.assert_close(without[:, 1:], others)
 
 
-def test_range_over_pairs_of_different_pictures():
+def test_range_over_pairs_of_different_images():
     x, y, t, _ = random_case([2, 2, 1])
     keys = log_signature(x, t, 0.5)
     cosines, kl = [], []
@@ -168,7 +173,7 @@ def test_search_is_the_plain_search():
             right = int((logits.argmax(1) == labels).sum())
             if right > best:
                 best, plain = right, (alpha, beta, gamma)
-        ours = search(zero_shot, [affinity], values, [kl_logits], labels, steps=(4, 10, 12))
+        ours = best_signature_cache(zero_shot, [affinity], values, [kl_logits], labels, steps=(4, 10, 12))
         assert ours == pytest.approx((*plain, 0))
         chosen.add(ours)
     assert len(chosen) > 1
@@ -182,7 +187,7 @@ def test_limits():
     torch.testing.assert_close(create("sus-x", gamma=0).fit_features(x, y, t).logits(q), tip)
 
 
-def test_a_prediction_depends_on_its_picture_alone_by_default_only():
+def test_a_prediction_depends_on_its_image_alone_by_default_only():
     x, y, t, _ = random_case([3, 3, 3, 3])
     q = random_case([60, 60, 60, 60], seed=3)[0]
     head = create("sus-x").fit_features(x, y, t)
@@ -190,12 +195,12 @@ def test_a_prediction_depends_on_its_picture_alone_by_default_only():
     official = create("sus-x", scaling="official").fit_features(x, y, t)
     assert (official.logits(q)[:5] - official.logits(q[:120])[:5]).abs().max() > 1e-4
     assert official.logits(q[:0]).shape == (0, 4)
-    with pytest.raises(ClipadaptError, match="at least 100 different pictures"):
+    with pytest.raises(ClipadaptError, match="at least 100 different images"):
         official.logits(q[:99])
 
 
 def test_official_and_default_agree_where_the_ranges_do():
-    """With equally many pictures a class, only the ranges of cosines and divergences tell them apart."""
+    """With equally many images a class, only the ranges of cosines and divergences tell them apart."""
     x, y, t, _ = random_case([3, 3, 3, 3])
     q = random_case([50, 50, 50, 50], seed=3)[0]
     head = create("sus-x", alpha=0).fit_features(x, y, t)
@@ -239,7 +244,7 @@ def test_names_and_a_source_suffice(backbone, tmp_path):
     loaded = clipadapt.load(model.save(tmp_path / "model"), backbone)
     assert loaded.source == made.name
     np.testing.assert_array_equal(loaded.predict_proba(queries), model.predict_proba(queries))
-    # labelled pictures are added to those of the source
+    # labelled images are added to those of the source
     both = create("sus-x", source=made).fit(backbone, colours(1, seed=1))
     assert both.keys_.shape == (16, backbone.dim)
     np.testing.assert_array_equal(both.values_.sum(0), [4, 4, 4, 4])
@@ -249,32 +254,26 @@ def test_what_a_source_is_asked_for(backbone):
     pool = colours(5, seed=5)
     source = Retrieved(pool.items)
     model = create("sus-x", source=source, per_class=2).fit(backbone, class_names=["red", "blue"])
-    expected = source.pictures(backbone, ["red", "blue"], 2, 1)
+    expected = Retrieved(pool.items, backbone=backbone)(["red", "blue"], 2, 1)
     assert torch.equal(model.keys_, encode_images(backbone, expected).features)
     assert recipe(model)["hyperparameters"]["source"] == "retrieved", "its name is what a saved model keeps"
 
 
-def test_sync_clip_takes_the_same_sources(backbone):
-    source = Retrieved(colours(5, seed=5))
-    found = create("sync-clip", synthetic=source, per_class=3)._source(backbone, ["red", "star"])
-    assert (found.class_names, found.counts) == (["red", "star"], [3, 3])
-
-
 def test_refused(backbone):
     made = colours(2, seed=5)
-    with pytest.raises(ClipadaptError, match="learns from labelled pictures"):
+    with pytest.raises(ClipadaptError, match="learns from labelled images"):
         create("sus-x").fit(backbone, class_names=made.class_names)
-    with pytest.raises(ClipadaptError, match=r"no picture of 'teal'; it has pictures of 'blue', 'green', 'red', 'yell"):
+    with pytest.raises(ClipadaptError, match=r"no image of 'teal'; it has images of 'blue', 'green', 'red', 'yell"):
         create("sus-x", source=made).fit(backbone, class_names=["red", "teal"])
     with pytest.raises(ClipadaptError, match="the playground cannot draw 'teal'"):
         create("sus-x", source="playground").fit(backbone, class_names=["star", "teal"])
     with pytest.raises(ClipadaptError, match=r"source needs fit\(backbone"):
         create("sus-x", source=made).fit_features(torch.zeros(0, 8), [], torch.eye(8)[:3])
-    with pytest.raises(ClipadaptError, match="source of pictures is a Dataset"):
+    with pytest.raises(ClipadaptError, match="image source is a Dataset"):
         create("sus-x", source=3).fit(backbone, class_names=["red", "blue"])
 
 
-@pytest.mark.claim("sus-x", "six unknown kinds of things, names alone: drawn pictures of them beat zero-shot")
+@pytest.mark.claim("sus-x", "six unknown kinds of things, names alone: drawn images of them beat zero-shot")
 def test_names_alone_beat_zero_shot(claim):
     """On kinds of things that the embedded model was not trained on; other drawings of them are the support."""
     backbone = load_backbone()

@@ -34,7 +34,7 @@ def zero_shot(request, shared):
 
 @pytest.fixture
 def task():
-    """16 pictures, 5 labelled ones of the classes 0, 0, 1, 2, 2, assignments to 4 classes."""
+    """16 images, 5 labelled ones of the classes 0, 0, 1, 2, 2, assignments to 4 classes."""
     g = torch.Generator().manual_seed(0)
     x, support = (normalize(torch.randn(n, 6, generator=g, dtype=torch.float64), dim=1) for n in (16, 5))
     z = torch.randn(16, 4, generator=g, dtype=torch.float64).softmax(1)
@@ -59,7 +59,7 @@ def test_zero_shot_figures(zero_shot):
 
 
 def test_inductive_is_nearly_transductive(zero_shot):
-    """Without its neighbours' pull a picture mostly gets the same class, and both are far above zero-shot."""
+    """Without its neighbours' pull an image mostly gets the same class, and both are far above zero-shot."""
     x, y, _, model, golden = zero_shot
     inductive = model.logits(x)
     assert (inductive.argmax(1) == model.assignments_.argmax(1)).double().mean() > 0.99
@@ -82,7 +82,7 @@ def test_few_shot_figures_of_the_official_code(shared, encoder, split):
 
 @pytest.mark.parametrize("encoder", ENCODERS)
 @pytest.mark.parametrize("shots", [4, 16])
-def test_labelled_pictures_help(shared, encoder, shots):
+def test_labelled_images_help(shared, encoder, shots):
     """Mean of three support sets: above transduction without them, and about what the official code reaches."""
     right, official, unlabelled = [], [], []
     for seed in (1, 2, 3):
@@ -125,7 +125,7 @@ def test_neighbours_in_blocks(task):
     close(among.to_dense(), plain + plain.T, 1e-12)
     both = support @ x.T
     close(across.to_dense(), torch.zeros_like(both).scatter(1, both.topk(3).indices, both.topk(3).values).T, 1e-12)
-    twins = torch.cat([x[:1], x[:1], x[:1], x[1:3]])  # equal pictures are each other's neighbours, never their own
+    twins = torch.cat([x[:1], x[:1], x[:1], x[1:3]])  # equal images are each other's neighbours, never their own
     assert (nearest(twins, twins, 2, leave_out="self").to_dense().diagonal() == 0).all()
 
 
@@ -139,11 +139,11 @@ def test_gammas_start_afresh(shared):
     torch.testing.assert_close(alone.assignments_, searched.assignments_)
 
 
-@pytest.mark.parametrize("pictures", [1, 2, 3])
-def test_very_few_pictures(pictures):
+@pytest.mark.parametrize("images", [1, 2, 3])
+def test_very_few_images(images):
     g = torch.Generator().manual_seed(1)
-    x, t = torch.randn(pictures, 8, generator=g), torch.randn(3, 8, generator=g)
+    x, t = torch.randn(images, 8, generator=g), torch.randn(3, 8, generator=g)
     model = create("transclip").fit_features(x[:0], [], t, unlabelled=x, logit_scale=10.0)
-    assert model.assignments_.shape == (pictures, 3)
+    assert model.assignments_.shape == (images, 3)
     assert torch.isfinite(model.assignments_).all()
     assert torch.isfinite(model.logits(x)).all()

@@ -1,4 +1,4 @@
-"""ComCLIP: the parser, sub-pictures, the score by a plain computation, savings, and swapped captions."""
+"""ComCLIP: the parser, sub-images, the score by a plain computation, savings, and swapped captions."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from clipadapt.data.caption_parts import Parts, parse
 from clipadapt.data.playground.drawing import TRAIN_KINDS, Playground
 from clipadapt.errors import ArtifactError, ClipadaptError
 from clipadapt.methods import create
-from clipadapt.methods.zero_shot_inference.comclip import part_of, shares
+from clipadapt.methods.zero_shot_inference.comclip import parsed, part_of, regions, shares
 from tests.tiny import tiny_clip
 
 CAPTIONS = ["a red cat to the left of a dog", "a dog to the left of a red cat", "a red cat and a star", "a house"]
@@ -25,7 +25,7 @@ def backbone() -> Backbone:
     return load_backbone(tiny_clip())
 
 
-def picture(seed: int = 0) -> Image.Image:
+def random_image(seed: int = 0) -> Image.Image:
     values = np.random.default_rng(seed).integers(0, 256, (8, 12, 3))
     return Image.fromarray(values.astype(np.uint8)).resize((60, 40), Image.Resampling.NEAREST)
 
@@ -84,8 +84,8 @@ def test_weights():
     assert shares(-similar.abs(), "sum", 10.0).tolist() == pytest.approx([1 / 3] * 3)
 
 
-def test_subpictures():
-    image = picture()
+def test_subimages():
+    image = random_image()
     values = np.asarray(image)
     masked = np.asarray(part_of(image, ((2, 3, 20, 21), (30, 10, 50, 39)), "mask"))
     inside = np.zeros((40, 60), bool)
@@ -104,7 +104,7 @@ def test_the_plain_computation(backbone, subpicture, weights):
     """Caption by caption, as the official script goes: parts, their similarities over the sum, added, cosine."""
     model = create("comclip", detector=known, subpicture=subpicture, weights=weights)
     model.fit(backbone, class_names=CAPTIONS)
-    images = [picture(seed) for seed in range(3)]
+    images = [random_image(seed) for seed in range(3)]
     found = model.image_logits(images)[0]
 
     def see(image):
@@ -146,14 +146,14 @@ def test_the_plain_computation(backbone, subpicture, weights):
         np.testing.assert_allclose(row, expected, atol=1e-3)
 
 
-def test_what_is_not_found_has_the_whole_picture(backbone):
-    image = picture()
+def test_what_is_not_found_has_the_whole_random_image(backbone):
+    image = random_image()
     plain = create("zero-shot", templates="{}").fit(backbone, class_names=CAPTIONS).image_logits([image])[0]
     blind = create("comclip", detector=lambda *_: ([], [], [])).fit(backbone, class_names=CAPTIONS)
     torch.testing.assert_close(blind.image_logits([image])[0], plain, atol=1e-4, rtol=0)
-    one_sided = create("comclip", detector=known).fit(backbone, class_names=["a dog above a house", "a dog"])
-    parts = one_sided._regions(one_sided._parts[0], {"dog": ((1, 2, 3, 4),), "house": ()})
+    parts = regions(parse("a dog above a house"), {"dog": ((1, 2, 3, 4),), "house": ()})
     assert parts == [("dog", ((1, 2, 3, 4),)), ("house", ()), ("above", ())]
+    assert regions(parse("a dog"), {}) == []
 
 
 def test_captions_without_structure_are_plain_clip(backbone):
@@ -161,7 +161,7 @@ def test_captions_without_structure_are_plain_clip(backbone):
     seen = []
     model = create("comclip", detector=lambda *a: seen.append(a)).fit(backbone, class_names=names)
     plain = create("zero-shot", templates="{}").fit(backbone, class_names=names)
-    images = [picture(seed) for seed in range(3)]
+    images = [random_image(seed) for seed in range(3)]
     torch.testing.assert_close(model.image_logits(images)[0], plain.image_logits(images)[0], atol=1e-4, rtol=0)
     assert not seen, "nothing to be looked for"
     mixed = create("comclip", detector=known).fit(backbone, class_names=[*CAPTIONS, "dog"])
@@ -180,9 +180,9 @@ def test_what_captions_share_is_looked_for_and_encoded_once(backbone, monkeypatc
 
     model = create("comclip", detector=spy).fit(backbone, class_names=CAPTIONS)
     monkeypatch.setattr(backbone, "encode_images", lambda pixels, **k: sizes.append(len(pixels)) or encode(pixels, **k))
-    model.predict([picture(0), picture(1)])
+    model.predict([random_image(0), random_image(1)])
     assert asked == [["dog", "red cat", "star"]] * 2
-    assert sizes == [2, 4, 4], "the pictures; then cat, dog, star, and cat with dog once for both captions"
+    assert sizes == [2, 4, 4], "the images; then cat, dog, star, and cat with dog once for both captions"
 
 
 def test_parsers_of_the_callers_own(backbone):
@@ -190,8 +190,11 @@ def test_parsers_of_the_callers_own(backbone):
         left, middle, right = caption.partition(" ! ")
         return (left, middle and None, right) if right else None
 
-    model = create("comclip", parser=halves, detector=known).fit(backbone, class_names=["dog ! star", "dog and star"])
-    assert model._parts == [Parts("dog", None, "star"), None]
+    assert [parsed(halves, caption) for caption in ("dog ! star", "dog and star")] == [Parts("dog", None, "star"), None]
+    asked = []
+    model = create("comclip", parser=halves, detector=lambda _, names: (asked.extend(names), known(_, names))[1])
+    model.fit(backbone, class_names=["dog ! star", "a dog"]).predict([random_image()])
+    assert asked == ["dog", "star"]
     for answer in (("dog",), ("dog", None, ""), ("", "on", "star"), (1, None, "star")):
         with pytest.raises(ClipadaptError, match="the parser must give"):
             create("comclip", parser=lambda _, answer=answer: answer).fit(backbone, class_names=CAPTIONS)
@@ -201,7 +204,7 @@ def test_parsers_of_the_callers_own(backbone):
 
 def test_saved_and_for_new_captions(backbone, tmp_path):
     model = create("comclip").fit(backbone, class_names=CAPTIONS)
-    image = picture()
+    image = random_image()
     loaded = clipadapt.load(model.save(tmp_path / "model"), backbone)
     torch.testing.assert_close(loaded.image_logits([image])[0], model.image_logits([image])[0])
     other = model.with_classes(["a star above a dog", "a cat"])

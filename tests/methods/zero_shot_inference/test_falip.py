@@ -24,7 +24,7 @@ def backbone() -> Backbone:
     return load_backbone(tiny_clip())
 
 
-def picture(width: int = 32, height: int = 32, seed: int = 0) -> Image.Image:
+def random_image(width: int = 32, height: int = 32, seed: int = 0) -> Image.Image:
     values = np.random.default_rng(seed).integers(0, 256, (height, width, 3))
     return Image.fromarray(values.astype(np.uint8))
 
@@ -42,7 +42,7 @@ def slow_mask(box, rows, columns, patch, strength, sigma):
     return out
 
 
-# What `transform_box2token_base` of the official repository puts into row 0 of its 197 x 197 mask for a picture of
+# What `transform_box2token_base` of the official repository puts into row 0 of its 197 x 197 mask for an image of
 # 224 px in patches of 16: the mask's sum, and row 3 of the grid from column 1 on. It is computed in float32.
 OFFICIAL = [
     ((30, 40, 120, 90), 3.05899, [0.03665, 0.12739, 0.18184, 0.2, 0.18184, 0.12739, 0.03665, 0]),
@@ -75,8 +75,8 @@ def test_a_box_that_the_transform_cuts_off_is_no_region(backbone):
     assert (masks[1] > 0).any()
 
 
-def test_boxes_follow_the_pictures_transform(backbone):
-    """A rectangle drawn into pictures of several shapes is found where its box is put."""
+def test_boxes_follow_the_images_transform(backbone):
+    """A rectangle drawn into images of several shapes is found where its box is put."""
     for size in ((32, 32), (64, 64), (96, 48), (40, 120)):
         image = Image.new("RGB", size)
         box = [0.4 * size[0], 0.45 * size[1], 0.6 * size[0], 0.55 * size[1]]
@@ -88,7 +88,7 @@ def test_boxes_follow_the_pictures_transform(backbone):
 
 
 def test_strength_zero_is_clip(backbone):
-    images = [picture(seed=i) for i in range(3)]
+    images = [random_image(seed=i) for i in range(3)]
     plain = create("zero-shot").fit(backbone, class_names=NAMES).image_logits(images)[0]
     for region in ("saliency", "centre"):
         model = create("falip", strength=0.0, region=region).fit(backbone, class_names=NAMES)
@@ -103,7 +103,7 @@ def test_strength_zero_is_clip(backbone):
 @torch.no_grad()
 def test_the_tower_by_hand(backbone):
     """Only the class token's row of the last blocks changes, by the mask, in all heads."""
-    pixels = torch.stack([backbone.preprocess(picture(seed=i)) for i in range(2)])
+    pixels = torch.stack([backbone.preprocess(random_image(seed=i)) for i in range(2)])
     boxes = torch.tensor([[0.0, 0, 16, 16], [10, 4, 30, 20]])
     masks = foveal_mask(boxes, (4, 4), 8, strength=3.0, sigma=2.0)
     model = backbone.model.vision_model
@@ -126,7 +126,7 @@ def test_the_tower_by_hand(backbone):
 
 
 def test_the_last_third_of_the_blocks_by_default(backbone):
-    pixels, boxes = backbone.preprocess(picture())[None], torch.tensor([[0.0, 0, 16, 16]])
+    pixels, boxes = backbone.preprocess(random_image())[None], torch.tensor([[0.0, 0, 16, 16]])
     with torch.no_grad():
         features = {
             n: encode_regions(backbone, pixels, boxes, strength=2.0, sigma=9.0, layers=n) for n in (None, 1, 3, 9)
@@ -137,7 +137,7 @@ def test_the_last_third_of_the_blocks_by_default(backbone):
 
 
 def test_given_boxes_and_where_they_come_from(backbone):
-    images = [picture(64, 48, seed=i) for i in range(3)]
+    images = [random_image(64, 48, seed=i) for i in range(3)]
     boxes = [(0, 0, 30, 30), (20, 10, 60, 40), (5, 5, 15, 15)]
     settings = {"strength": 4.0, "sigma": 2.0}
     model = create("falip", **settings).fit(backbone, class_names=NAMES)
@@ -157,7 +157,7 @@ def test_given_boxes_and_where_they_come_from(backbone):
     torch.testing.assert_close(
         centre.image_logits(images)[0], model.image_logits(images, boxes=[(16, 12, 48, 36)] * 3)[0]
     )
-    # an unreadable picture takes its box with it
+    # an unreadable image takes its box with it
     kept = model.image_logits([images[0], "missing.jpg", images[2]], boxes=boxes, on_error="skip")
     assert kept[1] == [0, 2]
     torch.testing.assert_close(kept[0], given[[0, 2]])
@@ -165,10 +165,10 @@ def test_given_boxes_and_where_they_come_from(backbone):
 
 def test_pixels_keep_their_own_coordinates(backbone):
     """Of pixels as large as they are, boxes are in these pixels, whatever the tower was trained on."""
-    pixels = torch.stack([backbone.preprocess(picture(seed=i)) for i in range(2)])
+    pixels = torch.stack([backbone.preprocess(random_image(seed=i)) for i in range(2)])
     model = create("falip", strength=3.0).fit(backbone, class_names=NAMES)
     boxes = [(0, 0, 10, 10), (8, 8, 32, 30)]
-    images = [picture(seed=i) for i in range(2)]
+    images = [random_image(seed=i) for i in range(2)]
     torch.testing.assert_close(model.image_logits(pixels, boxes=boxes)[0], model.image_logits(images, boxes=boxes)[0])
     large = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     expected = encode_regions(
@@ -180,23 +180,23 @@ def test_pixels_keep_their_own_coordinates(backbone):
 
 def test_bad_input(backbone):
     model = create("falip").fit(backbone, class_names=NAMES)
-    with pytest.raises(ClipadaptError, match="one for each of the 2 pictures"):
-        model.image_logits([picture(), picture()], boxes=[(0, 0, 4, 4)])
+    with pytest.raises(ClipadaptError, match="one for each of the 2 images"):
+        model.image_logits([random_image(), random_image()], boxes=[(0, 0, 4, 4)])
     for boxes in ([(4, 0, 4, 4)], [(0, 0, 4)], [(0, 0, 4, float("inf"))]):
         with pytest.raises(ClipadaptError, match="left < right"):
             as_boxes(boxes)
     with pytest.raises(ClipadaptError, match="class-token"):
-        score_regions(load_backbone(tiny_siglip()), picture(), [(0, 0, 4, 4)], ["a cat"])
+        score_regions(load_backbone(tiny_siglip()), random_image(), [(0, 0, 4, 4)], ["a cat"])
     with pytest.raises(ClipadaptError, match="class-token"):
         create("falip").fit(load_backbone(tiny_siglip()), class_names=NAMES)
     with pytest.raises(ClipadaptError, match="not at features"):
         model.logits(np.eye(16))
-    assert score_regions(backbone, picture(), np.zeros((0, 4)), ["a cat"]).shape == (0, 1)
+    assert score_regions(backbone, random_image(), np.zeros((0, 4)), ["a cat"]).shape == (0, 1)
 
 
 @pytest.mark.claim("falip", "of two things in a drawing it tells which one words mean, better than a red circle does")
 def test_it_selects_regions_that_expressions_refer_to(claim):
-    """Two things in a picture, their boxes known: far more often right than chance, where a red circle is not."""
+    """Two things in an image, their boxes known: far more often right than chance, where a red circle is not."""
     backbone = load_backbone()
     worlds = [Playground(size=96, kinds=TRAIN_KINDS, styles=TRAIN_STYLES, seed=seed) for seed in (11, 12, 13)]
     foveal, circled = [], []

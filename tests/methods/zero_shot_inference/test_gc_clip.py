@@ -1,4 +1,4 @@
-"""GC-CLIP: crops by a plain computation, limits, the forms of pictures, and its gain where objects are small."""
+"""GC-CLIP: crops by a plain computation, limits, the forms of images, and its gain where objects are small."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def backbone() -> Backbone:
     return load_backbone(tiny_clip())
 
 
-def picture(seed: int = 0, width: int = 70, height: int = 50) -> Image.Image:
+def random_image(seed: int = 0, width: int = 70, height: int = 50) -> Image.Image:
     values = np.random.default_rng(seed).integers(0, 256, (height // 5, width // 5, 3))
     return Image.fromarray(values.astype(np.uint8)).resize((width, height), Image.Resampling.NEAREST)
 
@@ -36,8 +36,8 @@ def corner(image, names):
 def test_squares_and_margins():
     assert squared((10, 5, 30, 15), 70, 50) == (10, 0, 30, 20)
     assert squared((60, 40, 70, 42), 70, 50) == (60, 36, 70, 46)
-    assert squared((60, 47, 70, 50), 70, 50) == (60, 40, 70, 50), "moved where the picture ends"
-    assert squared((0, 10, 70, 20), 70, 50) == (0, 0, 70, 50), "cut where the picture is too small"
+    assert squared((60, 47, 70, 50), 70, 50) == (60, 40, 70, 50), "moved where the image ends"
+    assert squared((0, 10, 70, 20), 70, 50) == (0, 0, 70, 50), "cut where the image is too small"
     assert widened((10, 0, 30, 20), 0.0, 70, 50) == (10, 0, 30, 20)
     assert widened((10, 0, 30, 20), 0.5, 70, 50) == (5, 0, 50, 35)
     assert widened((10, 0, 30, 20), 1.0, 70, 50) == (0, 0, 70, 50)
@@ -55,8 +55,8 @@ def test_reclassified_keeps_the_others_behind():
 
 @torch.no_grad()
 def test_the_plain_computation(backbone):
-    """Picture by picture and crop by crop."""
-    images = [picture(seed) for seed in range(3)]
+    """Image by image and crop by crop."""
+    images = [random_image(seed) for seed in range(3)]
     model = create("gc-clip", detector=corner, k=3, crops=3, margin=0.4).fit(backbone, class_names=NAMES)
     found = model.image_logits(images)[0]
     texts = backbone.encode_texts([f"a photo of a {name}." for name in NAMES])
@@ -80,8 +80,8 @@ def test_the_plain_computation(backbone):
 
 
 def test_limits(backbone):
-    """The whole picture as the crop is plain CLIP; so is a shortlist of one; so is a detector that finds nothing."""
-    images = [picture(seed) for seed in range(4)]
+    """The whole image as the crop is plain CLIP; so is a shortlist of one; so is a detector that finds nothing."""
+    images = [random_image(seed) for seed in range(4)]
     plain = create("zero-shot").fit(backbone, class_names=NAMES)
     expected = plain.image_logits(images)[0]
     for settings in (
@@ -103,23 +103,25 @@ def test_the_detector_sees_the_shortlist_likeliest_first(backbone):
         asked.append(list(names))
         return corner(image, names)
 
-    image = picture(3)
+    image = random_image(3)
     create("gc-clip", detector=spy, k=4).fit(backbone, class_names=NAMES).predict([image])
     logits = create("zero-shot").fit(backbone, class_names=NAMES).image_logits([image])[0][0]
     assert asked == [[NAMES[c] for c in logits.argsort(descending=True)[:4]]]
 
 
-def test_every_picture_is_encoded_once_and_every_crop_once(backbone, monkeypatch):
+def test_every_image_is_encoded_once_and_every_crop_once(backbone, monkeypatch):
     seen = []
     encode = backbone.encode_images
     monkeypatch.setattr(backbone, "encode_images", lambda pixels, **k: seen.append(len(pixels)) or encode(pixels, **k))
-    create("gc-clip", detector=corner, crops=3).fit(backbone, class_names=NAMES).predict([picture(i) for i in range(5)])
+    create("gc-clip", detector=corner, crops=3).fit(backbone, class_names=NAMES).predict(
+        [random_image(i) for i in range(5)]
+    )
     assert seen == [5, 15]
 
 
-def test_forms_of_pictures(backbone, tmp_path):
+def test_forms_of_images(backbone, tmp_path):
     """Pixels have their crops taken from what they show; what cannot be read is skipped when asked."""
-    images = [picture(seed, 32, 32) for seed in range(3)]
+    images = [random_image(seed, 32, 32) for seed in range(3)]
     model = create("gc-clip", detector=corner).fit(backbone, class_names=NAMES)
     expected = model.image_logits(images)[0]
     pixels = torch.stack([backbone.preprocess(image) for image in images])
@@ -127,7 +129,7 @@ def test_forms_of_pictures(backbone, tmp_path):
     torch.testing.assert_close(logits, expected)
     assert kept == [0, 1, 2]
     images[0].save(path := tmp_path / "a.png")
-    (broken := tmp_path / "b.png").write_bytes(b"no picture")
+    (broken := tmp_path / "b.png").write_bytes(b"no image")
     logits, kept = model.image_logits([path, broken, images[2]], on_error="skip")
     torch.testing.assert_close(logits, expected[[0, 2]])
     assert kept == [0, 2]
@@ -142,7 +144,7 @@ def test_forms_of_pictures(backbone, tmp_path):
 
 @pytest.mark.parametrize("view", ["guided", "centre", "random"])
 def test_views_are_deterministic_and_differ(backbone, view):
-    images = [picture(seed) for seed in range(40)]  # more than one block
+    images = [random_image(seed) for seed in range(40)]  # more than one block
     model = create("gc-clip", view=view).fit(backbone, class_names=NAMES)
     first = model.image_logits(images)[0]
     torch.testing.assert_close(model.image_logits(images[::-1])[0].flip(0), first, atol=1e-4, rtol=0)
@@ -160,7 +162,7 @@ def test_saving_names_the_detector(backbone, tmp_path):
     assert not (tmp_path / "model" / "config.json").exists()
     model = create("gc-clip").fit(backbone, class_names=NAMES)
     loaded = clipadapt.load(model.save(tmp_path / "model"), backbone)
-    torch.testing.assert_close(loaded.image_logits([picture()])[0], model.image_logits([picture()])[0])
+    torch.testing.assert_close(loaded.image_logits([random_image()])[0], model.image_logits([random_image()])[0])
 
 
 def test_bad_input(backbone, monkeypatch):
@@ -168,7 +170,7 @@ def test_bad_input(backbone, monkeypatch):
         create("gc-clip", detector=3).fit(backbone, class_names=NAMES)
     missing = create("gc-clip", detector="no/such-detector/anywhere").fit(backbone, class_names=NAMES)
     with pytest.raises(BackboneError, match="no/such-detector"):
-        missing.predict([picture()])
+        missing.predict([random_image()])
     with pytest.raises(ClipadaptError, match="not at features"):
         create("gc-clip").fit(backbone, class_names=NAMES).logits(np.eye(16))
     monkeypatch.setattr(Backbone, "capabilities", property(lambda self: frozenset({"texts"})))
@@ -176,9 +178,9 @@ def test_bad_input(backbone, monkeypatch):
         create("gc-clip").fit(backbone, class_names=NAMES)
 
 
-@pytest.mark.claim("gc-clip", "things of a 20th of the picture: above the whole picture, and above crops of its centre")
+@pytest.mark.claim("gc-clip", "things of a 20th of the image: above the whole image, and above crops of its centre")
 def test_it_helps_where_objects_are_small(claim):
-    """Zero-shot kinds of the playground: better than the whole picture and centre crops on objects of a 20th of it."""
+    """Zero-shot kinds of the playground: better than the whole image and centre crops on objects of a 20th of it."""
     backbone, kinds = load_backbone(), TRAIN_KINDS[:20]
     worlds = [Playground(size=128, kinds=kinds, styles=TRAIN_STYLES, seed=seed) for seed in (3, 4, 5)]
     images = [world.scene(i, kind=kinds[i], count="one").image for world in worlds for i in range(20)]
@@ -187,10 +189,10 @@ def test_it_helps_where_objects_are_small(claim):
         name: (method.fit(backbone, class_names=list(kinds)).predict(images) == labels).reshape(3, -1).mean(1)
         for name, method in {
             "gc-clip": create("gc-clip"),
-            "whole picture": create("zero-shot"),
+            "whole image": create("zero-shot"),
             "centre": create("gc-clip", view="centre"),
         }.items()
     }
     claim(accuracy)
-    assert accuracy["gc-clip"].mean() > accuracy["whole picture"].mean() + 0.03
+    assert accuracy["gc-clip"].mean() > accuracy["whole image"].mean() + 0.03
     assert accuracy["gc-clip"].mean() > accuracy["centre"].mean() + 0.03

@@ -14,7 +14,7 @@ from clipadapt.backbones import load_backbone
 from clipadapt.data import image_pairs
 from clipadapt.errors import ClipadaptError
 from clipadapt.methods import create
-from clipadapt.methods.artifact import recipe
+from clipadapt.methods.recipe import recipe
 from clipadapt.methods.zero_shot_inference.x_more import confidence, mixed, retrieve
 from tests.pictures import colours
 from tests.tiny import tiny_clip
@@ -32,7 +32,7 @@ def random(*shape: int, seed: int) -> torch.Tensor:
 
 
 def slow(images, texts, weight, k, mixing):
-    """The loop of the official script: one picture after the other, entropies from log-probabilities."""
+    """The loop of the official script: one image after the other, entropies from log-probabilities."""
     classes, rows, sums = len(weight), [], [0.0, 0.0]
     for x in images:
         order = sorted(range(len(texts)), key=lambda i: -float(x @ texts[i]))[:k]
@@ -58,12 +58,12 @@ def test_equals_the_plain_loop(backbone, mixing, k):
     torch.testing.assert_close(model.logits(images).softmax(1), expected, atol=1e-5, rtol=1e-4)
 
 
-def test_captions_of_neighbouring_pictures_are_ranked_by_the_picture():
-    images, texts, pictures = random(7, 8, seed=1), random(5, 8, seed=2), random(12, 8, seed=3)
+def test_captions_of_neighbouring_images_are_ranked_by_the_image():
+    images, texts, others = random(7, 8, seed=1), random(5, 8, seed=2), random(12, 8, seed=3)
     text_of = torch.tensor([0, 1, 2, 0, 1, 2, 3, 3, 3, 4, 0, 1])
-    rows, counts = retrieve(images, {"texts": texts, "images": pictures, "text_of": text_of}, 3, 4)
+    rows, counts = retrieve(images, {"texts": texts, "images": others, "text_of": text_of}, 3, 4)
     for x, row, counted in zip(images, rows, counts, strict=True):
-        near = sorted(range(12), key=lambda i: -float(x @ pictures[i]))[:4]
+        near = sorted(range(12), key=lambda i: -float(x @ others[i]))[:4]
         captions = sorted({int(text_of[i]) for i in near}, key=lambda t: -float(x @ texts[t]))[:3]
         assert row[counted].tolist() == captions
 
@@ -78,17 +78,15 @@ def test_confidence_and_its_limits():
     torch.testing.assert_close(mixed(sure, unsure, "equal"), (sure + unsure) / 2)
 
 
-@pytest.mark.claim("x-more", "made-up features: the surer of picture and captions weighs more than the other")
+@pytest.mark.claim("x-more", "made-up features: the surer of image and captions weighs more than the other")
 def test_the_surer_modality_decides_where_it_is_the_better_one(claim):
-    """Sharp captions of the right class correct a picture between two classes; equal weights do as well or worse."""
+    """Sharp captions of the right class correct an image between two classes; equal weights do as well or worse."""
     generator = torch.Generator().manual_seed(0)
     centres = torch.eye(4, 8)
     labels = torch.arange(1200) % 4
     blurred = normalize(centres[labels] + 0.9 * torch.randn(1200, 8, generator=generator), dim=1)
-    model = create("x-more", k=3)
-    model.weight_ = 8 * centres
     captions = normalize(centres.repeat(5, 1) + 0.05 * torch.randn(20, 8, generator=generator), dim=1)
-    model.memory_ = {"texts": captions, "images": torch.empty(0, 8), "text_of": torch.empty(0, dtype=torch.int64)}
+    model = create("x-more", k=3).fit_features(blurred[:0], [], centres, logit_scale=8.0, memory=captions)
     p, q = model.predictions(blurred)
     assert confidence(q).mean() > confidence(p).mean()
 
@@ -96,9 +94,9 @@ def test_the_surer_modality_decides_where_it_is_the_better_one(claim):
         return (probabilities.argmax(1) == labels).float().view(3, -1).mean(1).numpy()
 
     by_confidence = accuracy(mixed(p, q, "confidence"))
-    claim({"x-more": by_confidence, "equal weights": accuracy(mixed(p, q, "equal")), "picture": accuracy(p)})
+    claim({"x-more": by_confidence, "equal weights": accuracy(mixed(p, q, "equal")), "image": accuracy(p)})
     assert by_confidence.mean() >= accuracy(q).mean() - 0.01
-    # the other way round: captions that say nothing leave the picture's own prediction as it is
+    # the other way round: captions that say nothing leave the image's own prediction as it is
     noise = torch.full_like(q, 0.25)
     assert torch.equal(mixed(p, noise, "confidence").argmax(1), p.argmax(1))
 
@@ -110,9 +108,13 @@ def test_a_memory_is_needed(backbone):
         create("x-more", memory=[]).fit(backbone, class_names=["red", "green"])
     with pytest.raises(ClipadaptError, match="A memory is"):
         create("x-more", memory=7).fit(backbone, class_names=["red", "green"])
+    with pytest.raises(ClipadaptError, match=r"fit_features\(\.\.\., memory=\)"):
+        create("x-more").fit_features(torch.empty(0, 8), [], torch.eye(3, 8))
+    with pytest.raises(ClipadaptError, match="memory must have shape"):
+        create("x-more").fit_features(torch.empty(0, 8), [], torch.eye(3, 8), memory=torch.ones(2, 7))
 
 
-def test_memories_of_pictures(backbone, tmp_path):
+def test_memories_of_images(backbone, tmp_path):
     data = colours(3, seed=5)
     captions = [f"a {data.class_names[label]} star" for label in data.labels]
     pairs = image_pairs(zip(data.items, captions, strict=True))

@@ -34,8 +34,8 @@ def classifier(backbone, sentences: list[list[str]]) -> torch.Tensor:
         ("small {}", [["small red star"], ["small green circle"]]),
         (["a {}", "the {}."], [["a red star", "the red star."], ["a green circle", "the green circle."]]),
         (
-            {"red star": ["a star", "a red picture"], "green circle": ["a circle"]},
-            [["a star", "a red picture"], ["a circle"]],
+            {"red star": ["a star", "a red image"], "green circle": ["a circle"]},
+            [["a star", "a red image"], ["a circle"]],
         ),
     ],
 )

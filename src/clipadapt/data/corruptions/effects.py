@@ -1,7 +1,7 @@
 """How each of the fifteen corruptions changes an image.
 
 An effect takes x (H, W, 3) float64 in [0, 1], one row of `kinds.PARAMETERS` and a generator, and gives (H, W, 3), which
-`to_image` clips. What is published, and what is not as published, says `kinds`.
+`to_image` clips. The docstring of `kinds` says what is as published and what is not.
 """
 
 from __future__ import annotations

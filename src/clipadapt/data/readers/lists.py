@@ -17,7 +17,7 @@ def image_list(
     domains: Sequence[str] | None = None,
     name: str = "images",
 ) -> Dataset:
-    """A data set from images and labels that lie in memory or in lists.
+    """A data set from images and labels in memory.
 
     Args:
         images: N images in any form `as_items` takes: paths, PIL images, uint8 arrays, one (N,H,W,3) array.
@@ -28,7 +28,7 @@ def image_list(
         name: what to call the data set.
 
     Raises:
-        DataError: lengths differ, a label is missing, or an integer label lies outside `class_names`.
+        DataError: lengths differ, a label is missing, or an integer label is outside `class_names`.
     """
     items = as_items(images)
     values = labels.tolist() if hasattr(labels, "tolist") else list(labels)

@@ -25,7 +25,7 @@ def webdataset(
     class_names: Sequence[str] | None = None,
     label: str = "label",
 ) -> Dataset:
-    """The labelled images in local, uncompressed WebDataset shards, in the order they lie there.
+    """The labelled images in local, uncompressed WebDataset shards, in their order there.
 
     A shard's table of contents is read once; its images are then read in place, in any order.
 
@@ -55,7 +55,7 @@ class Sample:
 
 
 def read_samples(shard: str, name: str | None = None) -> list[Sample]:
-    """The samples of a local, uncompressed shard that have an image, in the order they lie there.
+    """The samples of a local, uncompressed shard that have an image, in their order there.
 
     Only the table of contents and the short texts are read. `name` is what to call the shard instead of its path.
 

@@ -28,20 +28,25 @@ _DATA = {  # how the file calls the data sets that have a definition
     "imagenet_a": "imagenet-a",
     "imagenet_r": "imagenet-r",
 }
-_METHODS = {
+_METHODS = {  # how the file calls the methods whose keys differ from its names
     "clip zero-shot": "zero-shot",
     "gda": "gda-clip",
     "tip-x": "sus-x",
     "lp++": "lp++",
     "vpt-deep": "vpt",
 }
-_CAVEATS = {
+_CAVEATS = {  # by method
     "tip-adapter-f": "epoch and coefficients picked on the test set",
     "promptkd": "unlabelled pictures of all classes, and a larger teacher",
     "ape": "class descriptions by a language model",
     "ape-t": "class descriptions by a language model",
 }
-_ON_IMAGENET = "coefficients picked on the test set, as ImageNet has no other"
+_PICKED = "coefficients picked on the test set, as ImageNet has no other"
+_CAVEATS_ON = {  # by method and data set, in addition
+    ("tip-adapter", "imagenet"): _PICKED,
+    ("ape", "imagenet"): _PICKED,
+    ("gda-clip", "imagenet"): _PICKED,
+}
 
 
 @dataclass(frozen=True)
@@ -83,9 +88,7 @@ def published() -> tuple[Published, ...]:
             name, data = row["method"].strip(), _DATA.get(row["dataset"], row["dataset"])
             plain = name.split(" (")[0].lower()
             key = _METHODS.get(plain, plain.replace(" ", "-"))
-            caveat = _CAVEATS.get(key, "")
-            if data == "imagenet" and key in ("tip-adapter", "ape", "gda-clip"):
-                caveat = "; ".join(filter(None, (caveat, _ON_IMAGENET)))
+            caveat = "; ".join(filter(None, (_CAVEATS.get(key), _CAVEATS_ON.get((key, data)))))
             shots = int(row["shots"]) if row["shots"].isdigit() else None
             rest = (row["setting"], data, shots, row["metric"], value, row["source"], caveat)
             found.append(Published(name, key, row["backbone"], *rest))

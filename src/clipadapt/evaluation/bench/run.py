@@ -9,25 +9,20 @@ shared through the cache. A cell that fails, hangs or runs out of memory spoils 
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import platform
 import resource
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import closing, contextmanager
 from dataclasses import asdict
-from functools import lru_cache
+from functools import lru_cache, partial
 from hashlib import blake2b
-from itertools import count, islice
+from itertools import count
 from pathlib import Path
 from typing import Any
-
-from joblib import cpu_count
 
 from clipadapt.backbones import load_backbone
 from clipadapt.backbones.published import PublishedFeatures
@@ -37,7 +32,8 @@ from clipadapt.errors import ClipadaptError
 from clipadapt.evaluation.bench.suite import Cell, Suite, cells
 from clipadapt.evaluation.protocol import NotApplicable, protocol
 from clipadapt.features import encode_images
-from clipadapt.methods.artifact import from_recipe
+from clipadapt.jobs import Processes, RayTasks, Work, side_by_side, threads_each
+from clipadapt.methods.loading import from_recipe
 
 Row = dict[str, Any]
 Tell = Callable[[str], None]
@@ -69,7 +65,7 @@ def run_suite(
     out.mkdir(parents=True, exist_ok=True)
     file = out / "results.jsonl"
     done = {row["cell"]: row for row in read_rows(file) if "error" not in row}
-    threads = threads or max(1, cpu_count() // jobs)
+    threads = threads or threads_each(jobs)
     facts = versions() | {"suite": suite.name, "threads": threads}
     plan: list[tuple[str, Cell, Row | None]] = []  # a cell's identity, itself, and its row where it is known already
     fingerprints: dict[tuple[str, str], tuple[str, str] | ClipadaptError | OSError] = {}
@@ -105,10 +101,10 @@ def run_suite(
     for data, backbone in dict.fromkeys((cell.data, cell.backbone) for cell in stand_ins.values()):
         tell(f"encoding {data} with {backbone}")
         _encode(next(c for c in stand_ins.values() if (c.data, c.backbone) == (data, backbone)), root)
-    run = _OnRay(ray, threads, jobs) if ray else _Workers()
+    run = _runner(root, threads, jobs, suite.timeout, ray)
     _drop_half_line(file)
-    with open(file, "a", encoding="utf-8") as lines, closing(run):
-        for one, result in _side_by_side(run, stand_ins, root, suite.timeout, threads, jobs):
+    with open(file, "a", encoding="utf-8") as lines, closing(run), closing(side_by_side(run, stand_ins, jobs)) as ended:
+        for one, result in ended:
             found = fingerprints[stand_ins[one].data, stand_ins[one].backbone]
             assert isinstance(found, tuple)
             places = {"data_fingerprint": found[0], "backbone_fingerprint": found[1]}
@@ -267,96 +263,17 @@ def _encode(cell: Cell, root: Path | None) -> None:
 
 # -- where cells run -------------------------------------------------------------------------------------------------
 
-Run = Callable[[Cell, Path | None, float, int], Row]
+
+def _runner(root: Path | None, threads: int, jobs: int, timeout: float, ray: str | None) -> Any:
+    if ray:
+        return RayTasks(ray, _worker(root, threads), threads=threads, jobs=jobs, timeout=timeout)
+    # Workers are forked from a process that has the imports already, which take most of a short cell's time.
+    preload = ("clipadapt.evaluation.bench.run", "transformers.models.clip")
+    return Processes(partial(_worker, root, threads), timeout=timeout, preload=preload)
 
 
-def _side_by_side(
-    run: Run, waiting: dict[str, Cell], root: Path | None, timeout: float, threads: int, jobs: int
-) -> Iterator[tuple[str, Row]]:
-    """Rows as their cells end; no more than `jobs` are at work, so that stopping loses little."""
-    rest = iter(waiting.items())
-    with ThreadPoolExecutor(jobs) as pool:
-        running = {pool.submit(run, c, root, timeout, threads): i for i, c in islice(rest, jobs)}
-        while running:
-            future = next(as_completed(running))
-            yield running.pop(future), future.result()
-            running |= {pool.submit(run, c, root, timeout, threads): i for i, c in islice(rest, 1)}
-
-
-class _Workers:
-    """Local processes that run one cell after another, one for each thread that calls; one that hangs is replaced."""
-
-    def __init__(self) -> None:
-        self._context: Any = multiprocessing.get_context("spawn" if sys.platform == "win32" else "forkserver")
-        if sys.platform != "win32":  # workers are forked from a process that has the imports already
-            self._context.set_forkserver_preload(["clipadapt.evaluation.bench.run", "transformers.models.clip"])
-        self._own = threading.local()
-        self._started: list[Any] = []
-
-    def __call__(self, cell: Cell, root: Path | None, timeout: float, threads: int) -> Row:
-        if getattr(self._own, "process", None) is None:
-            self._own.pipe, there = self._context.Pipe()
-            self._own.process = self._context.Process(target=_serve, args=(there,), daemon=True)
-            self._own.process.start()
-            self._started.append(self._own.process)
-            there.close()
-        process, pipe = self._own.process, self._own.pipe
-        try:
-            pipe.send((cell, root, threads))
-            if pipe.poll(timeout):
-                return pipe.recv()
-            reason = f"TimeoutError: it took longer than {timeout:g} seconds"
-            process.kill()
-            process.join()
-        except (EOFError, OSError):
-            process.join()
-            reason = f"the process ended by itself (exit code {process.exitcode}), perhaps for lack of memory"
-        self._own.process = None
-        return {"error": reason}
-
-    def close(self) -> None:
-        for process in self._started:
-            process.kill()
-
-
-def _serve(pipe: Any) -> None:
-    while True:
-        try:
-            pipe.send(run_cell(*pipe.recv()))
-        except (EOFError, KeyboardInterrupt):
-            return
-
-
-class _OnRay:
-    """Tasks of a Ray cluster, one for each cell; one that takes too long is cancelled, none is tried twice."""
-
-    def __init__(self, address: str, threads: int, jobs: int) -> None:
-        try:
-            import ray
-        except ImportError:
-            raise ClipadaptError("Running on Ray needs the extra: pip install 'clipadapt[ray]'.") from None
-        self._ray, self._started = ray, not ray.is_initialized()
-        if self._started:
-            own: dict[str, Any] = {"num_cpus": jobs * threads, "include_dashboard": False} if address == "local" else {}
-            try:
-                ray.init(address, log_to_driver=False, **own)
-            except (ConnectionError, RuntimeError, ValueError) as error:
-                raise ClipadaptError(f"Ray cannot be reached at {address!r}: {error}") from None
-        self._run = ray.remote(num_cpus=threads, max_retries=0)(run_cell)
-
-    def __call__(self, cell: Cell, root: Path | None, timeout: float, threads: int) -> Row:
-        task = self._run.remote(cell, root, threads)
-        try:
-            return self._ray.get(task, timeout=timeout)
-        except self._ray.exceptions.GetTimeoutError:
-            self._ray.cancel(task, force=True)
-            return {"error": f"TimeoutError: it took longer than {timeout:g} seconds"}
-        except self._ray.exceptions.RayError as error:
-            return {"error": " ".join(f"{type(error).__name__}: {error}".split())[:300]}
-
-    def close(self) -> None:
-        if self._started:
-            self._ray.shutdown()
+def _worker(root: Path | None, threads: int) -> Work:
+    return partial(run_cell, root=root, threads=threads)
 
 
 def _drop_half_line(file: Path) -> None:

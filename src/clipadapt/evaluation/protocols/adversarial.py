@@ -27,6 +27,14 @@ def run(
     steps: int = 20,
     limit: int | None = None,
 ) -> Outcome:
+    """Figures of `judged` on the test images, and "attacked": the accuracy under the first of the attacks.
+
+    Args:
+        shots: images of each class to learn from.
+        eps: radii of the attacks, in levels of 1/255; in a suite, a list of lists.
+        steps: of PGD.
+        limit: at most this many test images of each class, the same for every seed; None for all.
+    """
     radii = [eps] if isinstance(eps, int | float) else list(eps)
     if "gradients" not in backbone.capabilities:
         raise NotApplicable(f"{backbone.source} has no image tower that can be differentiated.")

@@ -31,7 +31,7 @@ from numpy.typing import ArrayLike
 from clipadapt.backbones import Backbone
 from clipadapt.data import Split
 from clipadapt.errors import DataError
-from clipadapt.evaluation.protocol import NotApplicable, Outcome, fit, judged
+from clipadapt.evaluation.protocol import Outcome, check, fit, judged
 from clipadapt.methods import Method
 
 
@@ -157,14 +157,19 @@ def run(
     shots: int = 16,
     sets: Mapping[str, Sequence[str]] | None = None,
 ) -> Outcome:
+    """Figures "accuracy", "gap" (a disparity of accuracies) and, for each set, how often it is given; see the module.
+
+    Args:
+        shots: images of each class to learn from.
+        sets: labels by the name of their set: extra candidates, or classes of the data set that are left out.
+    """
     test, sets = split.test, sets or {}
     if test.domains is None:
         raise DataError(f"{test.name} has no domains, which an audit compares as groups.")
     lists = candidate_lists(test.class_names, sets)
-    card, support = method.card, None
-    if card.signal != "none" and not card.new_classes:
-        raise NotApplicable(f"{card.key} ties what it learns to its classes, so no other labels can be tried.")
-    if card.signal != "none":
+    check(method, backbone, new_classes=True)
+    support = None
+    if method.card.signal != "none":
         support = split.train.few_shot(shots, seed=seed)
     plain = {} if support is not None else {"class_names": test.class_names}
     model, seconds = fit(method, backbone, support, **plain)

@@ -33,6 +33,14 @@ def run(
     severities: int | Sequence[int] = SEVERITIES,
     limit: int | None = None,
 ) -> Outcome:
+    """Figures of `judged` on the clean test images, and "corrupted": the mean accuracy over kinds and severities.
+
+    Args:
+        shots: images of each class to learn from, as they are.
+        kinds: "all", names of groups (noise, blur, weather, digital) or of kinds; in a suite, a list of lists.
+        severities: from 1 to 5; in a suite, a list of lists.
+        limit: at most this many test images of each class, the same for every seed; None for all.
+    """
     wanted = kinds_of(kinds)
     levels = [severities] if isinstance(severities, int) else list(severities)
     test = split.test if limit is None else split.test.few_shot(limit, seed=1)

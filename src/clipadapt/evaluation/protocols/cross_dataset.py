@@ -5,14 +5,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
 from statistics import fmean
+from typing import Any
 
 from clipadapt.backbones import Backbone
 from clipadapt.data import Split
 from clipadapt.data.definitions.definition import load
 from clipadapt.errors import DataError
-from clipadapt.evaluation.protocol import NotApplicable, Outcome, fit, judged
+from clipadapt.evaluation.choosing import SEED, with_chosen
+from clipadapt.evaluation.protocol import Outcome, check, fit, judged
 from clipadapt.methods import Method
 
 
@@ -24,24 +28,30 @@ def run(
     *,
     shots: int = 16,
     targets: Sequence[str] = (),
+    choose: Mapping[str, Sequence[Any]] | None = None,
 ) -> Outcome:
+    """Figures of `judged` on the test part, "on NAME" for each target, and "others": their mean.
+
+    Args:
+        shots: images of each class to learn from.
+        targets: names or paths of definitions to be judged on; in a suite, a list of lists.
+        choose: hyper-parameters to choose on training images that are put aside (`with_chosen`).
+    """
     if not targets:
         raise DataError("cross-dataset needs targets: the names of the data sets to be judged on.")
-    card = method.card
-    if not card.new_classes and card.signal != "none":
-        raise NotApplicable(f"{card.key} ties what it learns to its classes.")
+    check(method, backbone, new_classes=True)
+    chosen: dict[str, Any] = {}
+    if choose:
+        aside = split.train.few_shot(shots, seed=SEED)
+        method, chosen["chosen"] = with_chosen(method, backbone, split.train, aside, choose)
     model, seconds = fit(method, backbone, split.train.few_shot(shots, seed=seed))
     figures, classes, details = judged(model, split.test)
     there: dict[str, float] = {}
     for name in targets:
         test = load(name).split.test
-        other = model.with_classes(test.class_names) if card.new_classes else None
+        other = model.with_classes(test.class_names) if method.card.new_classes else None
         if other is None:  # a method that learns nothing is made anew
-            other, _ = fit(type(method)(**_settings(method)), backbone, None, class_names=test.class_names)
+            other, _ = fit(replace(method), backbone, None, class_names=test.class_names)
         there[name] = judged(other, test)[0]["accuracy"]
-    figures |= {"others": fmean(there.values())} | {f"on {name}": value for name, value in there.items()}
-    return Outcome(figures, model, seconds, classes, details)
-
-
-def _settings(method: Method) -> dict[str, object]:
-    return {name: getattr(method, name) for name in method.hyperparameters()}
+    figures |= {"others": fmean(there.values())} | {f"on {Path(name).stem}": value for name, value in there.items()}
+    return Outcome(figures, model, seconds, classes, details | chosen)

@@ -6,14 +6,16 @@ accuracy over the learned domains, "unseen" that over all others.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from statistics import fmean
+from typing import Any
 
 import numpy as np
 
 from clipadapt.backbones import Backbone
 from clipadapt.data import Split
 from clipadapt.errors import DataError
+from clipadapt.evaluation.choosing import SEED, with_chosen
 from clipadapt.evaluation.protocol import Outcome, fit
 from clipadapt.methods import Method
 
@@ -26,7 +28,15 @@ def run(
     *,
     shots: int = 16,
     learned: Sequence[str] | None = None,
+    choose: Mapping[str, Sequence[Any]] | None = None,
 ) -> Outcome:
+    """Figures "seen" and "unseen": the mean accuracy over the domains that were learned from, and over all others.
+
+    Args:
+        shots: images of each class to learn from, over all learned domains together.
+        learned: domains to learn from; None for those of the training part. In a suite, a list of lists.
+        choose: hyper-parameters to choose on training images of these domains that are put aside (`with_chosen`).
+    """
     train, test = split.train, split.test
     if train.domains is None or test.domains is None:
         raise DataError(f"{train.name} has no domains.")
@@ -35,6 +45,9 @@ def run(
     if absent:
         raise DataError(f"{train.name} has no domain {min(absent)!r}; it has {', '.join(sorted(set(train.domains)))}.")
     pool = train.select(i for i, domain in enumerate(train.domains) if domain in seen)
+    details: dict[str, Any] = {}
+    if choose:
+        method, details["chosen"] = with_chosen(method, backbone, pool, pool.few_shot(shots, seed=SEED), choose)
     support = pool.few_shot(shots, seed=seed)
     model, seconds = fit(method, backbone, support)
     hits = model.image_logits(test)[0].argmax(1).numpy() == np.array(test.labels)
@@ -44,4 +57,5 @@ def run(
     others = [a for d, a in by_domain.items() if d not in seen]
     if others:
         figures["unseen"] = fmean(others)
-    return Outcome(figures, model, seconds, details={"by_domain": by_domain, "learned": sorted(seen)})
+    details |= {"by_domain": by_domain, "learned": sorted(seen)}
+    return Outcome(figures, model, seconds, details=details)

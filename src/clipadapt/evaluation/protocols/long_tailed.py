@@ -12,7 +12,7 @@ import numpy as np
 from clipadapt.backbones import Backbone
 from clipadapt.data import Dataset, Split
 from clipadapt.data.splits import group_by_label
-from clipadapt.evaluation.protocol import NotApplicable, Outcome, fit, judged
+from clipadapt.evaluation.protocol import Outcome, check, fit, judged
 from clipadapt.methods import Method
 
 
@@ -31,8 +31,13 @@ def long_tail(train: Dataset, head: int, imbalance: float, seed: int) -> Dataset
 def run(
     method: Method, backbone: Backbone, split: Split, seed: int, *, head: int = 32, imbalance: float = 16.0
 ) -> Outcome:
-    if method.card.signal != "labels":
-        raise NotApplicable(f"{method.card.key} does not learn from labels.")
+    """Figures of `judged` on the test part, and "many", "medium" and "few": the thirds of the classes by their images.
+
+    Args:
+        head: images of the largest class to learn from.
+        imbalance: how many times the images of the smallest class the largest has.
+    """
+    check(method, backbone, from_labels=True)
     support = long_tail(split.train, head, imbalance, seed)
     model, seconds = fit(method, backbone, support)
     figures, classes, details = judged(model, split.test)

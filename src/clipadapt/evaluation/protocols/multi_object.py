@@ -41,7 +41,7 @@ from clipadapt.data.items import GeneratedItem, Item
 from clipadapt.data.playground.drawing import VERSION
 from clipadapt.data.playground.styles import COLOURS, STYLES, cut_out
 from clipadapt.errors import DataError
-from clipadapt.evaluation.protocol import NotApplicable, Outcome, fit
+from clipadapt.evaluation.protocol import NotApplicable, Outcome, check, fit
 from clipadapt.features import encode_images
 from clipadapt.methods import Method
 
@@ -175,14 +175,22 @@ def run(
     kinds: Sequence[str] = KINDS,
     styles: Sequence[str] = ("flat",),
 ) -> Outcome:
-    card = method.card
-    if card.signal != "none" and not card.new_classes:
-        raise NotApplicable(f"{card.key} ties what it learns to its classes, and here are others.")
+    """The figures of the probes, as the module's docstring names them.
+
+    Args:
+        objects: in an image and in a text: 2, 3 or 4.
+        pictures_shown: images that are drawn.
+        texts: that are probed.
+        shots: images of each class of the data set to learn from.
+        kinds: of the objects.
+        styles: that images are drawn in.
+    """
+    check(method, backbone, new_classes=True)
     if "texts" not in backbone.capabilities:
-        raise NotApplicable(f"multi-object needs a backbone with texts, which {backbone.source} has not.")
+        raise NotApplicable(f"multi-object needs a backbone with texts, which {backbone.source} lacks.")
     if not 2 <= objects <= len(CORNERS) or objects >= len(kinds):
         raise DataError(f"multi-object: objects must be 2, 3 or 4, and fewer than the kinds, not {objects}.")
-    if card.signal == "none":
+    if method.card.signal == "none":
         model, seconds = fit(method, backbone, None, class_names=kinds)
         namer = model
     else:

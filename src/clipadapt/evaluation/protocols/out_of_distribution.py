@@ -19,8 +19,8 @@ from torch import Tensor
 
 from clipadapt.backbones import Backbone
 from clipadapt.data import Split
-from clipadapt.evaluation.base_to_new import base_support
 from clipadapt.evaluation.protocol import Outcome, fit, judged
+from clipadapt.evaluation.protocols.base_to_new import base_support
 from clipadapt.methods import Method
 
 SCORES = ("probability", "logit", "energy")
@@ -46,6 +46,11 @@ def fpr95(known: np.ndarray, unknown: np.ndarray) -> float:
 
 
 def run(method: Method, backbone: Backbone, split: Split, seed: int, *, shots: int = 16) -> Outcome:
+    """Figures of `judged` on the known classes, and "auroc (SCORE)" and "fpr95 (SCORE)" of known against unknown.
+
+    Args:
+        shots: images of each known class to learn from.
+    """
     known, unknown = split.test.base_new_split()
     model, seconds = fit(method, backbone, base_support(split.train, shots, seed))
     figures, classes, details = judged(model, known)

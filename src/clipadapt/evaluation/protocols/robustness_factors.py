@@ -50,6 +50,13 @@ def run(
     pictures: int = 20,
     typical: float = 0.9,
 ) -> Outcome:
+    """The figures that the module's docstring names.
+
+    Args:
+        shots: plain images of each kind to learn from.
+        pictures: test images of each kind with each factor changed.
+        typical: probability that a kind wears its own cloth where it is learned; 0 is the control.
+    """
     kinds = split.test.class_names
     drawn = all(isinstance(item, GeneratedItem) for item in split.test.items)
     if not drawn or not set(kinds) <= set(KINDS):

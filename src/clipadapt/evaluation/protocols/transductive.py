@@ -10,14 +10,17 @@ from typing import Any
 
 from clipadapt.backbones import Backbone
 from clipadapt.data import Split
-from clipadapt.evaluation.protocol import NotApplicable, Outcome, fit, judged
+from clipadapt.evaluation.protocol import Outcome, fit, judged
 from clipadapt.methods import Method
 
 
 def run(method: Method, backbone: Backbone, split: Split, seed: int, *, shots: int = 0) -> Outcome:
+    """Figures of `judged` on the test part.
+
+    Args:
+        shots: labelled images of each class to learn from as well; 0 for none.
+    """
     support = split.train.few_shot(shots, seed=seed) if shots and method.card.signal != "none" else None
-    if support is None and method.card.signal == "labels" and not method.card.unlabelled:
-        raise NotApplicable(f"{method.card.key} learns from labelled pictures, and here are none.")
     more: dict[str, Any] = {"class_names": split.test.class_names} if support is None else {}
     if method.card.unlabelled:
         more["unlabelled"] = split.test

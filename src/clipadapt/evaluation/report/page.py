@@ -1,7 +1,7 @@
 """A suite's results as one page that opens anywhere, with every plot and table also as a file of its own.
 
-`report.html` holds everything (styles, plots as SVG, one short script that sorts tables) and loads nothing. Beside it
-lie figures/*.svg and *.png, and tables/*.csv, *.md and *.tex.
+`report.html` holds everything (styles, plots as SVG, one short script that sorts tables) and loads nothing. Next to it
+are figures/*.svg and *.png, and tables/*.csv, *.md and *.tex.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -50,10 +51,14 @@ class Plot:
     svg: str
 
 
-def write_report(rows: Sequence[Row], out: Path, *, title: str, command: str) -> Path:
-    """Write report.html, figures/ and tables/ into `out`; the path of the page.
+def write_report(rows: Sequence[Row], out: Path, *, title: str, command: str, cells_in: str | None = None) -> Path:
+    """Write report.html, figures/ and tables/ into `out`; the path of the page. Needs the extra `[bench]`.
 
-    `rows` are those of `run_suite`; `command` is what made them. Needs the extra `[bench]` (matplotlib, Jinja2).
+    Args:
+        rows: those of `run_suite`.
+        command: what made them.
+        cells_in: where every cell is kept. The page is then brief and names that place: it has no table of all cells,
+            no classes, reliability diagrams and costs but seconds, and nothing is written next to it but tables/*.csv.
     """
     check_installed()
     from jinja2 import Environment
@@ -61,7 +66,7 @@ def write_report(rows: Sequence[Row], out: Path, *, title: str, command: str) ->
 
     from clipadapt.evaluation.report import figures
 
-    page = _Page(out, figures)
+    page = _Page(out, figures, brief=cells_in is not None)
     own = (".yaml", ".yml")  # a definition of one's own is called by its file's name
     rows = [{**row, "data": Path(row["data"]).stem if row["data"].endswith(own) else row["data"]} for row in rows]
     groups = _grouped([row for row in rows if "figures" in row])
@@ -86,7 +91,8 @@ def write_report(rows: Sequence[Row], out: Path, *, title: str, command: str) ->
         facts=_facts(rows),
         overall=overall,
         sections=sections,
-        cells=page.cells(rows),
+        cells=None if cells_in is not None else page.cells(rows),
+        cells_in=cells_in,
         failed=[(_where(row), row["error"]) for row in rows if "error" in row],
         skipped=_skipped(rows),
         svg=Markup,
@@ -106,9 +112,9 @@ def check_installed() -> None:
 class _Page:
     """Makes plots and tables, and writes each to its own file as well."""
 
-    def __init__(self, out: Path, figures: Any) -> None:
-        self.out, self.figures = out, figures
-        for folder in ("figures", "tables"):
+    def __init__(self, out: Path, figures: Any, brief: bool = False) -> None:
+        self.out, self.figures, self.brief = out, figures, brief
+        for folder in ("tables",) if brief else ("figures", "tables"):
             (out / folder).mkdir(parents=True, exist_ok=True)
 
     # -- all data sets together -------------------------------------------------------------------------------------
@@ -173,7 +179,7 @@ class _Page:
     # -- one data set, backbone and protocol ------------------------------------------------------------------------
 
     def plots_of(self, rows: list[Row], main: str, where: str) -> list[Plot]:
-        """Curves over an option that varies, accuracy against three costs, classes, reliability."""
+        """Curves over an option that varies, accuracy against costs, classes, reliability; if brief, the first two."""
         best = _best(rows, main)
         plots = []
         for option in _varying(rows):
@@ -185,7 +191,7 @@ class _Page:
             alt = f"{main} over {option} of the {len(lines)} best methods on {where}; best at the end: {best[0]}."
             plots.append(self._plot(f"curve {option} {where}", alt, drawn))
         last = _at_largest(rows)
-        for cost, label in COSTS.items():
+        for cost, label in list(COSTS.items())[: 1 if self.brief else None]:
             points = {
                 method: (fmean(r[cost] for r in mine), fmean(r["figures"][main] for r in mine))
                 for method, mine in _by_label(last).items()
@@ -197,6 +203,8 @@ class _Page:
             some = ", ".join(front[-8:]) + f" and {len(front) - 8} worse and cheaper ones" * (len(front) > 8)
             alt = f"{main} against {label} on {where}; none is better and cheaper than {some}."
             plots.append(self._plot(f"cost {cost} {where}", alt, drawn))
+        if self.brief:
+            return plots
         classes = {
             method: {c: fmean(r["per_class"][c] for r in mine if c in r["per_class"]) for c in mine[0]["per_class"]}
             for method, mine in _by_label(last).items()
@@ -240,7 +248,7 @@ class _Page:
         return self._table(f"results {where}", caption, head, body)
 
     def published(self, rows: list[Row], data: str, backbone: str, protocol: str) -> Table | None:
-        """What others published for the same methods on this data set, beside ours."""
+        """What others published for the same methods on this data set, next to ours."""
         setting = {"few-shot": "few-shot", "base-to-new": "base-to-new"}.get(protocol, protocol)
         ours = _by(rows, lambda r: (r["label"], r["options"].get("shots")))
         body = []
@@ -277,10 +285,11 @@ class _Page:
         text = io.StringIO()
         nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))  # so that equal plots are equal files
         figure.savefig(text, format="svg", metadata=nothing)
-        figure.savefig(file.with_suffix(".png"), dpi=150)
         svg = text.getvalue()
-        file.with_suffix(".svg").write_text(svg, encoding="utf-8")
-        inline = svg[svg.index("<svg") :]
+        if not self.brief:
+            figure.savefig(file.with_suffix(".png"), dpi=150)
+            file.with_suffix(".svg").write_text(svg, encoding="utf-8")
+        inline = re.sub(r' d="[^"]*"', _rounded, svg[svg.index("<svg") :])
         for mark in ('id="', "url(#", 'href="#'):  # ids must differ between the plots of one page
             inline = inline.replace(mark, f"{mark}{_slug(name)}-")
         return Plot(_slug(name), alt, inline)
@@ -289,10 +298,17 @@ class _Page:
         file = self.out / "tables" / _slug(name)
         with open(file.with_suffix(".csv"), "w", encoding="utf-8", newline="") as out:
             csv.writer(out).writerows([head, *rows])
+        if self.brief:
+            return Table(_slug(name), caption, head, rows)
         lines = [head, ["---"] * len(head), *rows]
         file.with_suffix(".md").write_text("".join(f"| {' | '.join(line)} |\n" for line in lines), encoding="utf-8")
         file.with_suffix(".tex").write_text(_latex(caption, head, rows), encoding="utf-8")
         return Table(_slug(name), caption, head, rows)
+
+
+def _rounded(path: re.Match[str]) -> str:
+    """An outline to a hundredth of a point, which nobody sees."""
+    return re.sub(r"(\.\d\d)\d+", r"\1", path[0])
 
 
 def _latex(caption: str, head: list[str], rows: list[list[str]]) -> str:

@@ -20,8 +20,8 @@ from clipadapt.data import Dataset
 from clipadapt.errors import ClipadaptError, unknown_name
 from clipadapt.features import encode_classes, encode_images
 from clipadapt.methods import Method
+from clipadapt.methods.kinds.weights import TOWERS
 from clipadapt.methods.robust_fine_tuning.wise_ft import Line
-from clipadapt.methods.tower_method import TOWERS
 from clipadapt.training.pixels import Pixels
 
 ALPHAS = tuple(i / 10 for i in range(11))
@@ -73,9 +73,9 @@ def wise_ft_curve(
         raise ClipadaptError(f"wise_ft_curve: alphas must be numbers in [0, 1], at least one, not {alphas}.")
     if not data or not all(len(each) for each in data.values()):
         raise ClipadaptError("wise_ft_curve needs at least one data set, and pictures in each.")
-    if (model._fitted("origin_") or {}).get("fingerprint") != backbone.fingerprint:
+    if (model.origin_ or {}).get("fingerprint") != backbone.fingerprint:
         raise ClipadaptError(f"This {model.card.key} was not fitted on {backbone.source}.")
-    line = Line.of(model, backbone, next(iter(data.values())))
+    line = Line.of(model, backbone)
     # The two ends make the ensemble, and what they share with the asked points is computed once.
     points = sorted({0.0, 1.0, *alphas})
     walker = _Walker(backbone, line)

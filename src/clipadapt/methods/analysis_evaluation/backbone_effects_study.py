@@ -1,25 +1,22 @@
-"""Backbone effects: several CLIP backbones err on different pictures; their logits are weighed by a few labels.
+"""Backbone effects: several CLIP backbones err on different images; their logits are weighed by a few labels.
 
     log p(x) = log softmax over classes of  sum_b w_b log softmax(l_b(x)) / tau_b        l_b: logits on backbone b
 
 Rodriguez-Opazo et al., "Unveiling Backbone Effects in CLIP: Exploring Representational Synergies and Variances" (arXiv
-2312.14400). Only the abstract could be read: backbones trained on the same data are right on different pictures, an
-informed choice of backbone for each picture could add over 20 points, and a simple combination of predictions adds up
+2312.14400). Only the abstract could be read: backbones trained on the same data are right on different images, an
+informed choice of backbone for each image could add over 20 points, and a simple combination of predictions adds up
 to 6.34. There is no official code. `overlap` reports the first two; the combination's formula is ours:
 
 tau_b is the temperature with the lowest cross-entropy of backbone b alone, then w the weights >= 0 with the lowest one
-of all together, each with a penalty |1 / tau - 1|^2 / 2N or |w - 1 / B|^2 / 2N, so that few pictures cannot push a
-scale to infinity. Both problems are convex and solved by Newton's method. Their N pictures are `val` where it is given,
-else the support set: as it is where the wrapped method learns from names alone, else each picture held out once in up
-to five folds. A class's only picture cannot be held out; with no other picture, tau = 1 and w = 1 / B.
+of all together, each with a penalty |1 / tau - 1|^2 / 2N or |w - 1 / B|^2 / 2N, so that few images cannot push a
+scale to infinity. Both problems are convex and solved by Newton's method. Their N images are `val` where it is given,
+else the support set: as it is where the wrapped method learns from names alone, else each image held out once in up
+to five folds. A class's only image cannot be held out; with no other image, tau = 1 and w = 1 / B.
 
 On features alone, `fit_scales` and `combine` do the same to any logits.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -30,10 +27,9 @@ from torch.nn.functional import cross_entropy
 from clipadapt.backbones import Backbone, load_backbone
 from clipadapt.data import Dataset, MultiLabelDataset
 from clipadapt.data.splits import stratified_folds
-from clipadapt.errors import ArtifactError, ClipadaptError
-from clipadapt.methods.artifact import learned
-from clipadapt.methods.base import Card, Method, Run, hyper
-from clipadapt.methods.registry import create, register
+from clipadapt.errors import ClipadaptError
+from clipadapt.methods import Classifier, Run, TrainingData, Wrapper, hyper, method
+from clipadapt.methods.tasks.classification import Head
 
 
 def best_scales(logits: Tensor, labels: Tensor, centre: float, rounds: int = 100) -> Tensor:
@@ -83,12 +79,12 @@ def combine(logits: Sequence[Tensor], temperatures: Tensor, weights: Tensor) -> 
 
 
 def overlap(predictions: Sequence[Any], labels: Any) -> dict[str, Any]:
-    """How far B predictions (N,) complement one another on labels (N,); all values are shares of the N pictures.
+    """How far B predictions (N,) complement one another on labels (N,); all values are shares of the N images.
 
     accuracy  of each backbone (B,)
     both      right in both of two backbones (B, B)
     only      right in this backbone and in no other (B,)
-    oracle    right in at least one: what choosing the backbone for each picture could reach
+    oracle    right in at least one: what choosing the backbone for each image could reach
     """
     right = np.stack([np.asarray(p) == np.asarray(labels) for p in predictions])  # (B, N)
     alone = right & (right.sum(0) == 1)
@@ -101,10 +97,15 @@ def overlap(predictions: Sequence[Any], labels: Any) -> dict[str, Any]:
     }
 
 
-@register
-@dataclass(kw_only=True)
-class BackboneEffectsStudy(Method):
-    """One method on several backbones, their logits weighed by labelled pictures.
+@method(
+    "backbone-effects-study",
+    title="Unveiling Backbone Effects in CLIP: Exploring Representational Synergies and Variances",
+    arxiv="2312.14400",
+    problem="backbone complementarity and ensembling",
+    trains="a weight and a temperature for each backbone",
+)
+class BackboneEffectsStudy(Wrapper, Classifier):
+    """One method on several backbones, their logits weighed by labelled images.
 
     `temperatures_` and `weights_` (B,) are in the order of the backbone given to `fit` and then `backbones`. Saving
     keeps what the methods learned and the names and fingerprints of the backbones; loading loads these again.
@@ -114,111 +115,69 @@ class BackboneEffectsStudy(Method):
     backbones: list[str] = hyper([], "further backbones, as `load_backbone` takes them: hub ids, folders, files")
     seed: int = hyper(1, "of the folds")
 
-    card = Card(
-        key="backbone-effects-study",
-        title="Unveiling Backbone Effects in CLIP: Exploring Representational Synergies and Variances",
-        arxiv="2312.14400",
-        family="analysis-evaluation",
-        task="backbone complementarity and ensembling",
-        trains="a weight and a temperature for each backbone",
-        signal="labels",
-    )
-    tiny = {"method": "gda-clip"}
-
-    def _fit_towers(self, backbone: Backbone, support: Dataset, val: Dataset | None, run: Run) -> None:
+    def _fit(self, model: Backbone, data: TrainingData, run: Run) -> None:
         if not all(isinstance(source, str) for source in self.backbones):
             raise ClipadaptError(f"{self.card.key}: backbones must be a list of names, not {self.backbones!r}.")
-        towers = [backbone, *(load_backbone(source, backbone.device) for source in self.backbones)]
-        self._models = [self._inner().fit(b, support, report=run.report, resume=run.folder) for b in towers]
-        if val is not None:
-            evidence = [m.image_logits(val)[0] for m in self._models]
-            labels = torch.tensor(val.labels)
-        elif self._inner().card.signal == "none":
-            evidence = [m.image_logits(support)[0] for m in self._models]
-            labels = torch.tensor(support.labels)
+        towers = [model, *(load_backbone(source, model.device) for source in self.backbones)]
+        self.inner_ = [self._fit_inner(tower, data.support, run) for tower in towers]
+        from_names = self._unfitted().card.signal == "none"
+        judged = data.val if data.val is not None else data.support if from_names else None
+        if judged is not None:
+            logits, labels = [inner.image_logits(judged)[0] for inner in self.inner_], torch.tensor(judged.labels)
         else:
-            evidence, labels = self._held_out(towers, support, run)
+            logits, labels = self._held_out(towers, data.support, run)
         if len(labels):
-            self.temperatures_, self.weights_ = fit_scales(evidence, labels)
+            self.temperatures_, self.weights_ = fit_scales(logits, labels)
         else:
             self.temperatures_, self.weights_ = torch.ones(len(towers)), torch.full((len(towers),), 1 / len(towers))
-        self.others_ = [{"source": b.source, "fingerprint": b.fingerprint} for b in towers[1:]]
-        states = [learned(m) for m in self._models]
-        self.tensors_ = {f"{i}.{name}": t for i, (tensors, _) in enumerate(states) for name, t in tensors.items()}
-        self.plain_ = [plain for _, plain in states]
-
-    def _inner(self) -> Method:
-        if isinstance(self.method, str):
-            return create(self.method, templates=self.templates)
-        return replace(self.method)  # never fitted twice
+        run.trained = 2 * len(towers) + sum(inner.trained_parameters for inner in self.inner_)
 
     def _held_out(self, towers: list[Backbone], support: Dataset, run: Run) -> tuple[list[Tensor], Tensor]:
-        """Logits (N', C) on each backbone, and labels (N',), of support pictures while they were held out."""
+        """Logits (N', C) on each backbone, and labels (N',), of support images while they were held out."""
         k = min(5, max(support.counts))
         folds = stratified_folds(support.labels, k, self.seed) if k > 1 else []
         judged: list[list[Tensor]] = [[torch.empty(0, len(support.class_names))] for _ in towers]
         for fold in folds:
             rest = support.select([r for r in range(len(support)) if r not in set(fold)])
             for outputs, tower in zip(judged, towers, strict=True):
-                model = self._inner().fit(tower, rest, report=run.report, resume=run.folder)
-                outputs.append(model.image_logits(support.select(fold))[0])
+                inner = self._fit_inner(tower, rest, run)
+                outputs.append(inner.image_logits(support.select(fold))[0])
         labels = [support.labels[r] for fold in folds for r in fold]
         useful = torch.tensor([support.counts[label] > 1 for label in labels], dtype=torch.bool)
         return [torch.cat(outputs)[useful] for outputs in judged], torch.tensor(labels, dtype=torch.long)[useful]
 
-    def _restore(self, backbone: Backbone | None) -> None:
-        assert backbone is not None  # never fitted on features alone
-        self.backbone_ = backbone
-        towers = [backbone]
-        for other in self.others_:
-            tower = load_backbone(other["source"], backbone.device)
-            if tower.fingerprint != other["fingerprint"]:
-                raise ArtifactError(
-                    f"{self.card.key}: {other['source']!r} is not the backbone it was fitted on: its weights, "
-                    "preprocessing or tokenizer differ."
-                )
-            towers.append(tower)
-        self._models = []
-        for tower, plain in zip(towers, self.plain_, strict=True):
-            model, prefix = self._inner(), f"{len(self._models)}."
-            for name, value in plain.items():
-                setattr(model, name, value)
-            for path, tensor in self.tensors_.items():
-                name, dot, key = path.removeprefix(prefix).partition(".")
-                if not path.startswith(prefix):
-                    continue
-                if dot:
-                    vars(model).setdefault(name, {})[key] = tensor
-                else:
-                    setattr(model, name, tensor)
-            model.origin_ = {"source": tower.source, "fingerprint": tower.fingerprint}
-            model._restore(tower)
-            self._models.append(model)
+    @property
+    def encoder(self) -> Any:
+        """That of the wrapped method on the backbone given to `fit`."""
+        return self._fitted("inner_")[0].encoder
+
+    @property
+    def head(self) -> Head | None:
+        """That of the wrapped method, scaled, on a single backbone; with several, logits take more than features."""
+        inner = self._fitted("inner_")[0].head
+        if inner is None or len(self.inner_) > 1:
+            return None
+        return Head(lambda images: combine([inner.logits(images)], self.temperatures_, self.weights_))
 
     def each_logits(self, images: Any, **options: Any) -> tuple[list[Tensor], list[int]]:
-        """Logits (M, C) of pictures on each backbone, and which of them they are; `options` of `image_logits`."""
-        self._fitted("weights_")
-        if isinstance(images, Tensor) and len(self._models) > 1:
-            raise ClipadaptError("Pixels are prepared for one backbone: give pictures to several.")
-        each = [m.image_logits(images, **options) for m in self._models]
+        """Logits (M, C) of images on each backbone, and which of them they are; `options` of `image_logits`."""
+        if isinstance(images, Tensor) and len(self._fitted("inner_")) > 1:
+            raise ClipadaptError("Pixels are prepared for one backbone: give images to several.")
+        each = [inner.image_logits(images, **options) for inner in self._fitted("inner_")]
         return [logits for logits, _ in each], each[0][1]
 
     def image_logits(self, images: Any, *, on_error: str = "raise", progress: bool = False) -> tuple[Tensor, list[int]]:
+        """See `Classifier.image_logits`; with several backbones it takes images, not pixels."""
         each, kept = self.each_logits(images, on_error=on_error, progress=progress)
         return combine(each, self.temperatures_, self.weights_), kept
 
-    def _logits(self, images: Tensor) -> Tensor:
-        if len(self._models) > 1:
-            raise ClipadaptError("Features belong to one backbone: give pictures, or combine() the logits of several.")
-        return combine([self._models[0]._logits(images)], self.temperatures_, self.weights_)
-
     def overlap(self, data: Dataset) -> dict[str, Any]:
-        """`overlap` of the backbones on labelled pictures, and the accuracy of their `uniform` and `fitted` average.
+        """`overlap` of the backbones on labelled images, and the accuracy of their `uniform` and `fitted` average.
 
         Classes must be those of the support set, in its order.
         """
         if isinstance(data, MultiLabelDataset) or data.class_names != self._fitted("class_names_"):
-            raise ClipadaptError("overlap needs labelled pictures of the classes that were learned, in their order.")
+            raise ClipadaptError("overlap needs labelled images of the classes that were learned, in their order.")
         each, _ = self.each_logits(data)
         labels = np.array(data.labels)
         uniform = torch.stack([one.log_softmax(dim=1) for one in each]).mean(0)
@@ -227,7 +186,3 @@ class BackboneEffectsStudy(Method):
             "uniform": float((uniform.argmax(1).numpy() == labels).mean()),
             "fitted": float((fitted.argmax(1).numpy() == labels).mean()),
         }
-
-    @property
-    def trained_parameters(self) -> int:
-        return 2 * len(self.weights_) + sum(m.trained_parameters for m in self._models)

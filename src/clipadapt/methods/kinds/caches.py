@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import ClassVar
 
 from torch import Tensor
@@ -11,17 +10,16 @@ from clipadapt.methods.kinds.features import FeatureMethod
 from clipadapt.nn.cache import cache_logits
 
 
-@dataclass(kw_only=True)
 class CacheMethod(FeatureMethod):
     """`_fit` leaves `weight_` (C, D), `keys_` (N, D), `values_` (N, C) and the factors `alpha_` and `beta_`."""
 
     linear: ClassVar[bool] = False
 
-    weight_: ClassVar[Tensor]
-    keys_: ClassVar[Tensor]
-    values_: ClassVar[Tensor]
-    alpha_: ClassVar[float]
-    beta_: ClassVar[float]
+    weight_: Tensor
+    keys_: Tensor
+    values_: Tensor
+    alpha_: float
+    beta_: float
 
     def _logits(self, images: Tensor) -> Tensor:
         return images @ self.weight_.T + self.alpha_ * cache_logits(images, self.keys_, self.values_, self.beta_)

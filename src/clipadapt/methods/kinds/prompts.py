@@ -112,7 +112,6 @@ class PromptMethod(Method):
     """Base of the prompt methods: name the `learner`; hyper-parameters below get the values of the method's paper."""
 
     kind: ClassVar[str] = "prompts"
-    plain_texts: ClassVar[bool] = False
     learner: ClassVar[type[PromptLearner]]
     clip_norm: ClassVar[float | None] = None  # greatest norm of the whole gradient
 
@@ -200,7 +199,7 @@ class PromptMethod(Method):
             return backbone
         fingerprint = self._adapted_fingerprint(backbone, self.learned_)
         dim = self._bound.image_dim
-        return Adapted(backbone, self._bound.images, dim, fingerprint, aligned=dim == backbone.dim)  # type: ignore[return-value]
+        return Adapted(backbone, self._bound.images, dim, fingerprint, aligned=dim == backbone.dim)
 
     @property
     def head(self) -> Head | None:
@@ -211,6 +210,11 @@ class PromptMethod(Method):
 
     def _logits(self, images: Tensor) -> Tensor:
         return self._bound.logits(images.to(self._texts.device), self._texts).cpu()  # (N, C)
+
+    @property
+    def plain_texts(self) -> bool:
+        """See `Classifier.plain_texts`."""
+        return False
 
     def encode_texts(self, texts: Sequence[str]) -> Tensor:
         """See `Classifier.encode_texts`: the texts take the place of class names in the learned prompt."""

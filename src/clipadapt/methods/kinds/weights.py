@@ -93,7 +93,6 @@ class Lesson:
     head: Tensor | None
 
 
-@dataclass(kw_only=True)
 class WeightMethod(Method):
     """A method that changes weights: `fit` leaves `backbone_`, adapted, and the classifier `weight_` on it.
 
@@ -104,11 +103,10 @@ class WeightMethod(Method):
     # What images are compared with in training: "classes", the class texts by the text tower as it learns, "frozen"
     # ones by the original, "captions" drawn for each image, or a "head" that starts as the zero-shot classifier.
     against: ClassVar[str] = "classes"
-    head_from_text: ClassVar[bool] = True  # whether the adapted text tower encodes the classifier
     weight_decay: ClassVar[float] = 0.1
     clip_norm: ClassVar[float | None] = 1.0  # greatest norm of the whole gradient
 
-    update_: ClassVar[dict[str, Tensor]] = {}  # what the update has learned
+    update_: dict[str, Tensor] = {}  # what the update has learned
 
     # -- what a method says -----------------------------------------------------------------------------------------
 
@@ -169,7 +167,7 @@ class WeightMethod(Method):
 
     def _take(self, model: Backbone, update: Update, head: Tensor | None = None) -> None:
         """Keep what an update has learned, and the classifier: `head`, or the class texts by the adapted towers."""
-        self.update_ = update.tensors()  # type: ignore[misc]
+        self.update_ = update.tensors()
         self._merge(model)
         self.weight_ = self._adapted_classifier() if head is None else head
 
@@ -272,6 +270,11 @@ class WeightMethod(Method):
         """See `Classifier.plain_texts`."""
         return not hasattr(self, "_attachable")
 
+    @property
+    def head_from_text(self) -> bool:
+        """Whether the adapted text tower encodes the classifier, which else is a trained head."""
+        return self.against != "head"
+
     def _changed_images(self, model: Backbone) -> ChangedImages | None:
         """How images are encoded where `backbone_` alone does not do it."""
         if not hasattr(self, "_attachable"):
@@ -291,7 +294,7 @@ class WeightMethod(Method):
         if changed is None:
             return model
         encode, learned = changed
-        return Adapted(model, encode, model.dim, self._adapted_fingerprint(model, learned), aligned=True)  # type: ignore[return-value]
+        return Adapted(model, encode, model.dim, self._adapted_fingerprint(model, learned), aligned=True)
 
     def encode_texts(self, texts: Sequence[str]) -> Tensor:
         """See `Classifier.encode_texts`."""
@@ -326,7 +329,7 @@ def _right(out: Outputs) -> Tensor:
             return out["logits"].argmax(1) == out["labels"]
         if "text" in out:
             return out["labels"][(out["image"] @ out["text"].T).argmax(1)] == out["labels"]
-        return (out["image"] @ out.get("head", out.get("classes")).T).argmax(1) == out["labels"]
+        return (out["image"] @ (out["head"] if "head" in out else out["classes"]).T).argmax(1) == out["labels"]
 
 
 @dataclass(kw_only=True)

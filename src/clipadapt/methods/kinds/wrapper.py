@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, ClassVar
 
 from clipadapt.methods.base import Method
 from clipadapt.methods.registry import create
+from clipadapt.methods.training_data import TrainingData
+from clipadapt.training.loop import Run
 
 
 def unfitted(wrapper: Any) -> Any:
@@ -19,12 +21,26 @@ def unfitted(wrapper: Any) -> Any:
     return replace(wrapper.method)
 
 
-@dataclass(kw_only=True)
 class Wrapper(Method):
-    """Has a hyper-parameter `method`, a key or an unfitted method; what is fitted of it goes into `inner_`.
+    """Has a hyper-parameter `method`, a key or an unfitted method; write `_fit(model, data, run)`, which sets `inner_`.
 
     `inner_` is a list of fitted methods, which a saved model nests with their backbones.
     """
 
     kind: ClassVar[str] = "wrapper"
-    inner_: ClassVar[list[Any]]
+    inner_: list[Any]
+
+    def _learn(self, model: Any, data: TrainingData, run: Run) -> None:
+        self._fit(model, data, run)
+
+    def _fit(self, model: Any, data: TrainingData, run: Run) -> None:
+        """The method's own part: leave the wrapped method, fitted once or several times, in `inner_`."""
+        raise NotImplementedError
+
+    def _fit_inner(self, model: Any, support: Any, run: Run) -> Any:
+        """The wrapped method, fitted; its training is reported, and kept until it ends, with this method's."""
+        return self._unfitted().fit(model, support, report=run.report, resume=run.folder)
+
+    def _unfitted(self) -> Any:
+        """See `unfitted`."""
+        return unfitted(self)

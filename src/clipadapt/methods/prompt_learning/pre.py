@@ -33,7 +33,7 @@ class EncodedContextLearner(ContextLearner):
         super().__init__(of, backbone, class_names)
         width = self.context.shape[1]
         if of.network == "lstm" and width % 2:
-            raise ClipadaptError(f"two directions of an LSTM do not share {width} values evenly; use network='mlp'.")
+            raise ClipadaptError(f"two directions of an LSTM do not share {width} values evenly; use encoder='mlp'.")
         self.encoder = {
             "lstm": lambda: nn.LSTM(width, width // 2, bidirectional=True),
             "mlp": lambda: nn.Sequential(nn.Linear(width, BOTTLENECK), nn.ReLU(), nn.Linear(BOTTLENECK, width)),

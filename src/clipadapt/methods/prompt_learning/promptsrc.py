@@ -18,7 +18,7 @@ The 60 sentences are the first 60 of OpenAI's 80 templates for ImageNet, as in t
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
@@ -32,6 +32,7 @@ from clipadapt.features import encode_images
 from clipadapt.methods import Classifier, Run, TrainingData, hyper, method
 from clipadapt.methods.kinds.prompts import Batch
 from clipadapt.methods.kinds.tower_prompts import IndependentPrompts, TowerPromptMethod
+from clipadapt.training.averages import Average
 from clipadapt.training.loop import Loss
 
 
@@ -45,27 +46,6 @@ def mean_texts(backbone: Backbone, class_names: Sequence[str], templates: Any, m
 def divergence(logits: Tensor, teacher: Tensor) -> Tensor:
     """KL(softmax(teacher) || softmax(logits)) of each row, (B, C) and (B, C) -> (B,)."""
     return kl_div(log_softmax(logits, 1), log_softmax(teacher, 1), reduction="none", log_target=True).sum(1)
-
-
-def gaussian_weights(epochs: int, mean: float, std: float) -> Tensor:
-    """The weight of each epoch 1 .. N in the average, (N,) float64 with sum 1."""
-    distance = (torch.arange(1, epochs + 1, dtype=torch.float64) - mean) / std
-    return (-distance.square() / 2).softmax(0)
-
-
-def averaging(
-    parameters: Sequence[Tensor], weights: Tensor, per_epoch: int
-) -> tuple[list[Tensor], Callable[[int], None]]:
-    """Sums (one for each parameter) that start at zero, and what adds to them after the last step of each epoch."""
-    sums = [torch.zeros_like(p) for p in parameters]
-
-    def after_step(number: int) -> None:
-        epoch, step = divmod(number + 1, per_epoch)
-        if step == 0:
-            for total, parameter in zip(sums, parameters, strict=True):
-                total.add_(parameter.detach(), alpha=weights[epoch - 1].item())
-
-    return sums, after_step
 
 
 class RegulatedPrompts(IndependentPrompts):
@@ -135,10 +115,7 @@ class PromptSRC(TowerPromptMethod, Classifier):
     def _train(self, learner: Any, data: TrainingData, run: Run, **more: Any) -> None:
         if self.min_scale == 1:
             learner.frozen = encode_images(learner.backbone, data.support).features.to(learner.backbone.device)
-        parameters = list(learner.parameters())
-        weights = gaussian_weights(self._epochs(data.support), self.gpa_mean, self.gpa_std)
-        sums, after_step = averaging(parameters, weights, math.ceil(len(data.support) / self.batch_size))
-        super()._train(learner, data, run, after_step=after_step, state=sums, **more)
-        with torch.no_grad():
-            for parameter, total in zip(parameters, sums, strict=True):
-                parameter.copy_(total)
+        epochs, per_epoch = self._epochs(data.support), math.ceil(len(data.support) / self.batch_size)
+        average = Average.gaussian(learner.parameters(), self.gpa_mean, self.gpa_std, epochs, per_epoch)
+        super()._train(learner, data, run, after_step=average.update, state=average.averages, **more)
+        average.copy_to(learner.parameters())

@@ -22,8 +22,8 @@ random crops. The official code keeps the epoch that is best on the test set; he
 
 The divergence is a sum over hundreds of entries against a distance below 2, so at the published weight the latent tells
 almost nothing: on the embedded model, features made of one class are within 0.002 (1 - cosine) of their mean, where
-those of images are within 0.27. What is made is then a prompt's text feature, and on drawn sketches (3 seeds) an untrained
-synthesis helped new classes about as much; a smaller `kl` spreads the features.
+those of images are within 0.27. What is made is then a prompt's text feature, and on drawn sketches (3 seeds) an
+untrained synthesis helped new classes about as much; a smaller `kl` spreads the features.
 """
 
 from collections.abc import Sequence
@@ -38,8 +38,9 @@ from clipadapt.data.items import FeatureItem
 from clipadapt.errors import ClipadaptError
 from clipadapt.features import encode_images
 from clipadapt.methods import Classifier, Run, TrainingData, Wrapper, hyper, method
+from clipadapt.methods.kinds.wrapper import unfitted
 from clipadapt.nn.prompts import ClassPrompts, random_vectors
-from clipadapt.training.loop import batches, seeded, train
+from clipadapt.training.loop import batches, seeded, stream, train
 
 
 class Synthesis(nn.Module):
@@ -73,11 +74,6 @@ def synthesis_loss(made: Tensor, images: Tensor, mean: Tensor, log_var: Tensor, 
     return (distance + kl * divergence).mean()
 
 
-def stream(seed: int, number: int) -> torch.Generator:
-    """A stream for each step, so that a run that goes on draws what it would have drawn."""
-    return torch.Generator().manual_seed(1_000_003 * seed + number)
-
-
 @method(
     "ship",
     title="Improving Zero-Shot Generalization for CLIP with Synthesized Prompts",
@@ -106,7 +102,7 @@ class Ship(Wrapper, Classifier):
     seed: int = hyper(1, "initial values, latents and order of the images in the synthesis")
 
     def _learn(self, model: Backbone, data: TrainingData, run: Run) -> None:
-        inner = self._unfitted()
+        inner = unfitted(self)
         if not (inner.kind == "features" or (inner.kind == "prompts" and not inner.learner.on_pixels)):
             raise ClipadaptError(f"ship synthesises features, and {inner.card.key} learns from images.")
         inner.fit(model, self._completed(model, data.support, run), val=data.val, report=run.report, resume=run.folder)
@@ -119,22 +115,20 @@ class Ship(Wrapper, Classifier):
         empty = sorted(set(range(len(names))) - set(support.labels), key=lambda c: names[c])
         if not empty:
             return support
-        images, labels = encode_images(backbone, support).features, torch.tensor(support.labels)
-        synthesis = self._train(backbone, support.class_names, images, labels, run)
+        images = encode_images(backbone, support).features
+        synthesis = self._train(backbone, support, images, run)
         made = self._sample(backbone, synthesis, [names[c] for c in empty], self.per_class or max(support.counts))
         items = [FeatureItem(f"feature {i}", x) for i, x in enumerate(torch.cat([images, made.flatten(0, 1)]))]
         more = torch.tensor(empty).repeat_interleave(made.shape[1]).tolist()
         return Dataset([*items], [*support.labels, *more], names, name="real and synthesised features")
 
-    def _train(
-        self, backbone: Backbone, class_names: Sequence[str], images: Tensor, labels: Tensor, run: Run
-    ) -> Synthesis:
-        device = backbone.device
+    def _train(self, backbone: Backbone, support: Dataset, images: Tensor, run: Run) -> Synthesis:
+        labels, device = torch.tensor(support.labels), backbone.device
         with seeded(self.seed):
             synthesis = Synthesis(
                 backbone.dim, backbone.width("text"), self.n_ctx, self.encoder_width, self.generator_width
             ).to(device)
-        prompts = ClassPrompts(backbone, class_names, self.n_ctx)
+        prompts = ClassPrompts(backbone, support.class_names, self.n_ctx)
 
         def loss_of(step: tuple[int, Tensor]) -> Tensor:
             x, y = images[step[1]].to(device), labels[step[1]].to(device)

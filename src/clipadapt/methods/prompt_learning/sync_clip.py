@@ -40,7 +40,7 @@ from clipadapt.methods import Classifier, Run, TrainingData, hyper, method
 from clipadapt.methods.kinds.prompts import Batch
 from clipadapt.methods.kinds.tower_prompts import IndependentPrompts, TowerPromptMethod
 from clipadapt.nn.prompts import deep_vectors, visual_prompts
-from clipadapt.sources.images import image_source
+from clipadapt.sources.images import as_image_source
 from clipadapt.training.loop import Loss
 from clipadapt.training.pixels import Pixels
 
@@ -153,7 +153,7 @@ class SyncClip(TowerPromptMethod, Classifier):
         """The generated images; a source that makes them makes those of `class_names`."""
         if self.synthetic is None:
             return None
-        return image_source(self.synthetic).pictures(backbone, class_names, self.per_class, self.seed)
+        return as_image_source(self.synthetic, backbone)(class_names, self.per_class, self.seed)
 
     def _prepare(self, model: Backbone, data: TrainingData) -> TrainingData:
         known: list[str] = list(data.class_names or [])

@@ -165,9 +165,8 @@ class TaIDPT(PromptMethod, Classifier):
         return texts, targets
 
     @property
-    def encoder(self) -> Any:
-        """Images to logits (B, C): of their patches, which depend on the hyper-parameters, nothing is kept."""
-        return Adapted(self._model("it looks at no images"), self._scores, len(self.class_names_))
+    def _scorer(self) -> Any:
+        return Adapted(self.backbone_, self._scores, len(self.class_names_))  # keeps (B, C), not the patches
 
     def _scores(self, pixels: Tensor) -> Tensor:
         """(B, 3, H, W) -> logits (B, C)."""
@@ -180,4 +179,4 @@ class TaIDPT(PromptMethod, Classifier):
         return backbone.logit_scale * scores
 
     def _logits(self, images: Tensor) -> Tensor:
-        return images  # the encoder's
+        return images  # what `_scores` gives

@@ -30,7 +30,7 @@ class FineTune(FineTuningMethod, Classifier):
     lr: float = hyper(1e-5, "AdamW learning rate (official advice for few shots)", low=0)
     epochs: int = hyper(10, "passes over the support set (official)", low=1)
 
-    against, head_from_text = "head", False
+    against = "head"
 
     def _update(self, towers: Backbone, data: TrainingData) -> Full:
         return Full(towers.model, tower_weights(towers, "vision"))

@@ -57,13 +57,13 @@ class FullFineTune(FineTuningMethod, Classifier):
         names = [name for name in tower_weights(towers, self.tower) if not name.startswith(tokens)]
         self._layers = [layers_above(towers, name) for name in names]
         self._learned = Full(towers.model, names)
-        self._anchor = self._learned.tensors()
+        self._first = self._learned.tensors()
         return self._learned
 
     def _objective(self, out: Outputs) -> Tensor:
         loss = cross_entropy(out["scale"] * out["image"] @ out["classes"].T, out["labels"])
         for name, parameter in self._learned.by_name().items() if self.pull else ():
-            loss = loss + self.pull / 2 * (parameter - self._anchor[name].to(parameter)).square().sum()
+            loss = loss + self.pull / 2 * (parameter - self._first[name].to(parameter)).square().sum()
         return loss
 
     def _optimizer(self, parameters: list[Tensor]) -> torch.optim.Optimizer:

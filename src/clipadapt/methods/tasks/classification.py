@@ -50,11 +50,12 @@ class Classifier(Method):
     task: ClassVar[str] = "classifier"
     linear: ClassVar[bool] = True  # false from the first class on that writes `_logits`
     multi_label_ = False  # of the class: for models saved before there were such methods
-    threshold_: ClassVar[float | None] = None
-    bias_: ClassVar[Tensor | None] = None
+    threshold_: float | None = None
+    bias_: Tensor | None = None
 
-    weight_: ClassVar[Tensor]
-    class_names_: ClassVar[list[str]]
+    weight_: Tensor
+    class_names_: list[str]
+    dim_: int
 
     def __init_subclass__(cls, **more: Any) -> None:
         super().__init_subclass__(**more)
@@ -197,8 +198,10 @@ class Classifier(Method):
 
     # -- texts and embeddings ---------------------------------------------------------------------------------------
 
-    # Whether free texts go through the plain text tower of `backbone_`, with no learned prompts or modules of its own.
-    plain_texts: ClassVar[bool] = True
+    @property
+    def plain_texts(self) -> bool:
+        """Whether free texts go through the text tower of `backbone_` alone, without learned prompts or modules."""
+        return True
 
     def encode_texts(self, texts: Sequence[str]) -> Tensor:
         """T texts -> (T, D) unit features, as this model's text side sees them, in the space of `encoder`."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from PIL import Image
@@ -14,18 +13,17 @@ from clipadapt.methods.training_data import TrainingData
 from clipadapt.metrics.detection import Boxes, average_precision_50
 
 
-@dataclass(kw_only=True)
 class Detector(Method):
     """Answers with boxes for each image: write `_boxes(image)`."""
 
     task: ClassVar[str] = "detector"
-    class_names_: ClassVar[list[str]]
+    class_names_: list[str]
 
     def _open(self, model: Any, data: TrainingData) -> None:
         super()._open(model, data)
         if not data.class_names:
             raise ClipadaptError(f"{self.card.key}.fit needs a support set or class_names.")
-        self.class_names_ = list(data.class_names)  # type: ignore[misc]
+        self.class_names_ = list(data.class_names)
 
     def _boxes(self, image: Image.Image) -> Boxes:
         """The boxes of an RGB image, in its own pixels."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from PIL import Image
@@ -12,7 +11,6 @@ from clipadapt.errors import ClipadaptError
 from clipadapt.methods.base import Method
 
 
-@dataclass(kw_only=True)
 class ImageGenerator(Method):
     """Answers with one image for each prompt or image: write `_image(given, seed)` and, for a score, `_measure`."""
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
@@ -17,7 +16,6 @@ from clipadapt.methods.base import Method
 from clipadapt.metrics.retrieval import image_to_text, text_to_image
 
 
-@dataclass(kw_only=True)
 class Retriever(Method):
     """Answers with the items of a gallery that fit a query best; its towers are `backbone_`."""
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
@@ -17,18 +16,17 @@ from clipadapt.methods.training_data import TrainingData
 from clipadapt.metrics.segmentation import confusion, mean_iou
 
 
-@dataclass(kw_only=True)
 class Segmenter(Method):
     """Answers with one map of classes for each image: write `_maps(image)`."""
 
     task: ClassVar[str] = "segmenter"
-    class_names_: ClassVar[list[str]]
+    class_names_: list[str]
 
     def _open(self, model: Any, data: TrainingData) -> None:
         super()._open(model, data)
         if not data.class_names:
             raise ClipadaptError(f"{self.card.key}.fit needs a support set or class_names.")
-        self.class_names_ = list(data.class_names)  # type: ignore[misc]
+        self.class_names_ = list(data.class_names)
 
     def _maps(self, image: Image.Image) -> Tensor:
         """Logits (C, H, W) of an RGB image, H and W its own height and width in pixels."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from clipadapt.data import Item, as_items
@@ -12,7 +11,6 @@ from clipadapt.methods.base import Method
 from clipadapt.metrics.text import exact_match
 
 
-@dataclass(kw_only=True)
 class TextGenerator(Method):
     """Answers with one text for each item: write `_text(item)`."""
 

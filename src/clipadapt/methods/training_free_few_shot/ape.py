@@ -8,50 +8,28 @@ al., "Not All Features Matter: Enhancing Few-shot CLIP with Adaptive Prior Refin
 and 3.2; b = 0.7, the start values and the grid (beta, alpha, gamma from outer to inner, the first of equals wins) are
 those of the official repository yangyangyang127/APE for ImageNet, where 500 of 1,024 channels are kept.
 
-The paper finds channels from the texts alone; the official code of this variant counts a class's support pictures as
-its members beside its text: `prototypes="texts+pictures"`. The softmax takes plain cosines, as there, so the weights
+The paper finds channels from the texts alone; the official code of this variant counts a class's support images as
+its members next to its text: `prototypes="texts+pictures"`. The softmax takes plain cosines, as there, so the weights
 are nearly equal. Departures: J is taken from class means instead of a loop over all pairs (equal where classes have
-equally many pictures; else each class counts the same, as in the paper); one plain view instead of ten augmented ones;
+equally many images; else each class counts the same, as in the paper); one plain view instead of ten augmented ones;
 prompt templates are the user's choice (the paper's texts include sentences of a language model).
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from clipadapt.methods.base import Card, FeatureMethod, Run, Support, hyper
-from clipadapt.methods.registry import register
-from clipadapt.methods.training_free_few_shot.tip_adapter import cache_logits
+from clipadapt.methods import Classifier, FeatureMethod, Run, Support, hyper, method
+from clipadapt.nn.cache import cache_logits
+from clipadapt.nn.channels import best_channels, criterion
 from clipadapt.training.search import best_on
 
 
 def class_means(texts: Tensor, images: Tensor, one_hot: Tensor) -> Tensor:
-    """Mean (C, D) of a class's text (C, D) and its pictures: images (N, D), one_hot (N, C). Not of unit length."""
+    """Mean (C, D) of a class's text (C, D) and its images: images (N, D), one_hot (N, C). Not of unit length."""
     return (texts + one_hot.T @ images) / (1 + one_hot.sum(0))[:, None]
-
-
-def similarity(means: Tensor) -> Tensor:
-    """Per channel (D,), the mean product of members of two different classes; class means (C, D).
-
-    The products of all pairs of classes sum to (sum of means)^2 - sum of means^2: no loop over pairs.
-    """
-    classes, means = len(means), means.double()
-    return (means.sum(0).square() - means.square().sum(0)) / (classes * (classes - 1))
-
-
-def criterion(texts: Tensor, means: Tensor, balance: float) -> Tensor:
-    """How well each channel (D,) tells the classes apart: unlike between them, and varied over their texts (C, D)."""
-    return (1 - balance) * texts.double().var(dim=0) - balance * similarity(means)
-
-
-def best_channels(score: Tensor, share: float) -> Tensor:
-    """The numbers (Q,) of the `share` of channels with the largest score (D,), best first."""
-    return score.topk(max(1, round(share * len(score)))).indices
 
 
 def divergence(keys: Tensor, texts: Tensor, labels: Tensor) -> Tensor:
@@ -83,9 +61,12 @@ def search(
     return best_on(labels, grid())[0]
 
 
-@register
-@dataclass(kw_only=True)
-class Ape(FeatureMethod):
+@method(
+    "ape",
+    title="Not All Features Matter: Enhancing Few-shot CLIP with Adaptive Prior Refinement",
+    arxiv="2304.01195",
+)
+class Ape(FeatureMethod, Classifier):
     """A cache on refined channels; alpha, beta and gamma are searched on `val` where it is given."""
 
     alpha: float = hyper(2.0, "weight of the cache against zero-shot, >= 0 (official start value)", low=0)
@@ -99,15 +80,6 @@ class Ape(FeatureMethod):
         "texts", "what similarity between classes is taken from", choices=("texts", "texts+pictures")
     )
 
-    card = Card(
-        key="ape",
-        title="Not All Features Matter: Enhancing Few-shot CLIP with Adaptive Prior Refinement",
-        arxiv="2304.01195",
-        family="training-free-few-shot",
-        task="few-shot classification",
-        trains="nothing",
-        signal="labels",
-    )
     search_space = {"alpha": (2.0, 7.0, 20.0), "beta": (1.0, 5.5), "share": (0.5, 0.75)}
 
     def _fit(self, support: Support, run: Run) -> None:

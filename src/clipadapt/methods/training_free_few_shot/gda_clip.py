@@ -6,39 +6,34 @@
 Wang et al., "A Hard-to-Beat Baseline for Training-free CLIP-based Adaptation" (arXiv 2402.04087), section 3; the
 shrunk precision (Kubokawa and Srivastava) and the grid of alpha from the official repository mrflogs/ICLR24.
 Departures: solved by Cholesky in float64 instead of a pseudo-inverse in float32; one plain view instead of ten
-augmented ones. With one picture a class Sigma is zero, and as in the official code the result is zero-shot.
+augmented ones. With one image a class Sigma is zero, and as in the official code the result is zero-shot.
 
-**New classes** (`with_classes`), by the repository's `main_base2new.py`: the 64 support pictures most similar to a new
+**New classes** (`with_classes`), by the repository's `main_base2new.py`: the 64 support images most similar to a new
 class's text w stand in for its own; mu is the mean of these and of 16 copies of w, the precision the mean over the new
-classes of the shrunk one about w. Learned classes keep their weights, and beside new ones they win more often than
+classes of the shrunk one about w. Learned classes keep their weights, and next to new ones they win more often than
 they should: the paper judges each part alone. The support features are kept for this. In that file the base classes
 use the mean of the class covariances with a pseudo-inverse: `covariance="balanced-pinv"`.
 
-**Unlabelled pictures**, by equations 5 and 6 of the authors' project page (there is no code): expectation maximisation
+**Unlabelled images**, by equations 5 and 6 of the authors' project page (there is no code): expectation maximisation
 from zero-shot probabilities r_ic. M: mu_c = sum_i r_ic x_i / sum_i r_ic, Sigma = the mean over classes of their
 r-weighted covariances, P as above. E: r = softmax of the logits above. Until r changes by less than 0.001, at most 30
-rounds (ours). Labelled pictures beside them keep r = their label (ours): this helps where they are few, and with 16 a
-class labels alone do better. It sharpens what zero-shot knows: where that is little more than chance, or pictures are
+rounds (ours). Labelled images among them keep r = their label (ours): this helps where they are few, and with 16 a
+class labels alone do better. It sharpens what zero-shot knows: where that is little more than chance, or images are
 only a few a class, it can end below zero-shot.
 
 **Long tails**: the page applies the same formulas, and the repository has no code of its own for them.
-`covariance="balanced"` takes the M step's covariance, to which each class contributes alike, for labelled pictures
-too: the few classes with many pictures then do not determine it (ours). The prior stays uniform, as in the repository.
+`covariance="balanced"` takes the M step's covariance, to which each class contributes alike, for labelled images
+too: the few classes with many images then do not determine it (ours). The prior stays uniform, as in the repository.
 """
 
-from __future__ import annotations
-
 import math
-from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
 
-from clipadapt.backbones import Backbone
-from clipadapt.features import encode_classes
-from clipadapt.methods.base import Card, FeatureMethod, Run, Support, hyper
-from clipadapt.methods.registry import register
+from clipadapt.methods import Classifier, FeatureMethod, Run, Support, hyper, method
 from clipadapt.training.search import best_on
 
 GRID = (1e-4, 1e-3, 1e-2, 0.1, 1.0, 10.0, 100.0)
@@ -52,9 +47,9 @@ def discriminant(x: Tensor, y: Tensor, classes: int, covariance: str = "pooled")
 
 
 def gaussians(x: Tensor, r: Tensor, covariance: str = "pooled") -> tuple[Tensor, Tensor]:
-    """Weights (C, D) and biases (C,) from x (N, D) and how much each picture belongs to each class, r (N, C).
+    """Weights (C, D) and biases (C,) from x (N, D) and how much each image belongs to each class, r (N, C).
 
-    A class without a picture gets the mean of all pictures: nothing speaks for or against it.
+    A class without an image gets the mean of all images: nothing speaks for or against it.
     """
     x, r = x.double(), r.double()
     (n, d), classes, mass = x.shape, r.shape[1], r.sum(0)
@@ -87,7 +82,7 @@ def mixture(
 ) -> tuple[Tensor, Tensor]:
     """Weights (C, D) and biases (C,) by expectation maximisation from the zero-shot logits (U, C) of x (U, D).
 
-    labelled (N, D), one_hot (N, C): pictures whose class is known; N may be 0.
+    labelled (N, D), one_hot (N, C): images whose class is known; N may be 0.
     """
     rows, r = torch.cat([labelled, x]), zero_shot.softmax(dim=1)  # (N + U, D), (U, C)
     for _ in range(rounds):
@@ -124,29 +119,23 @@ def new_classes(texts: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
     return weight.float(), _bias(means, weight)
 
 
-@register
-@dataclass(kw_only=True)
-class GdaClip(FeatureMethod):
+@method(
+    "gda-clip",
+    title="A Hard-to-Beat Baseline for Training-free CLIP-based Adaptation",
+    arxiv="2402.04087",
+    new_classes=True,
+    unlabelled=True,
+)
+class GdaClip(FeatureMethod, Classifier):
     """Linear discriminant analysis with a shrunk covariance; alpha is chosen on `val` where it is given."""
 
     alpha: float = hyper(1.0, "weight of the discriminant against zero-shot, >= 0 (official grid 1e-4..100)", low=0)
     covariance: str = hyper(
         "pooled",
-        "of labelled pictures: over all, over classes alike, or the latter unshrunk as officially in base to new",
+        "of labelled images: over all, over classes alike, or the latter unshrunk as officially in base to new",
         choices=("pooled", "balanced", "balanced-pinv"),
     )
 
-    card = Card(
-        key="gda-clip",
-        title="A Hard-to-Beat Baseline for Training-free CLIP-based Adaptation",
-        arxiv="2402.04087",
-        family="training-free-few-shot",
-        task="few-shot classification",
-        trains="nothing",
-        signal="labels",
-        new_classes=True,
-        unlabelled=True,
-    )
     search_space = {"alpha": GRID}
 
     def _fit(self, support: Support, run: Run) -> None:
@@ -167,8 +156,8 @@ class GdaClip(FeatureMethod):
         self.rows_ = images if unlabelled is None else torch.cat([images, unlabelled])  # (N, D)
         self.weight_, self.bias_ = texts + self.alpha_ * weight, self.alpha_ * bias
 
-    def _reclassify(self, backbone: Backbone) -> None:
-        texts = encode_classes(backbone, self.class_names_, self.templates)  # (M, D)
+    def _reclassify(self, model: Any) -> None:
+        texts = self._class_texts(model)  # (M, D)
         place = {name: i for i, name in enumerate(self.learned_)}
         weight, bias = torch.zeros_like(texts), torch.zeros(len(texts))
         old = torch.tensor([name in place for name in self.class_names_])
@@ -177,7 +166,4 @@ class GdaClip(FeatureMethod):
         if not old.all():
             weight[~old], bias[~old] = new_classes(texts[~old], self.rows_)
             bias[~old] += math.log(int((~old).sum()) / len(place))  # equal priors for all, as the learned ones have
-        self.weight_, self.bias_ = backbone.logit_scale * texts + self.alpha_ * weight, self.alpha_ * bias
-
-    def _logits(self, images: Tensor) -> Tensor:
-        return images @ self.weight_.T + self.bias_  # (N, C)
+        self.weight_, self.bias_ = model.logit_scale * texts + self.alpha_ * weight, self.alpha_ * bias

@@ -18,16 +18,12 @@ Departures: logits are s f(x), so that without a correction probabilities are th
 eigendecomposition a beta; the grid of alpha and the ridge of local slopes are ours.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from clipadapt.methods.base import Card, FeatureMethod, Run, Support, hyper
-from clipadapt.methods.registry import register
+from clipadapt.methods import Classifier, FeatureMethod, Run, Support, hyper, method
 from clipadapt.training.search import best_on
 
 BETAS = torch.linspace(0.5, 3, 20).tolist()
@@ -38,7 +34,7 @@ BY_SHOTS = {1: (3.0, 0.05), 2: (2.6, 0.05), 4: (1.5, 0.05), 8: (1.66, 0.07), 16:
 
 def kernel(a: Tensor, b: Tensor, beta: float) -> Tensor:
     """Unit rows (M, D), (N, D) -> (M, N): the Gaussian kernel exp(-beta / 2 |a - b|^2)."""
-    return (a @ b.T).mul_(beta).sub_(beta).exp_()  # in place: of 16,000 pictures with one another it is 1 GiB
+    return (a @ b.T).mul_(beta).sub_(beta).exp_()  # in place: of 16,000 images with one another it is 1 GiB
 
 
 def ridge(gram: Tensor, residuals: Tensor, lmbda: float, solution: str) -> Tensor:
@@ -89,9 +85,39 @@ def local_linear(x: Tensor, keys: Tensor, values: Tensor, beta: float, lmbda: fl
     return torch.cat(out)
 
 
-@register
-@dataclass(kw_only=True)
-class ProKeR(FeatureMethod):
+def ridge_grid(
+    x: Tensor, zero_shot: Tensor, keys: Tensor, residuals: Tensor, solution: str
+) -> Iterator[tuple[tuple[float, float], Tensor]]:
+    """((beta, lambda), logits (V, C)) over the published grid; zero_shot (V, C) of x (V, D)."""
+    for beta in BETAS:
+        path = ridge_path(kernel(keys, keys, beta), kernel(x, keys, beta), residuals, LAMBDAS, solution)
+        for lmbda, correction in zip(LAMBDAS, path, strict=True):
+            yield (beta, lmbda), zero_shot + correction
+
+
+def local_fit(estimator: str, x: Tensor, keys: Tensor, values: Tensor, beta: float, lmbda: float) -> Tensor:
+    """(M, D) queries, (N, D) keys, (N, C) values -> (M, C), by one of the paper's local baselines."""
+    if estimator == "nadaraya-watson":
+        return nadaraya_watson(x, keys, values, beta)
+    return local_linear(x, keys, values, beta, lmbda).float()
+
+
+def local_grid(
+    estimator: str, x: Tensor, zero_shot: Tensor, keys: Tensor, values: Tensor, lmbda: float
+) -> Iterator[tuple[tuple[float, float], Tensor]]:
+    """((beta, alpha), logits (V, C)) of a local baseline; zero_shot (V, C) of x (V, D)."""
+    for beta in BETAS:
+        correction = local_fit(estimator, x, keys, values, beta, lmbda)
+        for alpha in ALPHAS:
+            yield (beta, alpha), zero_shot + alpha * correction
+
+
+@method(
+    "proker",
+    title="ProKeR: A Kernel Perspective on Few-Shot Adaptation of Large Vision-Language Models",
+    arxiv="2501.11175",
+)
+class ProKeR(FeatureMethod, Classifier):
     """Proximal kernel ridge regression; beta and lambda (alpha for local estimators) are searched on `val`."""
 
     estimator: str = hyper(
@@ -104,15 +130,6 @@ class ProKeR(FeatureMethod):
     lmbda: float | None = hyper(None, "ridge lambda > 0; by shots 0.05 to 0.1 where None (official)", low=1e-6)
     alpha: float = hyper(1.0, "weight of a local estimator against cosines, >= 0 (ours)", low=0)
 
-    card = Card(
-        key="proker",
-        title="ProKeR: A Kernel Perspective on Few-Shot Adaptation of Large Vision-Language Models",
-        arxiv="2501.11175",
-        family="training-free-few-shot",
-        task="few-shot classification",
-        trains="nothing",
-        signal="labels",
-    )
     search_space = {"solution": ("published", "textbook"), "lmbda": (0.03, 0.1, 0.3, 1.0, 3.0)}
 
     def _fit(self, support: Support, run: Run) -> None:
@@ -122,46 +139,24 @@ class ProKeR(FeatureMethod):
         self.beta_ = beta if self.beta is None else self.beta
         self.lmbda_ = lmbda if self.lmbda is None else self.lmbda
         self.alpha_ = self.alpha
+        residuals = labels - images @ texts.T  # (N, C)
         if support.val is not None:
-            self._search(support, *support.val)
+            x, y = support.val
+            if self.estimator == "ridge":
+                grid = ridge_grid(x, x @ texts.T, images, residuals, self.solution)
+                self.beta_, self.lmbda_ = best_on(y, grid)[0]
+            else:
+                grid = local_grid(self.estimator, x, x @ texts.T, images, labels, self.lmbda_)
+                self.beta_, self.alpha_ = best_on(y, grid)[0]
         self.weight_, self.keys_ = support.logit_scale * texts, images  # (C, D), (N, D)
         if self.estimator == "ridge":
-            values = ridge(kernel(images, images, self.beta_), labels - images @ texts.T, self.lmbda_, self.solution)
+            values = ridge(kernel(images, images, self.beta_), residuals, self.lmbda_, self.solution)
         else:
             values = self.alpha_ * labels
         self.values_ = (support.logit_scale * values).float()  # (N, C)
-
-    def _search(self, support: Support, x: Tensor, y: Tensor) -> None:
-        images, labels = support.images, support.one_hot
-        base = x @ support.texts.T  # (V, C)
-
-        def ridges() -> Iterator[tuple[tuple[float, float], Tensor]]:
-            residuals = labels - images @ support.texts.T
-            for beta in BETAS:
-                gram, cross = kernel(images, images, beta), kernel(x, images, beta)
-                for lmbda, correction in zip(
-                    LAMBDAS, ridge_path(gram, cross, residuals, LAMBDAS, self.solution), strict=True
-                ):
-                    yield (beta, lmbda), base + correction
-
-        def local_fits() -> Iterator[tuple[tuple[float, float], Tensor]]:
-            for beta in BETAS:
-                local = self._local(x, images, labels, beta)
-                for alpha in ALPHAS:
-                    yield (beta, alpha), base + alpha * local
-
-        if self.estimator == "ridge":
-            self.beta_, self.lmbda_ = best_on(y, ridges())[0]
-        else:
-            self.beta_, self.alpha_ = best_on(y, local_fits())[0]
-
-    def _local(self, x: Tensor, keys: Tensor, values: Tensor, beta: float) -> Tensor:
-        if self.estimator == "nadaraya-watson":
-            return nadaraya_watson(x, keys, values, beta)
-        return local_linear(x, keys, values, beta, self.lmbda_).float()
 
     def _logits(self, images: Tensor) -> Tensor:
         zero_shot = images @ self.weight_.T  # (M, C)
         if self.estimator == "ridge":
             return zero_shot + kernel(images, self.keys_, self.beta_) @ self.values_
-        return zero_shot + self._local(images, self.keys_, self.values_, self.beta_)
+        return zero_shot + local_fit(self.estimator, images, self.keys_, self.values_, self.beta_, self.lmbda_)

@@ -1,39 +1,34 @@
-"""TransCLIP: unlabelled pictures are classified together, by Gaussian classes, their neighbours, and zero-shot CLIP.
+"""TransCLIP: unlabelled images are classified together, by Gaussian classes, their neighbours, and zero-shot CLIP.
 
     z_i = softmax over c of  lambda log y_ic + (g_ic + 50/6 [(W + W') z + V' Y]_ic) / 50        five sweeps, then
     mu_c = unit((Z'X)_c / U + 50 gamma / S (Y'S)_c),   sigma = the same weighting of (x - mu)^2, shared by classes
 
 y are zero-shot probabilities, g_ic = -1/2 sum_d (x_id - mu_cd)^2 / sigma_d, W (U, U) the cosines of each unlabelled
-picture with its 3 nearest others, V (S, U) those of each labelled picture with its 3 nearest unlabelled ones, Y the
-labels, one-hot. lambda is 1 without labelled pictures and 0.5 with them. Each round of this block majorise-minimise
+image with its 3 nearest others, V (S, U) those of each labelled image with its 3 nearest unlabelled ones, Y the
+labels, one-hot. lambda is 1 without labelled images and 0.5 with them. Each round of this block majorise-minimise
 procedure lowers the objective; ten rounds are taken.
 
 Zanella, Gérin and Ben Ayed, "Boosting Vision-Language Models with Transduction" (arXiv 2406.01837). Its abstract was
 read; formulas, constants and start are those of the official repository MaxZanella/transduction-for-vlms: variance
-1/D, means from the labelled pictures, or for a class without any from the 8 unlabelled ones of its highest zero-shot
-probability; gamma from a grid on `val`, where a validation picture is given the assignment of its nearest unlabelled
-picture. Without `val`, gamma is the smallest of the grid, which trusts few labelled pictures least (ours).
+1/D, means from the labelled images, or for a class without any from the 8 unlabelled ones of its highest zero-shot
+probability; gamma from a grid on `val`, where a validation image is given the assignment of its nearest unlabelled
+image. Without `val`, gamma is the smallest of the grid, which trusts few labelled images least (ours).
 
-In the official code the rows of W and V do not correspond to those of z and Y, labelled pictures lose their nearest
+In the official code the rows of W and V do not correspond to those of z and Y, labelled images lose their nearest
 neighbour, every gamma goes on from the state of the last, and the assignments of the last gamma are returned:
-`variant="official-code"`. Without labelled pictures the two variants are one. A picture is never its own neighbour
-here; there the first neighbour is left out, which is another one where two pictures are equal.
+`variant="official-code"`. Without labelled images the two variants are one. An image is never its own neighbour
+here; there the first neighbour is left out, which is another one where two images are equal.
 
-`assignments_` (U, C) are the transductive answer for the unlabelled pictures, in the order given. Any picture is
+`assignments_` (U, C) are the transductive answer for the unlabelled images, in the order given. Any image is
 predicted from what was learned without the neighbours, lambda log y + g / 50, which is linear in x (ours): of the
-pictures that were fitted about 99 in 100 get the same class, and accuracy is up to 0.8 points lower.
+images that were fitted about 99 in 100 get the same class, and accuracy is up to 0.8 points lower.
 """
-
-from __future__ import annotations
-
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from clipadapt.methods.base import Card, FeatureMethod, Run, Support, hyper
-from clipadapt.methods.registry import register
+from clipadapt.methods import Classifier, FeatureMethod, Run, Support, hyper, method
 
 GAMMAS = (0.002, 0.01, 0.02, 0.2)
 ROUNDS, SWEEPS, CONFIDENT, SCALE = 10, 5, 8, 50.0
@@ -80,14 +75,14 @@ def affinities(x: Tensor, support: Tensor, k: int, official: bool = False) -> tu
 
 
 def first_means(x: Tensor, z: Tensor, support: Tensor, one_hot: Tensor) -> Tensor:
-    """Unit means (C, D): of a class's labelled pictures, or of its most probable unlabelled ones where it has none."""
+    """Unit means (C, D): of a class's labelled images, or of its most probable unlabelled ones where it has none."""
     weight, rows = z.topk(min(CONFIDENT, len(x)), dim=0)  # (8, C)
     confident = torch.zeros_like(z).scatter_(0, rows, weight).T @ x  # (C, D)
     return normalize(torch.where(one_hot.sum(0)[:, None] > 0, one_hot.T @ support, confident), dim=1)
 
 
 def gaussians(x: Tensor, z: Tensor, support: Tensor, one_hot: Tensor, gamma: float) -> tuple[Tensor, Tensor]:
-    """Unit means (C, D) and shared variance (D,) of pictures x (U, D) assigned by z (U, C) and of labelled ones."""
+    """Unit means (C, D) and shared variance (D,) of images x (U, D) assigned by z (U, C) and of labelled ones."""
     share = SCALE * gamma / max(len(support), 1)
     sums = z.T @ x / len(x) + share * (one_hot.T @ support)  # (C, D)
     mass = z.sum(0) / len(x) + share * one_hot.sum(0)  # (C,)
@@ -114,29 +109,24 @@ def transduce(
     return z, means, variance
 
 
-@register
-@dataclass(kw_only=True)
-class TransClip(FeatureMethod):
-    """Transductive Gaussian classes of unlabelled pictures; gamma is chosen on `val` where it is given.
+@method(
+    "transclip",
+    title="Boosting Vision-Language Models with Transduction",
+    arxiv="2406.01837",
+    problem="transductive zero-shot and few-shot classification",
+    signal="unlabelled",
+    unlabelled=True,
+)
+class TransClip(FeatureMethod, Classifier):
+    """Transductive Gaussian classes of unlabelled images; gamma is chosen on `val` where it is given.
 
-    `assignments_` (U, C) are the probabilities of the unlabelled pictures that `fit` was given.
+    `assignments_` (U, C) are the probabilities of the unlabelled images that `fit` was given.
     """
 
-    gamma: float = hyper(GAMMAS[0], "weight of labelled pictures, >= 0 (official grid 0.002 to 0.2)", low=0)
+    gamma: float = hyper(GAMMAS[0], "weight of labelled images, >= 0 (official grid 0.002 to 0.2)", low=0)
     lmbda: float | None = hyper(None, "weight of zero-shot, >= 0; 1 without labels, 0.5 with (official)", low=0)
-    neighbours: int = hyper(3, "nearest pictures that pull at each one (official)", low=1)
+    neighbours: int = hyper(3, "nearest images that pull at each one (official)", low=1)
     variant: str = hyper("paper", "the method, or the official code's row orders", choices=("paper", "official-code"))
-
-    card = Card(
-        key="transclip",
-        title="Boosting Vision-Language Models with Transduction",
-        arxiv="2406.01837",
-        family="training-free-few-shot",
-        task="transductive zero-shot and few-shot classification",
-        trains="nothing",
-        signal="unlabelled",
-        unlabelled=True,
-    )
 
     def _fit(self, support: Support, run: Run) -> None:
         assert support.unlabelled is not None  # the card's signal
@@ -161,6 +151,3 @@ class TransClip(FeatureMethod):
         self.assignments_, means, variance = state if official else kept
         self.weight_ = lmbda * support.logit_scale * support.texts + means / variance / SCALE  # (C, D)
         self.bias_ = -0.5 * (means.square() / variance).sum(1) / SCALE  # (C,)
-
-    def _logits(self, images: Tensor) -> Tensor:
-        return images @ self.weight_.T + self.bias_  # (N, C)

@@ -1,6 +1,6 @@
 """FALIP: the class token is made to look at a region by a mask on its attention, and no pixel is changed.
 
-    A_cls = softmax(q_cls K' / sqrt(d) + M)     in the last blocks, all heads; every other row attends as it did
+    A_cls = softmax(q_cls K' / sqrt(d) + M)     in the last blocks, all heads; every other token attends as it did
     M_p   = strength (G_p - min G + e) / (max G - min G + e)  for patches p that the box touches, else 0
     G_p   = exp(-|p - middle|^2 / (2 sigma^2))                in patches, over the box alone
 
@@ -9,16 +9,13 @@ paper the abstract was read; formula and numbers are those of the official repos
 `clip/model.py`): strength 0.2, sigma 100 patches, e = 1e-6, the last 4 of ViT-B's 12 blocks. With so wide a sigma the
 rescaled Gaussian is a paraboloid: 1 in the middle of the box, 0 at its corners.
 
-Departures. The repository squashes pictures to a square; here the backbone's own transform stands, and boxes are
+Departures. The repository squashes images to a square; here the backbone's own transform is kept, and boxes are
 carried through it. It computes the Gaussian in float32, where sigma 100 leaves three digits; here it is float64. The
 last third of the blocks is masked in towers of other depths. Where a region comes from is the caller's choice:
 `image_logits(images, boxes=)`, or `region`, in which "saliency" and "centre" are ours.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -29,9 +26,8 @@ from torch import Tensor
 from clipadapt.backbones import Backbone
 from clipadapt.backbones.preprocess import Preprocess
 from clipadapt.errors import ClipadaptError
-from clipadapt.methods.base import Card, hyper
-from clipadapt.methods.picture_method import DETECTOR, Picture, PictureMethod
-from clipadapt.methods.registry import register
+from clipadapt.methods import Classifier, ImageMethod, hyper, method, why_not
+from clipadapt.methods.kinds.images import DETECTOR, SeenImage
 from clipadapt.sources.detectors import as_detector, detect
 
 _EPSILON = 1e-6
@@ -40,7 +36,7 @@ _EPSILON = 1e-6
 def foveal_mask(boxes: Tensor, grid: tuple[int, int], patch: int, *, strength: float, sigma: float) -> Tensor:
     """Boxes (n, 4) in pixels of the tower's input -> what is added to the class token's scores, (n, h * w).
 
-    A box without area, as one that the picture's transform has cut off, gives a mask of zeros.
+    A box without area, such as one that the image transform has cut off, gives a mask of zeros.
     """
     masks = torch.zeros(len(boxes), *grid, dtype=torch.float64)
     for mask, box in zip(masks, boxes.double(), strict=True):
@@ -59,9 +55,9 @@ def foveal_mask(boxes: Tensor, grid: tuple[int, int], patch: int, *, strength: f
 
 
 def on_pixels(boxes: Tensor, size: tuple[int, int], preprocess: Any) -> Tensor:
-    """Boxes (n, 4) of a picture of `size` (width, height) -> where the picture's transform puts them."""
+    """Boxes (n, 4) of an image of `size` (width, height) -> where the image's transform puts them."""
     if not isinstance(preprocess, Preprocess):
-        raise ClipadaptError("falip needs a backbone whose picture transform is known, to carry boxes through it.")
+        raise ClipadaptError("falip needs a backbone whose image transform is known, to carry boxes through it.")
     width, height = size
     resized: tuple[float, float] = (width, height)
     if isinstance(preprocess.resize, int):
@@ -84,8 +80,8 @@ def encode_regions(
     size = backbone.patch_size
     grid = (pixels.shape[2] // size, pixels.shape[3] // size)
     mask = foveal_mask(boxes, grid, size, strength=strength, sigma=sigma)
-    rows = 1 + mask.shape[1]
-    bias = torch.zeros(len(pixels), 1, rows, rows)
+    tokens = 1 + mask.shape[1]
+    bias = torch.zeros(len(pixels), 1, tokens, tokens)
     bias[:, 0, 0, 1:] = mask
     with backbone.attention(layers=range(depth - masked, depth), bias=bias):
         return backbone.encode_images(pixels).float().cpu()
@@ -102,7 +98,7 @@ def as_boxes(boxes: Any) -> Tensor:
 @torch.no_grad()
 def score_regions(
     backbone: Backbone,
-    picture: Image.Image,
+    image: Image.Image,
     boxes: Any,
     texts: Sequence[str],
     *,
@@ -112,17 +108,22 @@ def score_regions(
 ) -> Tensor:
     """How well each box fits each expression: logits (boxes, texts). The region of an expression is the best box.
 
-    boxes   (n, 4) left, top, right, bottom in pixels of the picture
-    texts   whole sentences; the official code puts "a photo of " before an expression
-    layers  how many of the last blocks are masked; the last third without
+    Args:
+        backbone: with a class token and access to attention.
+        image: in which the regions are.
+        boxes: (n, 4) left, top, right, bottom in pixels of the image.
+        texts: whole sentences; the official code puts "a photo of " before an expression.
+        strength: height of the mask; 0 is plain CLIP.
+        sigma: width of the Gaussian in patches.
+        layers: how many of the last blocks are masked; the last third if None.
 
-    Raises ClipadaptError where the backbone has no class token or no access to attention, or a box is none.
+    Raises:
+        ClipadaptError: the backbone lacks what is needed, or something is not a box.
     """
-    missing = Falip.card.requires - backbone.capabilities
-    if missing:
-        raise ClipadaptError(f"score_regions needs a backbone with {', '.join(sorted(missing))}.")
-    regions = on_pixels(as_boxes(boxes), picture.size, backbone.preprocess)  # (n, 4)
-    pixels = backbone.preprocess(picture)
+    if reason := why_not(Falip.card, backbone):
+        raise ClipadaptError(reason)
+    regions = on_pixels(as_boxes(boxes), image.size, backbone.preprocess)  # (n, 4)
+    pixels = backbone.preprocess(image)
     features = [torch.empty(0, backbone.dim)]
     for some in regions.split(64) if len(regions) else ():
         batch = pixels.expand(len(some), -1, -1, -1)
@@ -130,13 +131,19 @@ def score_regions(
     return backbone.logit_scale * torch.cat(features) @ backbone.encode_texts(texts).float().cpu().T
 
 
-@register
-@dataclass(kw_only=True)
-class Falip(PictureMethod):
+@method(
+    "falip",
+    title="FALIP: Visual Prompt as Foveal Attention Boosts CLIP Zero-Shot Performance",
+    arxiv="2407.05578",
+    problem="zero-shot classification of regions, referring expressions",
+    requires={"attention", "class-token", "texts"},
+    new_classes=True,
+)
+class Falip(ImageMethod, Classifier):
     """Zero-shot classification with the class token's attention drawn to a region.
 
     The region is what `region` says, or the caller's: `model.image_logits(images, boxes=[(left, top, right, bottom),
-    ...])`, one box a picture. For expressions that refer to one of several regions see `score_regions`.
+    ...])`, one box an image. For expressions that refer to one of several regions see `score_regions`.
     """
 
     region: Any = hyper("saliency", f'where it is: "centre" (the middle half), or what finds a class there: {DETECTOR}')
@@ -146,59 +153,47 @@ class Falip(PictureMethod):
         None, "how many of the last blocks are masked; the last third without, as in the official code", low=1
     )
 
-    card = Card(
-        key="falip",
-        title="FALIP: Visual Prompt as Foveal Attention Boosts CLIP Zero-Shot Performance",
-        arxiv="2407.05578",
-        family="zero-shot-inference",
-        task="zero-shot classification of regions, referring expressions",
-        trains="nothing",
-        signal="none",
-        requires=frozenset({"attention", "class-token", "texts"}),
-        new_classes=True,
-    )
-
-    def _names(self, backbone: Backbone) -> None:
-        super()._names(backbone)
+    def _name(self, backbone: Any) -> None:
+        super()._name(backbone)
         self._detect = None if self.region == "centre" else as_detector(self.region, backbone)
 
     def image_logits(
         self, images: Any, *, boxes: Any = None, on_error: str = "raise", progress: bool = False
     ) -> tuple[Tensor, list[int]]:
-        """See `Method.image_logits`; `boxes` (N, 4), one for each picture, replace what `region` would find."""
+        """See `Classifier.image_logits`; `boxes` (N, 4), one for each image, replace what `region` would find."""
         self._fitted("backbone_")
         if boxes is None:
-            return self._each(images, self._scores, on_error, progress)
+            return super().image_logits(images, on_error=on_error, progress=progress)
         given = as_boxes(boxes)
         count = len(images) if hasattr(images, "__len__") and not isinstance(images, str) else 1
         if len(given) != count:
-            raise ClipadaptError(f"boxes must be one for each of the {count} pictures, not {len(given)}.")
+            raise ClipadaptError(f"boxes must be one for each of the {count} images, not {len(given)}.")
         return self._each(
             images,
-            lambda backbone, block: self._looked_at(backbone, block, given[[p.number for p in block]]),
+            lambda backbone, block: self._looked_at(backbone, block, given[[one.number for one in block]]),
             on_error,
             progress,
         )
 
-    def _scores(self, backbone: Backbone, pictures: list[Picture]) -> Tensor:
-        return self._looked_at(backbone, pictures, torch.stack([self._region(p.image) for p in pictures]))
+    def _scores(self, backbone: Any, images: list[SeenImage]) -> Tensor:
+        return self._looked_at(backbone, images, torch.stack([self._region(one.image) for one in images]))
 
-    def _looked_at(self, backbone: Backbone, pictures: list[Picture], boxes: Tensor) -> Tensor:
-        """Logits (B, C) of pictures with the region at boxes (B, 4) of theirs."""
+    def _looked_at(self, backbone: Any, images: list[SeenImage], boxes: Tensor) -> Tensor:
+        """Logits (B, C) of images with the region at boxes (B, 4) of theirs."""
         placed = [
-            box[None] if picture.whole else on_pixels(box[None], picture.image.size, backbone.preprocess)
-            for picture, box in zip(pictures, boxes, strict=True)
+            box[None] if one.whole else on_pixels(box[None], one.image.size, backbone.preprocess)
+            for one, box in zip(images, boxes, strict=True)
         ]
+        pixels, places = torch.stack([one.pixels for one in images]), torch.cat(placed)
         features = encode_regions(
-            backbone, torch.stack([p.pixels for p in pictures]), torch.cat(placed),
-            strength=self.strength, sigma=self.sigma, layers=self.layers,
-        )  # fmt: skip
+            backbone, pixels, places, strength=self.strength, sigma=self.sigma, layers=self.layers
+        )
         return backbone.logit_scale * features @ self._texts.T
 
-    def _region(self, picture: Image.Image) -> Tensor:
-        """(4,) the best box; the whole picture where nothing is found."""
-        width, height = picture.size
+    def _region(self, image: Image.Image) -> Tensor:
+        """(4,) the best box; the whole image where nothing is found."""
+        width, height = image.size
         if self._detect is None:
             return torch.tensor([width / 4, height / 4, 3 * width / 4, 3 * height / 4])
-        found = detect(self._detect, picture, sorted(self.class_names_)).boxes
+        found = detect(self._detect, image, sorted(self.class_names_)).boxes
         return found[0] if len(found) else torch.tensor([0.0, 0.0, width, height])

@@ -1,4 +1,4 @@
-"""X-MoRe: captions retrieved for a picture classify it as well, and the surer of the two predictions weighs more.
+"""X-MoRe: captions retrieved for an image classify it as well, and the surer of the two predictions weighs more.
 
     p = softmax(s x T')        q = mean over retrieved captions k of softmax(s c_k T')
     w(p) = 1 - H(p) / log C    prediction  (w(p) p + w(q) q) / (w(p) + w(q))
@@ -6,40 +6,35 @@
 Eom et al., "Cross-Modal Retrieval Meets Inference: Improving Zero-Shot Classification with Cross-Modal Retrieval"
 (arXiv 2308.15273). Read were the abstract and introduction; the formulas are those of the official repository
 SeonghaEom/X-MoRe (`ensemble_with_entropy.py`, `create_cache.py`): the mean of the captions' probabilities, the entropy
-of that mean, 16 captions, which are the best of those of 128 neighbouring pictures by the picture's cosine with them.
+of that mean, 16 captions, which are the best of those of 128 neighbouring images by the image's cosine with them.
 
-Departures. The repository divides each weight by the running sum of its kind over the test stream, so that a picture's
-prediction depends on those before it: that is `mixing="stream"`, over the pictures of one call. It asks a service for
+Departures. The repository divides each weight by the running sum of its kind over the test stream, so that an image's
+prediction depends on those before it: that is `mixing="stream"`, over the images of one call. It asks a service for
 LAION-400M and ranks captions by another model (ViT-L/14); here one model does both, over a memory that the user gives.
-It puts "a_photo_of_a " before each caption (`prefix`), and skips pictures for which too few captions were found.
+It puts "a_photo_of_a " before each caption (`prefix`), and skips images for which too few captions were found.
 """
 
-from __future__ import annotations
-
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
-from clipadapt.backbones import Backbone
-from clipadapt.data import Dataset
 from clipadapt.errors import ClipadaptError
-from clipadapt.features import encode_classes
 from clipadapt.features.memory import encode_memory
 from clipadapt.features.retrieval import nearest, top
-from clipadapt.methods.base import Card, Method, Run, hyper
-from clipadapt.methods.registry import register
+from clipadapt.methods import Classifier, FeatureMethod, Run, Support, TrainingData, hyper, method
+from clipadapt.methods.tasks.classification import unit
 
-_BLOCK = 256  # pictures looked at together
+_BLOCK = 256  # images looked at together
 
 
-def retrieve(images: Tensor, memory: dict[str, Tensor], k: int, candidates: int) -> tuple[Tensor, Tensor]:
-    """The captions of pictures (N, D): their rows in `memory["texts"]` and which of these count, both (N, k').
+def retrieve(images: Tensor, memory: Mapping[str, Tensor], k: int, candidates: int) -> tuple[Tensor, Tensor]:
+    """The captions of images (N, D): their rows in `memory["texts"]` and which of these count, both (N, k').
 
-    With pictures in the memory, only the captions of the `candidates` nearest ones come into question, each once.
+    With images in the memory, only the captions of the `candidates` nearest ones come into question, each once.
     """
     if not len(memory["images"]):
         rows = nearest(images, memory["texts"], k)[1]
@@ -56,7 +51,7 @@ def retrieve(images: Tensor, memory: dict[str, Tensor], k: int, candidates: int)
 def caption_prediction(rows: Tensor, counts: Tensor, captions: Tensor, weight: Tensor) -> Tensor:
     """Mean class probabilities (N, C) of captions (T, D) by `rows` (N, k) that count, (N, k) bool; weight (C, D).
 
-    Each caption is classified once, however many pictures it was retrieved for.
+    Each caption is classified once, however many images it was retrieved for.
     """
     used, place = rows.unique(return_inverse=True)
     probabilities = (captions[used] @ weight.T).softmax(dim=1)  # (U, C)
@@ -80,19 +75,26 @@ def mixed(image: Tensor, caption: Tensor, mixing: str) -> Tensor:
     return (first * image + second * caption) / (first + second)
 
 
-@register
-@dataclass(kw_only=True)
-class XMoRe(Method):
-    """Zero-shot classification by the picture and by captions from an external memory; nothing is trained.
+@method(
+    "x-more",
+    title="Cross-Modal Retrieval Meets Inference: Improving Zero-Shot Classification with Cross-Modal Retrieval",
+    arxiv="2308.15273",
+    problem="zero-shot classification",
+    signal="none",
+    requires={"texts"},
+    new_classes=True,
+)
+class XMoRe(FeatureMethod, Classifier):
+    """Zero-shot classification by the image and by captions from an external memory; nothing is trained.
 
     `memory`: sentences (a list, or a .txt or .jsonl file), `clipadapt.data.image_pairs`, or a data set, whose classes'
     sentences are the captions.
     """
 
     memory: Any = hyper(None, "captions to retrieve from: sentences, a file of them, pairs or a data set; needed")
-    k: int = hyper(16, "captions retrieved for a picture (official code)", low=1)
+    k: int = hyper(16, "captions retrieved for an image (official code)", low=1)
     candidates: int = hyper(
-        128, "neighbouring pictures whose captions come into question, where the memory has any (official code)", low=1
+        128, "neighbouring images whose captions come into question, where the memory has any (official code)", low=1
     )
     mixing: str = hyper(
         "confidence", "weights: each prediction's confidence, the same over its running sum, or equal ones",
@@ -100,34 +102,28 @@ class XMoRe(Method):
     )  # fmt: skip
     prefix: str = hyper("", 'words put before each caption (official code: "a_photo_of_a ")')
 
-    card = Card(
-        key="x-more",
-        title="Cross-Modal Retrieval Meets Inference: Improving Zero-Shot Classification with Cross-Modal Retrieval",
-        arxiv="2308.15273",
-        family="zero-shot-inference",
-        task="zero-shot classification",
-        trains="nothing",
-        signal="none",
-        requires=frozenset({"texts"}),
-        new_classes=True,
-    )
-    tiny = {"memory": [f"a {size} {colour} star" for colour in ("red", "green", "blue") for size in ("small", "large")]}
+    extras = {"memory": "features (T, D) of the captions to retrieve from; needed"}
 
-    def _fit_towers(self, backbone: Backbone, support: Dataset, val: Dataset | None, run: Run) -> None:
+    def _extras(self, model: Any, data: TrainingData) -> dict[str, Any]:
         if self.memory is None:
             raise ClipadaptError(
                 "x-more retrieves captions from a memory: set memory to sentences, a file of them, pairs or a data set."
             )
-        self.memory_ = encode_memory(backbone, self.memory, self.templates, prefix=self.prefix)
-        if not len(self.memory_["texts"]):
-            raise ClipadaptError("x-more: the memory holds no caption.")
-        self._reclassify(backbone)
+        return {"memory": encode_memory(model, self.memory, self.templates, prefix=self.prefix)}
 
-    def _reclassify(self, backbone: Backbone) -> None:
-        self.weight_ = backbone.logit_scale * encode_classes(backbone, self.class_names_, self.templates)  # (C, D)
+    def _fit(self, support: Support, run: Run) -> None:
+        memory = support.extras.get("memory")
+        if memory is None:
+            raise ClipadaptError("x-more retrieves captions from a memory: give fit_features(..., memory=).")
+        if not isinstance(memory, Mapping):
+            texts = unit(memory, "memory", dim=support.texts.shape[1])
+            memory = {"texts": texts, "images": texts[:0], "text_of": torch.empty(0, dtype=torch.int64)}
+        if not len(memory["texts"]):
+            raise ClipadaptError("x-more: the memory holds no caption.")
+        self.memory_, self.weight_ = memory, support.logit_scale * support.texts  # (C, D)
 
     def predictions(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Class probabilities of pictures (N, D) by themselves and by their captions, both (N, C)."""
+        """Class probabilities of images (N, D) by themselves and by their captions, both (N, C)."""
         parts = [images.new_empty(0, len(self.weight_))]
         for block in images.split(_BLOCK) if len(images) else ():
             rows, counts = retrieve(block, self.memory_, self.k, self.candidates)

@@ -1,4 +1,4 @@
-"""Zero-shot classification: the picture goes to the class whose name it resembles most.
+"""Zero-shot classification: the image goes to the class whose name it resembles most.
 
     logits = s * x T',   T_c = unit(mean over sentences of unit(text(sentence)))
 
