@@ -124,9 +124,11 @@ class VlAdapter(WeightMethod, Classifier):
         return cross_entropy(out["scale"] * out["image"] @ out["classes"].T, out["labels"])
 
     def _optimizer(self, parameters: list[Tensor]) -> torch.optim.Optimizer:
-        vectors = {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0}
-        groups = [{"params": [p for p in parameters if p.ndim > 1]}, vectors]
-        return torch.optim.AdamW(groups, lr=self.lr, weight_decay=self.weight_decay)
+        groups: list[dict[str, Any]] = [
+            {"params": [p for p in parameters if p.ndim > 1], "weight_decay": self.weight_decay},
+            {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+        ]
+        return torch.optim.AdamW(groups, lr=self.lr)
 
     def _schedule(self, step: int, total: int) -> float:
         return linear(step, total, warmup=total // 10)

@@ -134,7 +134,8 @@ class TeCoA(FineTuningMethod, Classifier):
     weight_decay, clip_norm = 0.0, None
 
     def _update(self, towers: Backbone, data: TrainingData) -> Update:
-        self._space, self._encode = PixelSpace.of(towers), towers.encode_images
+        self._space = PixelSpace.of(towers)
+        self._encode: Any = towers.encode_images
         if self.tune == "finetune":
             return Full(towers.model, tower_weights(towers, "vision"))
         prompt = VisualPrompt(towers, self.frame, self.tokens, self.start)
