@@ -17,6 +17,8 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
+import safetensors.torch
+
 from clipadapt.errors import ClipadaptError
 from clipadapt.methods.artifact import learned, save
 from clipadapt.methods.card import Card, check_hyperparameter, hyper, settings_of
