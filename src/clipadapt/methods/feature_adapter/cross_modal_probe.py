@@ -97,7 +97,12 @@ def train_head(
     trains="linear head",
 )
 class CrossModalProbe(FeatureMethod, Classifier):
-    """A linear head trained on images and class texts alike; `val`, where given, chooses the iteration."""
+    """A linear head trained on images and class texts alike; `val`, where given, chooses the iteration.
+
+    >>> model = create("cross-modal-probe", steps=4).fit(backbone, support)
+    >>> model.predict_proba(queries).shape
+    (8, 4)
+    """
 
     lr: float = hyper(1e-3, "AdamW learning rate (official: 1e-3 or 1e-4)", low=FIRST_LR)
     weight_decay: float = hyper(0.01, "decoupled weight decay (official: 0, 1e-4 or 0.01)", low=0)

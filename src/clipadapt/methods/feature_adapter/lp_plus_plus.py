@@ -50,7 +50,12 @@ def initial_alpha(images: Tensor, labels: Tensor, texts: Tensor, scale: float) -
     trains="linear head and text multipliers",
 )
 class LpPlusPlus(FeatureMethod, Classifier):
-    """A text-informed linear probe without anything to search; `val`, where given, chooses the iteration."""
+    """A text-informed linear probe without anything to search; `val`, where given, chooses the iteration.
+
+    >>> model = create("lp++").fit(backbone, support)
+    >>> model.predict_proba(queries).shape
+    (8, 4)
+    """
 
     steps: int = hyper(300, "full-batch iterations (official)", low=1)
     alpha_scale: float = hyper(250.0, "alpha's start over the mean own-class cosine (official)", low=0)

@@ -68,7 +68,12 @@ def random_scores(tower: Full, seed: int) -> dict[str, Tensor]:
     new_classes=True,
 )
 class Saft(FineTuningMethod, Classifier):
-    """Sparse fine-tuning: a binary mask, chosen once by the gradient's magnitude, says which weights may move."""
+    """Sparse fine-tuning: a binary mask, chosen once by the gradient's magnitude, says which weights may move.
+
+    >>> model = create("saft", epochs=1, share=0.01).fit(backbone, support)
+    >>> model.predict_proba(queries).shape
+    (8, 4)
+    """
 
     share: float = hyper(0.001, "share of the weights that are trained, in (0, 1] (paper: 0.1 %)", low=1e-9, high=1)
     mask: str = hyper("gradient", "how they are chosen; random is the paper's ablation", choices=("gradient", "random"))

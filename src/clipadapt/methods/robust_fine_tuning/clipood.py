@@ -35,7 +35,12 @@ def margin_logits(images: Tensor, texts: Tensor, labels: Tensor, margin: float) 
     new_classes=True,
 )
 class Clipood(FineTuningMethod, Classifier):
-    """Image tower tuned by margin metric softmax, then averaged from zero-shot to the end by Beta weights."""
+    """Image tower tuned by margin metric softmax, then averaged from zero-shot to the end by Beta weights.
+
+    >>> model = create("clipood", epochs=1).fit(backbone, support)
+    >>> model.predict_proba(queries).shape
+    (8, 4)
+    """
 
     lr: float = hyper(5e-6, "AdamW learning rate (official; 1e-5 on larger sets)", low=0)
     epochs: int = hyper(20, "passes over the support set", low=1)

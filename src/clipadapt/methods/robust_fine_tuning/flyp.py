@@ -32,7 +32,12 @@ from clipadapt.nn.updates import Full
     new_classes=True,
 )
 class Flyp(FineTuningMethod, Classifier):
-    """Contrastive fine-tuning of both towers with captions of the classes, as in pre-training."""
+    """Contrastive fine-tuning of both towers with captions of the classes, as in pre-training.
+
+    >>> model = create("flyp", epochs=1).fit(backbone, support)
+    >>> model.with_classes(["red", "dog"]).predict_proba(queries).shape
+    (8, 2)
+    """
 
     epochs: int = hyper(20, "passes over the support set (official, few shots)", low=1)
     ground_labels: bool = hyper(False, "captions of one class share the target, instead of being negatives (official)")

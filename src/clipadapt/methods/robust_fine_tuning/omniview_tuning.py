@@ -102,7 +102,12 @@ def sites(model: Backbone, module: bool) -> list[str]:
     new_classes=True,
 )
 class OmniviewTuning(FineTuningMethod, Classifier):
-    """Low-rank tuning towards features that do not depend on the viewpoint."""
+    """Low-rank tuning towards features that do not depend on the viewpoint.
+
+    >>> model = create("omniview-tuning", epochs=1, views=1).fit(backbone, support)
+    >>> model.predict_proba(queries).shape
+    (8, 4)
+    """
 
     objects: str = hyper(
         "picture",

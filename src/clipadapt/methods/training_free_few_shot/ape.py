@@ -67,7 +67,12 @@ def search(
     arxiv="2304.01195",
 )
 class Ape(FeatureMethod, Classifier):
-    """A cache on refined channels; alpha, beta and gamma are searched on `val` where it is given."""
+    """A cache on refined channels; alpha, beta and gamma are searched on `val` where it is given.
+
+    >>> model = create("ape", alpha=1.0).fit(backbone, support, val=val)
+    >>> model.predict_proba(queries).shape
+    (8, 4)
+    """
 
     alpha: float = hyper(2.0, "weight of the cache against zero-shot, >= 0 (official start value)", low=0)
     beta: float = hyper(1.0, "sharpness of the affinities, >= 0 (official start value)", low=0)

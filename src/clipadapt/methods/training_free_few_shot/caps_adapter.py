@@ -139,6 +139,10 @@ class CapsAdapter(FeatureMethod, Classifier):
     `captions` are those of the labelled and then the unlabelled images, as a list in their order, or a mapping from
     image names to sentences. `captioner` describes the others; it is what `clipadapt.sources.captioners.as_captioner`
     takes, and `source` is what `clipadapt.sources.images.as_image_source` takes. A saved model keeps the names of both.
+
+    >>> model = create("caps-adapter", captioner="phrases").fit(backbone, support)
+    >>> model.predict_proba(queries).shape
+    (8, 4)
     """
 
     alpha: float = hyper(1.0, "weight of the caches against zero-shot, >= 0 (official range: 0.1-50)", low=0)

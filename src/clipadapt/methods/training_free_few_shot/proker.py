@@ -118,7 +118,12 @@ def local_grid(
     arxiv="2501.11175",
 )
 class ProKeR(FeatureMethod, Classifier):
-    """Proximal kernel ridge regression; beta and lambda (alpha for local estimators) are searched on `val`."""
+    """Proximal kernel ridge regression; beta and lambda (alpha for local estimators) are searched on `val`.
+
+    >>> model = create("proker").fit(backbone, support)
+    >>> model.predict_proba(queries).shape
+    (8, 4)
+    """
 
     estimator: str = hyper(
         "ridge",

@@ -48,6 +48,10 @@ class SusX(CacheMethod, Classifier):
     `source` is what `clipadapt.sources.images.as_image_source` takes: a data set, a folder of classes, "playground",
     or a source such as `Retrieved` and `Generated`. With it `fit(backbone, class_names=[...])` suffices; labelled
     images are added to its own. A saved model keeps its name, not its images.
+
+    >>> model = create("sus-x").fit(backbone, support)
+    >>> model.predict_proba(queries).shape
+    (8, 4)
     """
 
     alpha: float = hyper(

@@ -19,7 +19,12 @@ from clipadapt.training.cache_search import best_cache
     arxiv="2207.09519",
 )
 class TipAdapter(CacheMethod, Classifier):
-    """A cache of support features added to zero-shot logits; alpha and beta are searched on `val` where it is given."""
+    """A cache of support features added to zero-shot logits; alpha and beta are searched on `val` where it is given.
+
+    >>> model = create("tip-adapter", alpha=1.0, beta=5.5).fit(backbone, support)
+    >>> model.predict_proba(queries).shape
+    (8, 4)
+    """
 
     alpha: float = hyper(1.0, "weight of the cache against zero-shot, >= 0 (paper: 1)", low=0)
     beta: float = hyper(5.5, "sharpness of the affinities, >= 0 (paper: 5.5)", low=0)
