@@ -9,7 +9,7 @@ searching. The constants are those of the official repository FereshteShakeri/Fe
     w_c = sum of the class's images           step 4 N / lambda_max(S'S), momentum 0.9, at every iteration
     alpha_c = 250 mean_c(own-class cosine)    step N / (4 max_c sum_i (x_i t_c')^2), at every tenth iteration
 
-With `val` the best iteration counts, the last of equals, as there; without, the last iteration. Cosines are not
+With `val` the best iteration counts, ties go to the last, as there; without, the last iteration. Cosines are not
 multiplied by the logit scale: alpha takes its place.
 
 Where the official code leaves the paper's model, `variant="official"` follows it: it also trains a bias, drawn at

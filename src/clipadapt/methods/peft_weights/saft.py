@@ -4,7 +4,7 @@
     theta <- theta - rate * m * update        the mask m is chosen once, at the pre-trained weights
 
 Nguyen et al., "SAFT: Towards Out-of-Distribution Generalization in Fine-Tuning" (arXiv 2407.03036). There is no
-official code, and of the paper only the abstract was at hand: it gives the rule, the share, and that all else is
+official code, and of the paper only the abstract was available: it gives the rule, the share, and that all else is
 frozen. Ours are the loss (cross-entropy over the class texts, logit scale frozen), that the mask is chosen from both
 towers together on plain images, AdamW without weight decay, the rate and the length. Only the chosen values are
 parameters: the optimiser holds nothing else, and they are put into the weights for each forward pass, which is the same

@@ -5,8 +5,8 @@ support images like them.
     logits = s x T' + alpha exp(-beta (1 - A)) Y - gamma c KL(p(x) | p(K)) Y
 
 Wang et al., "CapS-Adapter: Caption-based MultiModal Adapter in Zero-Shot Classification" (arXiv 2405.16591). Of the
-paper the abstract was read; recipe, formulas and grid (alpha outermost, then beta, delta, gamma; the first of equals
-wins) are those of the official repository WLuLi/CapS-Adapter. p, c and Y are those of SuS-X (see `sus_x.py`, also for
+paper the abstract was read; recipe, formulas and grid (alpha outermost, then beta, delta, gamma; ties go to the
+first) are those of the official repository WLuLi/CapS-Adapter. p, c and Y are those of SuS-X (see `sus_x.py`, also for
 `scaling`). The official code takes the softmax of p over the channels of the image's own feature, after a product
 with the texts that it does not use: `signature="channels"`. Official captions are long (500 tokens at most, cut to what
 the text tower takes). Cosines to texts are smaller than those to images, so a larger delta needs a larger alpha.

@@ -3,7 +3,7 @@
     logits = s x T' + alpha * exp(-beta (1 - x K')) Y        K = support features, Y = their labels, one-hot
 
 Zhang et al., "Tip-Adapter: Training-free Adaption of CLIP for Few-shot Classification" (arXiv 2207.09519), sections
-3.1 and 4.3; grid and its order (beta outer, alpha inner, the first of equals wins) from the official repository
+3.1 and 4.3; grid and its order (beta outer, alpha inner, ties go to the first) from the official repository
 gaopengcuhk/Tip-Adapter. Departure: the official code averages ten augmented views for each key, here a key is the
 plain image; and a search needs a validation set of its own, never the test set.
 """
