@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from contextlib import closing
+from functools import partial
 
 import pytest
 
@@ -119,7 +120,7 @@ def test_every_worker_of_a_cluster_has_its_place(machines, jobs, gpus, cores):
 def test_on_ray(monkeypatch):
     ray = pytest.importorskip("ray")
     monkeypatch.setenv("RAY_AUTH_TOKEN", TOKEN)
-    with closing(RayTasks("local", act, threads=1, jobs=1, timeout=180)) as run:
+    with closing(RayTasks("local", partial(act), threads=1, jobs=1, timeout=180)) as run:
         assert run("a")["task"] == "a"
         assert "Worker" in run("die")["error"]
         run._timeout = 3

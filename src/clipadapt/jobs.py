@@ -154,10 +154,11 @@ class RayTasks(_Cluster):
 
     def __init__(self, address: str, work: Work, *, threads: int, jobs: int, timeout: float) -> None:
         super().__init__(address, jobs * threads)
-        self._run, self._timeout = self._ray.remote(num_cpus=threads, max_retries=0)(work), timeout
+        self._run = self._ray.remote(num_cpus=threads, max_retries=0)(_do)
+        self._work, self._timeout = self._ray.put(work), timeout
 
     def __call__(self, task: Any) -> Result:
-        running = self._run.remote(task)
+        running = self._run.remote(self._work, task)
         try:
             return self._ray.get(running, timeout=self._timeout)
         except self._ray.exceptions.GetTimeoutError:
@@ -165,6 +166,10 @@ class RayTasks(_Cluster):
             return {"error": _too_long(self._timeout)}
         except self._ray.exceptions.RayError as error:
             return self._reason(error)
+
+
+def _do(work: Work, task: Any) -> Result:
+    return work(task)
 
 
 class RayWorkers(_Cluster):

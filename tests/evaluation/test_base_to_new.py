@@ -182,5 +182,5 @@ def test_parts_that_do_not_fit(backbone):
     few = data.only(["red", "green", "blue"])
     with pytest.raises(DataError, match="at least 4 classes, not 3"):
         base_to_new("zero-shot", backbone, few, few, shots=1)
-    with pytest.raises(DataError, match="no picture of the new classes"):
+    with pytest.raises(DataError, match="no image of the new classes"):
         base_to_new("zero-shot", backbone, data, data.select(range(4)), shots=1)

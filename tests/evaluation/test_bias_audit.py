@@ -132,7 +132,7 @@ def test_zero_shot_on_styles(drawn):
 
 def test_methods_that_take_new_classes_and_those_that_do_not(drawn):
     backbone, run = clipadapt.load_backbone(), protocol("bias-audit")
-    found = run(create("kgcoop", **create("kgcoop").tiny), backbone, drawn, 1, shots=2, sets={"x": ["paper"]})
+    found = run(create("kgcoop", epochs=150, lr=0.01), backbone, drawn, 1, shots=2, sets={"x": ["paper"]})
     assert {"gap", "gap (+ x)", "x (+ x)", "gap of x (+ x)"} <= found.figures.keys()
     with pytest.raises(NotApplicable, match="tip-adapter ties"):
         run(create("tip-adapter"), backbone, drawn, 1)

@@ -42,7 +42,8 @@ def run(key, world, method, seed=1, **more):
 
 def test_all_are_found_with_their_options():
     assert {"few-shot", "base-to-new", "domains", "transductive", "label-noise", "long-tailed"} <= set(protocols())
-    assert options("few-shot") == {"shots": 16, "val": False, "search": False}
+    assert options("few-shot") == {"shots": 16, "val": False, "search": False, "choose": None}
+    assert all(protocol(key).__doc__ for key in protocols()), "each says what its options mean"
     with pytest.raises(ClipadaptError, match="few-shot"):
         protocol("few-shots")
 

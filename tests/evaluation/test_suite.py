@@ -19,6 +19,7 @@ from clipadapt.cli.app import app
 from clipadapt.errors import ClipadaptError, DataError
 from clipadapt.evaluation.bench.run import read_rows, run_cell, run_suite
 from clipadapt.evaluation.bench.suite import cells, load_suite, suites
+from clipadapt.evaluation.report.page import write_report
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 SMALL = """
@@ -286,6 +287,27 @@ def test_command_and_report(folder):
     first = (out / "tables" / "ranks-few-shot.md").read_text()
     run(*command)
     assert (out / "tables" / "ranks-few-shot.md").read_text() == first
+
+
+def test_a_brief_report_says_the_same_and_writes_little(folder):
+    rows = run_suite(load_suite(folder / "small.yaml"), folder / "out", root=folder, threads=1)
+    whole = write_report(rows, folder / "whole", title="Small", command="bench").read_text()
+    brief = write_report(rows, folder / "brief", title="Small", command="bench", cells_in="kept.jsonl").read_text()
+    tables = [set(re.findall(r"<table>.*?</table>", page, re.DOTALL)) for page in (whole, brief)]
+    assert tables[1] < tables[0]
+    assert len(tables[0] - tables[1]) == 1, "all but that of every cell"
+    assert "kept.jsonl" in brief
+    written = {str(file.relative_to(folder / "brief")) for file in (folder / "brief").rglob("*.*")}
+    assert written == {"report.html", *(f"tables/{file.name}" for file in (folder / "whole/tables").glob("*.csv"))} - {
+        "tables/cells.csv"
+    }
+    assert set(re.findall(r'href="(tables/[^"]+|figures/[^"]+)"', brief)) == written - {"report.html"}
+    assert len(brief) < len(whole) / 2
+    drawn, exact = (
+        sorted(float(n) for d in re.findall(r' d="([^"]*)"', text) for n in re.findall(r"-?\d+(?:\.\d+)?", d))
+        for text in (whole, "".join(file.read_text() for file in (folder / "whole/figures").glob("*.svg")))
+    )
+    assert drawn == pytest.approx(exact, abs=0.0101), "outlines are rounded in the page, to what nobody sees"
 
 
 def test_command_says_what_is_missing(folder):

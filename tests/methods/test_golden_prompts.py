@@ -12,10 +12,9 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, normalize
 
 from clipadapt.backbones import Backbone, load_backbone
-from clipadapt.methods.base import with_weights
 from clipadapt.methods.feature_adapter.clip_adapter import adapt
-from clipadapt.methods.peft_weights.clip_lora import inject, merged
 from clipadapt.methods.robust_fine_tuning.wise_ft import interpolate
+from clipadapt.nn.updates import LowRank
 from clipadapt.training.loop import train
 
 TOLERANCE = 5e-5  # relative to the largest value of an array: what the golden page calls comfortable
@@ -59,17 +58,18 @@ def test_clip_lora(backbone, golden, variant):
     stored = {k.removeprefix(f"{variant}/"): v for k, v in g.items() if k.startswith(f"{variant}/")}
     start = {ours(k): tensor(v) for k, v in stored.items() if re.match(r"(visual\.)?transformer\.", k)}
     rank, alpha = int(stored["r"]), float(stored["alpha"])
-    adapted = backbone.copy()
-    targets = sorted({name[:-2] for name in start})
-    pairs = inject(adapted, targets, rank, alpha, dropout=0.0)
+    towers = backbone.with_weights({})
+    update = LowRank(towers.model, sorted({name[:-2] for name in start}), rank, alpha / rank**0.5)
+    pairs = update.by_name()
     assert pairs.keys() == start.keys()
     with torch.no_grad():
         for name, value in start.items():
             pairs[name].copy_(value)
 
     def loss_of(_rows: Tensor) -> Tensor:
-        images = adapted.encode_images(tensor(g["pixels"]))
-        logits = 100 * images @ adapted.encode_tokens(tensor(g["tokens"])).T
+        with update.attached(towers.model):
+            images = towers.encode_images(tensor(g["pixels"]))
+            logits = 100 * images @ towers.encode_tokens(tensor(g["tokens"])).T
         if not seen:
             close(logits, stored["logits"])
         seen.append(logits)
@@ -83,7 +83,7 @@ def test_clip_lora(backbone, golden, variant):
         if name.startswith("grad/"):
             close(pairs[ours(name.removeprefix("grad/"))].grad, value)
 
-    merged_model = with_weights(backbone, merged(backbone, pairs, alpha / rank**0.5))
+    merged_model = backbone.with_weights(update.merged(backbone.model))
     with torch.no_grad():
         images = merged_model.encode_images(tensor(g["pixels"]))
         logits = 100 * images @ merged_model.encode_tokens(tensor(g["tokens"])).T
@@ -129,7 +129,7 @@ def test_wise_ft_of_a_clip(backbone, golden):
         head0 = backbone.logit_scale * backbone.encode_tokens(tensor(g["clip/tokens"]))
     close(head0, g["clip/zero_shot_head"])
     for alpha in (0.0, 0.3, 1.0):
-        model = with_weights(backbone, interpolate(original, tuned, alpha))
+        model = backbone.with_weights(interpolate(original, tuned, alpha))
         head = interpolate(
             {"weight": head0, "bias": torch.zeros(5)},
             {k: tensor(g[f"clip/finetuned/classification_head.{k}"]) for k in ("weight", "bias")},

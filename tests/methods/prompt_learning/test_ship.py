@@ -17,7 +17,7 @@ from clipadapt.data.playground.drawing import HELDOUT_STYLE, Playground
 from clipadapt.errors import ClipadaptError, DataError
 from clipadapt.features import encode_classes, encode_images
 from clipadapt.methods import FeatureMethod, create
-from clipadapt.methods.prompt_learning.ship import Ship, Synthesis, synthesis_loss
+from clipadapt.methods.prompt_learning.ship import Ship, Synthesis, sample, synthesis_loss, trained
 from clipadapt.training.loop import Run
 from tests.pictures import colours
 from tests.tiny import tiny_clip
@@ -74,7 +74,7 @@ def test_first_step_by_plain_computation(backbone, support, monkeypatch):
 
     monkeypatch.setattr("clipadapt.methods.prompt_learning.ship.train", first)
     method = Ship(**SMALL)
-    synthesis = method._train(backbone, support, images, Run())
+    synthesis = trained(method, backbone, support, images, Run())
     rows = seen["rows"].tolist()
     assert len(rows) == 8
     assert len({support.labels[row] for row in rows}) == 3
@@ -110,15 +110,15 @@ def test_start_values():
 
 
 def test_sampled_features_by_plain_computation(backbone):
-    method, names = Ship(**SMALL, seed=4), ["cat", "large dog"]
+    names = ["cat", "large dog"]
     torch.manual_seed(1)
     synthesis = Synthesis(16, 24, 3, 32, 32)
     for parameter in synthesis.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
-    made = method._sample(backbone, synthesis, names, 5)
+    z = torch.randn(5, 16)
+    made = sample(backbone, synthesis, names, z)
     assert made.shape == (2, 5, 16)
     assert not made.requires_grad
-    z = torch.randn(5, 16, generator=torch.Generator().manual_seed(4_000_012))
     with torch.no_grad():
         for c, name in enumerate(names):
             for i in range(5):
@@ -237,9 +237,9 @@ def test_more_divergence_more_collapse_and_reconstruction_learns(backbone, suppo
         losses: list[float] = []
         method = Ship(**{**SMALL, "epochs": 60, "lr": 5e-3}, kl=kl)
         run = Run(lambda line, losses=losses: losses.append(line["loss"]))
-        synthesis = method._train(backbone, support, images, run)
+        synthesis = trained(method, backbone, support, images, run)
         assert np.mean(losses[-5:]) < 0.7 * losses[0]
-        made = method._sample(backbone, synthesis, support.class_names, 8)
+        made = sample(backbone, synthesis, support.class_names, torch.randn(8, 16))
         spread.append((1 - (made * normalize(made.mean(1, keepdim=True), dim=2)).sum(2)).mean().item())
     assert spread[1] > 3 * spread[0]
 

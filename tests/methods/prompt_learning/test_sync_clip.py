@@ -17,6 +17,7 @@ from clipadapt.errors import ClipadaptError, DataError
 from clipadapt.methods import TrainingData, create
 from clipadapt.methods.artifact import recipe
 from clipadapt.methods.prompt_learning.sync_clip import DomainPrompts, TwoDomains, alignment
+from clipadapt.sources.images import as_image_source
 from tests.pictures import colours
 from tests.tiny import tiny_clip
 
@@ -255,7 +256,7 @@ def test_the_playground_draws_what_it_knows(backbone):
     names = ["star", "house"]
     support = Playground(size=32, kinds=tuple(names), seed=1).dataset(2)
     method = create("sync-clip", **SMALL, synthetic="playground", per_class=3, new_classes=["circle"])
-    source = method._source(backbone, [*names, "circle"])
+    source = as_image_source("playground", backbone)([*names, "circle"], 3, method.seed)
     assert source.counts == [3, 3, 3]
     assert source.class_names == ["circle", "house", "star"]
     assert method.fit(backbone, support).class_names_ == [*names, "circle"]

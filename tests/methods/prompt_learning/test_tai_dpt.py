@@ -11,7 +11,7 @@ from clipadapt.backbones import Backbone, load_backbone
 from clipadapt.data import MultiLabelDataset, Playground
 from clipadapt.errors import ClipadaptError
 from clipadapt.methods import create
-from clipadapt.methods.prompt_learning.tai_dpt import Sentences, local_scores
+from clipadapt.methods.prompt_learning.tai_dpt import Sentences, local_scores, sentences_of
 from tests.pictures import COLOURS, colours
 from tests.quick import quick
 from tests.tiny import tiny, tiny_clip
@@ -120,7 +120,7 @@ def test_image_scores_equal_a_plain_computation(backbone):
 def test_captions_and_synonyms_decide_what_is_learned(backbone, tmp_path):
     (tmp_path / "c.txt").write_text("a red and blue house\nnothing of it\nleaves by the sea\n", encoding="utf-8")
     method = small(captions=tmp_path / "c.txt", synonyms={"green": ["leaf"], "blue": ["sea"]}, templates="the {}")
-    texts, targets = method._sentences(NAMES)
+    texts, targets = sentences_of(method, NAMES)
     named = [{NAMES[c] for c in row.nonzero()[:, 0].tolist()} for row in targets]
     assert dict(zip(texts, named, strict=True)) == {
         **{f"the {name}": {name} for name in NAMES},

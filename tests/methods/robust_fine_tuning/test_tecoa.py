@@ -9,7 +9,7 @@ from torch.nn.functional import cross_entropy, normalize
 import clipadapt
 from clipadapt.backbones import load_backbone
 from clipadapt.errors import ClipadaptError
-from clipadapt.evaluation.studies.robustness import adversarial_accuracy
+from clipadapt.evaluation.robustness import adversarial_accuracy
 from clipadapt.features import encode_classes
 from clipadapt.methods import create
 from clipadapt.methods.robust_fine_tuning.tecoa import border, framed_positions, one_hot_head

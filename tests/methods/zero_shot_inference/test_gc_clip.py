@@ -12,7 +12,7 @@ from clipadapt.backbones import Backbone, load_backbone
 from clipadapt.data.playground.drawing import TRAIN_KINDS, TRAIN_STYLES, Playground
 from clipadapt.errors import ArtifactError, BackboneError, ClipadaptError, DataError
 from clipadapt.methods import create
-from clipadapt.methods.zero_shot_inference.gc_clip import reclassified, squared, widened
+from clipadapt.methods.zero_shot_inference.gc_clip import boxes_of, reclassified, squared, widened
 from tests.tiny import tiny_clip
 
 NAMES = ["cat", "dog", "house", "star", "circle", "red cat"]
@@ -150,7 +150,7 @@ def test_views_are_deterministic_and_differ(backbone, view):
     torch.testing.assert_close(model.image_logits(images[::-1])[0].flip(0), first, atol=1e-4, rtol=0)
     other = create("gc-clip", view="random", seed=2).fit(backbone, class_names=NAMES).image_logits(images)[0]
     assert not torch.allclose(first, other, atol=1e-2)
-    for box in model.boxes(images[0], NAMES):
+    for box in boxes_of(model, images[0], NAMES):
         assert 0 <= box[0] < box[2] <= 70
         assert 0 <= box[1] < box[3] <= 50
 

@@ -97,6 +97,21 @@ def overlap(predictions: Sequence[Any], labels: Any) -> dict[str, Any]:
     }
 
 
+def held_out(of: Any, towers: list[Backbone], support: Dataset, run: Run) -> tuple[list[Tensor], Tensor]:
+    """Logits (N', C) on each backbone, and labels (N',), of support images while they were held out."""
+    k = min(5, max(support.counts))
+    folds = stratified_folds(support.labels, k, of.seed) if k > 1 else []
+    judged: list[list[Tensor]] = [[torch.empty(0, len(support.class_names))] for _ in towers]
+    for fold in folds:
+        rest = support.select([r for r in range(len(support)) if r not in set(fold)])
+        for outputs, tower in zip(judged, towers, strict=True):
+            inner = of._fit_inner(tower, rest, run)
+            outputs.append(inner.image_logits(support.select(fold))[0])
+    labels = [support.labels[r] for fold in folds for r in fold]
+    useful = torch.tensor([support.counts[label] > 1 for label in labels], dtype=torch.bool)
+    return [torch.cat(outputs)[useful] for outputs in judged], torch.tensor(labels, dtype=torch.long)[useful]
+
+
 @method(
     "backbone-effects-study",
     title="Unveiling Backbone Effects in CLIP: Exploring Representational Synergies and Variances",
@@ -125,31 +140,12 @@ class BackboneEffectsStudy(Wrapper, Classifier):
         if judged is not None:
             logits, labels = [inner.image_logits(judged)[0] for inner in self.inner_], torch.tensor(judged.labels)
         else:
-            logits, labels = self._held_out(towers, data.support, run)
+            logits, labels = held_out(self, towers, data.support, run)
         if len(labels):
             self.temperatures_, self.weights_ = fit_scales(logits, labels)
         else:
             self.temperatures_, self.weights_ = torch.ones(len(towers)), torch.full((len(towers),), 1 / len(towers))
         run.trained = 2 * len(towers) + sum(inner.trained_parameters for inner in self.inner_)
-
-    def _held_out(self, towers: list[Backbone], support: Dataset, run: Run) -> tuple[list[Tensor], Tensor]:
-        """Logits (N', C) on each backbone, and labels (N',), of support images while they were held out."""
-        k = min(5, max(support.counts))
-        folds = stratified_folds(support.labels, k, self.seed) if k > 1 else []
-        judged: list[list[Tensor]] = [[torch.empty(0, len(support.class_names))] for _ in towers]
-        for fold in folds:
-            rest = support.select([r for r in range(len(support)) if r not in set(fold)])
-            for outputs, tower in zip(judged, towers, strict=True):
-                inner = self._fit_inner(tower, rest, run)
-                outputs.append(inner.image_logits(support.select(fold))[0])
-        labels = [support.labels[r] for fold in folds for r in fold]
-        useful = torch.tensor([support.counts[label] > 1 for label in labels], dtype=torch.bool)
-        return [torch.cat(outputs)[useful] for outputs in judged], torch.tensor(labels, dtype=torch.long)[useful]
-
-    @property
-    def encoder(self) -> Any:
-        """That of the wrapped method on the backbone given to `fit`."""
-        return self._fitted("inner_")[0].encoder
 
     @property
     def head(self) -> Head | None:
@@ -158,13 +154,6 @@ class BackboneEffectsStudy(Wrapper, Classifier):
         if inner is None or len(self.inner_) > 1:
             return None
         return Head(lambda images: combine([inner.logits(images)], self.temperatures_, self.weights_))
-
-    def each_logits(self, images: Any, **options: Any) -> tuple[list[Tensor], list[int]]:
-        """Logits (M, C) of images on each backbone, and which of them they are; `options` of `image_logits`."""
-        if isinstance(images, Tensor) and len(self._fitted("inner_")) > 1:
-            raise ClipadaptError("Pixels are prepared for one backbone: give images to several.")
-        each = [inner.image_logits(images, **options) for inner in self._fitted("inner_")]
-        return [logits for logits, _ in each], each[0][1]
 
     def image_logits(self, images: Any, *, on_error: str = "raise", progress: bool = False) -> tuple[Tensor, list[int]]:
         """See `Classifier.image_logits`; with several backbones it takes images, not pixels."""
@@ -176,13 +165,18 @@ class BackboneEffectsStudy(Wrapper, Classifier):
 
         Classes must be those of the support set, in its order.
         """
-        if isinstance(data, MultiLabelDataset) or data.class_names != self._fitted("class_names_"):
-            raise ClipadaptError("overlap needs labelled images of the classes that were learned, in their order.")
-        each, _ = self.each_logits(data)
-        labels = np.array(data.labels)
-        uniform = torch.stack([one.log_softmax(dim=1) for one in each]).mean(0)
-        fitted = combine(each, self.temperatures_, self.weights_)
-        return overlap([one.argmax(1) for one in each], labels) | {
-            "uniform": float((uniform.argmax(1).numpy() == labels).mean()),
-            "fitted": float((fitted.argmax(1).numpy() == labels).mean()),
-        }
+        return overlap_of(self, data)
+
+
+def overlap_of(of: BackboneEffectsStudy, data: Dataset) -> dict[str, Any]:
+    """See `BackboneEffectsStudy.overlap`."""
+    if isinstance(data, MultiLabelDataset) or data.class_names != of._fitted("class_names_"):
+        raise ClipadaptError("overlap needs labelled images of the classes that were learned, in their order.")
+    each, _ = of.each_logits(data)
+    labels = np.array(data.labels)
+    uniform = torch.stack([one.log_softmax(dim=1) for one in each]).mean(0)
+    fitted = combine(each, of.temperatures_, of.weights_)
+    return overlap([one.argmax(1) for one in each], labels) | {
+        "uniform": float((uniform.argmax(1).numpy() == labels).mean()),
+        "fitted": float((fitted.argmax(1).numpy() == labels).mean()),
+    }

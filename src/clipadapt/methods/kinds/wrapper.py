@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any, ClassVar
 
+from torch import Tensor
+
+from clipadapt.errors import ClipadaptError
 from clipadapt.methods.base import Method
 from clipadapt.methods.registry import create
 from clipadapt.methods.training_data import TrainingData
@@ -44,3 +47,24 @@ class Wrapper(Method):
     def _unfitted(self) -> Any:
         """See `unfitted`."""
         return unfitted(self)
+
+    @property
+    def encoder(self) -> Any:
+        """That of the wrapped method, the first one where there are several."""
+        return self._fitted("inner_")[0].encoder
+
+    @property
+    def _scorer(self) -> Any:
+        return self._fitted("inner_")[0]._scorer
+
+    @property
+    def head(self) -> Any:
+        """That of the wrapped method, the first one where there are several."""
+        return self._fitted("inner_")[0].head
+
+    def each_logits(self, images: Any, **options: Any) -> tuple[list[Tensor], list[int]]:
+        """Logits (M, C) of images on each backbone, and which of them they are; `options` of `image_logits`."""
+        if isinstance(images, Tensor) and len(self._fitted("inner_")) > 1:
+            raise ClipadaptError("Pixels are prepared for one backbone: give images to several.")
+        each = [inner.image_logits(images, **options) for inner in self._fitted("inner_")]
+        return [logits for logits, _ in each], each[0][1]

@@ -26,7 +26,6 @@ those of images are within 0.27. What is made is then a prompt's text feature, a
 untrained synthesis helped new classes about as much; a smaller `kl` spreads the features.
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -74,6 +73,13 @@ def synthesis_loss(made: Tensor, images: Tensor, mean: Tensor, log_var: Tensor, 
     return (distance + kl * divergence).mean()
 
 
+@torch.no_grad()
+def sample(backbone: Backbone, synthesis: Synthesis, class_names: list[str], latents: Tensor) -> Tensor:
+    """Unit features of each class (K, n, D), on the CPU, from latents (n, D)."""
+    prompts = ClassPrompts(backbone, class_names, len(synthesis.context))
+    return prompts.encode(synthesis.contexts(latents)[:, None]).transpose(0, 1).cpu()
+
+
 @method(
     "ship",
     title="Improving Zero-Shot Generalization for CLIP with Synthesized Prompts",
@@ -105,68 +111,52 @@ class Ship(Wrapper, Classifier):
         inner = unfitted(self)
         if not (inner.kind == "features" or (inner.kind == "prompts" and not inner.learner.on_pixels)):
             raise ClipadaptError(f"ship synthesises features, and {inner.card.key} learns from images.")
-        inner.fit(model, self._completed(model, data.support, run), val=data.val, report=run.report, resume=run.folder)
-        self._take(inner)
+        inner.fit(model, completed(self, model, data.support, run), val=data.val, report=run.report, resume=run.folder)
+        self.inner_, self.class_names_ = [inner], inner.class_names_
         run.trained = inner.trained_parameters
 
-    def _completed(self, backbone: Backbone, support: Dataset, run: Run) -> Dataset:
-        """The support set with features of the classes without images; itself where there are none."""
-        names = [*support.class_names, *(n for n in dict.fromkeys(self.new_classes) if n not in support.class_names)]
-        empty = sorted(set(range(len(names))) - set(support.labels), key=lambda c: names[c])
-        if not empty:
-            return support
-        images = encode_images(backbone, support).features
-        synthesis = self._train(backbone, support, images, run)
-        made = self._sample(backbone, synthesis, [names[c] for c in empty], self.per_class or max(support.counts))
-        items = [FeatureItem(f"feature {i}", x) for i, x in enumerate(torch.cat([images, made.flatten(0, 1)]))]
-        more = torch.tensor(empty).repeat_interleave(made.shape[1]).tolist()
-        return Dataset([*items], [*support.labels, *more], names, name="real and synthesised features")
-
-    def _train(self, backbone: Backbone, support: Dataset, images: Tensor, run: Run) -> Synthesis:
-        labels, device = torch.tensor(support.labels), backbone.device
-        with seeded(self.seed):
-            synthesis = Synthesis(
-                backbone.dim, backbone.width("text"), self.n_ctx, self.encoder_width, self.generator_width
-            ).to(device)
-        prompts = ClassPrompts(backbone, support.class_names, self.n_ctx)
-
-        def loss_of(step: tuple[int, Tensor]) -> Tensor:
-            x, y = images[step[1]].to(device), labels[step[1]].to(device)
-            mean, log_var = synthesis(x)
-            noise = torch.randn(mean.shape, generator=stream(self.seed, step[0])).to(device)
-            contexts = synthesis.contexts(mean + (0.5 * log_var).exp() * noise)  # (B, n, W)
-            # every image has a context of its own, so only its own class is encoded: B prompts, not B x C
-            encoder = backbone.prompt_encoder(prompts.ids[y])
-            made = encoder([Insertion(contexts, at=prompts.rows[y])])  # (B, D)
-            return synthesis_loss(made, x, mean, log_var, self.kl)
-
-        steps = list(enumerate(batches(len(images), self.batch_size, epochs=self.epochs, seed=self.seed), start=1))
-        train(loss_of, torch.optim.AdamW(synthesis.parameters(), lr=self.lr), steps, run=run)
-        return synthesis
-
-    @torch.no_grad()
-    def _sample(self, backbone: Backbone, synthesis: Synthesis, names: Sequence[str], count: int) -> Tensor:
-        """`count` unit features of each class (K, count, D)."""
-        latents = torch.randn(count, backbone.dim, generator=stream(self.seed, 0)).to(backbone.device)
-        prompts = ClassPrompts(backbone, names, self.n_ctx)
-        return prompts.encode(synthesis.contexts(latents)[:, None]).transpose(0, 1).cpu()
-
-    def _take(self, inner: Any) -> None:
-        """The classes are those of the wrapped method, which alone is kept."""
-        self.inner_, self.class_names_ = [inner], inner.class_names_
-
     def _reclassify(self, model: Any) -> None:
-        self._take(self.inner_[0].with_classes(self.class_names_))  # nothing is synthesised for them
-
-    @property
-    def encoder(self) -> Any:
-        """That of the wrapped method."""
-        return self._fitted("inner_")[0].encoder
-
-    @property
-    def head(self) -> Any:
-        """That of the wrapped method."""
-        return self._fitted("inner_")[0].head
+        self.inner_ = [self.inner_[0].with_classes(self.class_names_)]  # nothing is synthesised for them
 
     def _logits(self, images: Tensor) -> Tensor:
         return self.inner_[0]._logits(images)  # (N, C)
+
+
+def completed(of: Ship, backbone: Backbone, support: Dataset, run: Run) -> Dataset:
+    """The support set with features of the classes without images; itself where there are none."""
+    names = [*support.class_names, *(n for n in dict.fromkeys(of.new_classes) if n not in support.class_names)]
+    empty = sorted(set(range(len(names))) - set(support.labels), key=lambda c: names[c])
+    if not empty:
+        return support
+    images = encode_images(backbone, support).features
+    synthesis = trained(of, backbone, support, images, run)
+    count = of.per_class or max(support.counts)
+    latents = torch.randn(count, backbone.dim, generator=stream(of.seed, 0)).to(backbone.device)
+    made = sample(backbone, synthesis, [names[c] for c in empty], latents)  # (K, count, D)
+    items = [FeatureItem(f"feature {i}", x) for i, x in enumerate(torch.cat([images, made.flatten(0, 1)]))]
+    more = torch.tensor(empty).repeat_interleave(made.shape[1]).tolist()
+    return Dataset([*items], [*support.labels, *more], names, name="real and synthesised features")
+
+
+def trained(of: Ship, backbone: Backbone, support: Dataset, images: Tensor, run: Run) -> Synthesis:
+    """A synthesis that makes the features (N, D) of the support set's images."""
+    labels, device = torch.tensor(support.labels), backbone.device
+    with seeded(of.seed):
+        synthesis = Synthesis(backbone.dim, backbone.width("text"), of.n_ctx, of.encoder_width, of.generator_width).to(
+            device
+        )
+    prompts = ClassPrompts(backbone, support.class_names, of.n_ctx)
+
+    def loss_of(step: tuple[int, Tensor]) -> Tensor:
+        x, y = images[step[1]].to(device), labels[step[1]].to(device)
+        mean, log_var = synthesis(x)
+        noise = torch.randn(mean.shape, generator=stream(of.seed, step[0])).to(device)
+        contexts = synthesis.contexts(mean + (0.5 * log_var).exp() * noise)  # (B, n, W)
+        # every image has a context of its own, so only its own class is encoded: B prompts, not B x C
+        encoder = backbone.prompt_encoder(prompts.ids[y])
+        made = encoder([Insertion(contexts, at=prompts.rows[y])])  # (B, D)
+        return synthesis_loss(made, x, mean, log_var, of.kl)
+
+    steps = list(enumerate(batches(len(images), of.batch_size, epochs=of.epochs, seed=of.seed), start=1))
+    train(loss_of, torch.optim.AdamW(synthesis.parameters(), lr=of.lr), steps, run=run)
+    return synthesis

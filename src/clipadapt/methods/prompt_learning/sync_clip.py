@@ -34,7 +34,6 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, normalize, relu
 
 from clipadapt.backbones import Backbone, Insertion
-from clipadapt.data import Dataset
 from clipadapt.errors import ClipadaptError
 from clipadapt.methods import Classifier, Run, TrainingData, hyper, method
 from clipadapt.methods.kinds.prompts import Batch
@@ -149,15 +148,10 @@ class SyncClip(TowerPromptMethod, Classifier):
 
     learner = DomainPrompts
 
-    def _source(self, backbone: Backbone, class_names: Sequence[str]) -> Dataset | None:
-        """The generated images; a source that makes them makes those of `class_names`."""
-        if self.synthetic is None:
-            return None
-        return as_image_source(self.synthetic, backbone)(class_names, self.per_class, self.seed)
-
     def _prepare(self, model: Backbone, data: TrainingData) -> TrainingData:
         known: list[str] = list(data.class_names or [])
-        made = self._source(model, [*known, *self.new_classes])
+        source = None if self.synthetic is None else as_image_source(self.synthetic, model)
+        made = None if source is None else source([*known, *self.new_classes], self.per_class, self.seed)
         others = dict.fromkeys([*self.new_classes, *(made.class_names if made is not None else [])])
         names = self.class_names_ = [*known, *(name for name in others if name not in known)]
         extras = {} if made is None else {"made": made}

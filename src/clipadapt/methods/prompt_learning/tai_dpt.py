@@ -93,6 +93,28 @@ class DoubleLearner(PromptLearner):
         return self.prompts.encode(self.contexts)  # (2, C, D)
 
 
+def sentences_of(of: Any, class_names: Sequence[str]) -> tuple[list[str], Tensor]:
+    """The S sentences to learn from, and (S, C) bool which classes each of them names."""
+    order = sorted(range(len(class_names)), key=class_names.__getitem__)
+    texts, named = [], []
+    for c, own in zip(order, class_texts([class_names[c] for c in order], of.templates), strict=True):
+        texts += own
+        named += [frozenset({c})] * len(own)
+    if of.captions is None:
+        captions = made_sentences(class_names, of.sentences * len(class_names), of.seed)
+    else:
+        captions = read_captions(of.captions)
+    found = named_classes(captions, class_names, of.synonyms)
+    if not any(found):
+        raise ClipadaptError(f"{of.card.key}: none of the captions names a class; synonyms may help.")
+    texts += [caption for caption, classes in zip(captions, found, strict=True) if classes]
+    named += [classes for classes in found if classes]
+    targets = torch.zeros(len(texts), len(class_names), dtype=torch.bool)
+    for row, classes in zip(targets, named, strict=True):
+        row[list(classes)] = True
+    return texts, targets
+
+
 @method(
     "tai-dpt",
     title="Texts as Images in Prompt Tuning for Multi-Label Image Recognition",
@@ -130,7 +152,7 @@ class TaIDPT(PromptMethod, Classifier):
     head = None  # logits take patches, too
 
     def _train(self, learner: Any, data: TrainingData, run: Run, **more: Any) -> None:
-        sentences = Sentences(learner.backbone, *self._sentences(learner.class_names))
+        sentences = Sentences(learner.backbone, *sentences_of(self, learner.class_names))
         epochs = self.epochs or 20
         steps = batches(len(sentences.tokens), self.batch_size, epochs=epochs, seed=self.seed)
         per_epoch = len(steps) // epochs
@@ -142,27 +164,6 @@ class TaIDPT(PromptMethod, Classifier):
             run=run,
             **more,
         )
-
-    def _sentences(self, class_names: Sequence[str]) -> tuple[list[str], Tensor]:
-        """The S sentences to learn from, and (S, C) bool which classes each of them names."""
-        order = sorted(range(len(class_names)), key=class_names.__getitem__)
-        texts, named = [], []
-        for c, own in zip(order, class_texts([class_names[c] for c in order], self.templates), strict=True):
-            texts += own
-            named += [frozenset({c})] * len(own)
-        if self.captions is None:
-            captions = made_sentences(class_names, self.sentences * len(class_names), self.seed)
-        else:
-            captions = read_captions(self.captions)
-        found = named_classes(captions, class_names, self.synonyms)
-        if not any(found):
-            raise ClipadaptError(f"{self.card.key}: none of the captions names a class; synonyms may help.")
-        texts += [caption for caption, classes in zip(captions, found, strict=True) if classes]
-        named += [classes for classes in found if classes]
-        targets = torch.zeros(len(texts), len(class_names), dtype=torch.bool)
-        for row, classes in zip(targets, named, strict=True):
-            row[list(classes)] = True
-        return texts, targets
 
     @property
     def _scorer(self) -> Any:

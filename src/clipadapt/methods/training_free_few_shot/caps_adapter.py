@@ -104,6 +104,29 @@ def sentence_features(model: Any, sentences: Sequence[str | None]) -> Tensor:
     return table[[0 if sentence is None else row_of[sentence] for sentence in sentences]]
 
 
+def signature(of: Any, images: Tensor) -> Tensor:
+    """Log signatures (M, S): over classes, or over the D channels of the features themselves."""
+    if of.signature == "channels":
+        return (images.double() / of.temperature).log_softmax(dim=1)
+    return log_signature(images, of.texts_, of.temperature)
+
+
+def support_signatures(of: Any, delta: float) -> Tensor:
+    """Those of the support (N, S), or (S, C) what of them is needed (see `nn.signatures.divergence_classifier`)."""
+    keys = signature(of, of.keys_)
+    if of.scaling == "official":
+        return keys
+    parts = [(1 - delta, of.keys_, of.keys_), (delta, of.keys_, of.captions_)]
+    return common_range(keys, parts) * divergence_classifier(keys, of.values_)
+
+
+def divergence_logits(of: Any, images: Tensor, affinity: Tensor, signatures: Tensor) -> Tensor:
+    """Minus the scaled divergences summed by class (M, C); affinity (M, N) is that of `mixed`."""
+    if of.scaling == "support":
+        return (signature(of, images).exp() @ signatures).to(images.dtype)
+    return official_logits(signature(of, images), signatures, of.values_, affinity, BATCH)
+
+
 @method(
     "caps-adapter",
     title="CapS-Adapter: Caption-based MultiModal Adapter in Zero-Shot Classification",
@@ -181,33 +204,15 @@ class CapsAdapter(FeatureMethod, Classifier):
             x, y = support.val
             affinities = [mixed(x, self.keys_, self.captions_, delta) for delta in DELTAS]
             each = zip(DELTAS, affinities, strict=True)
-            kl_logits = [self._kl_logits(x, affinity, self._signatures(delta)) for delta, affinity in each]
+            kl_logits = [
+                divergence_logits(self, x, affinity, support_signatures(self, delta)) for delta, affinity in each
+            ]
             *best, which = best_signature_cache(x @ self.weight_.T, affinities, self.values_, kl_logits, y)
             self.alpha_, self.beta_, self.gamma_, self.delta_ = *best, DELTAS[which]
-        self.signatures_ = self._signatures(self.delta_)
-
-    def _signature(self, images: Tensor) -> Tensor:
-        """Log signatures (M, S): over classes, or over the D channels of the features themselves."""
-        if self.signature == "channels":
-            return (images.double() / self.temperature).log_softmax(dim=1)
-        return log_signature(images, self.texts_, self.temperature)
-
-    def _signatures(self, delta: float) -> Tensor:
-        """Those of the support (N, S), or (S, C) what of them is needed (see `nn.signatures.divergence_classifier`)."""
-        keys = self._signature(self.keys_)
-        if self.scaling == "official":
-            return keys
-        parts = [(1 - delta, self.keys_, self.keys_), (delta, self.keys_, self.captions_)]
-        return common_range(keys, parts) * divergence_classifier(keys, self.values_)
-
-    def _kl_logits(self, images: Tensor, affinity: Tensor, signatures: Tensor) -> Tensor:
-        """Minus the scaled divergences summed by class (M, C); affinity (M, N) is that of `mixed`."""
-        if self.scaling == "support":
-            return (self._signature(images).exp() @ signatures).to(images.dtype)
-        return official_logits(self._signature(images), signatures, self.values_, affinity, BATCH)
+        self.signatures_ = support_signatures(self, self.delta_)
 
     def _logits(self, images: Tensor) -> Tensor:
         affinity = mixed(images, self.keys_, self.captions_, self.delta_)  # (M, N)
         cache = (self.beta_ * affinity - self.beta_).exp() @ self.values_  # (M, C)
-        kl_logits = self._kl_logits(images, affinity, self.signatures_)
+        kl_logits = divergence_logits(self, images, affinity, self.signatures_)
         return images @ self.weight_.T + self.alpha_ * cache + self.gamma_ * kl_logits

@@ -141,24 +141,25 @@ class ComClip(ImageMethod, Classifier):
 
     def _scores(self, backbone: Any, images: list[SeenImage]) -> Tensor:
         whole = encode(backbone, [one.pixels for one in images])  # (B, D)
-        return torch.stack([self._matched(backbone, one.image, x) for one, x in zip(images, whole, strict=True)])
+        return torch.stack([matched(self, backbone, one.image, x) for one, x in zip(images, whole, strict=True)])
 
-    def _matched(self, backbone: Any, image: Image.Image, whole: Tensor) -> Tensor:
-        """(C,) scores of one image, whose feature is `whole` (D,)."""
-        things = sorted({word for parts in self._parts if parts for word in (parts.subject, parts.object)})
-        found = detect(self._detect, image, things) if things else None
-        best = {thing: found.of(i) for i, thing in enumerate(things)} if found else {}
-        boxes = {thing: () if box is None else (in_pixels(box),) for thing, box in best.items()}
-        wanted = [regions(parts, boxes) for parts in self._parts]  # per caption its parts
-        distinct = sorted({where for each in wanted for _, where in each if where})
-        views = encode(backbone, [part_of(image, where, self.subpicture) for where in distinct])
-        feature = {(): whole, **dict(zip(distinct, views, strict=True))}
-        seen = []
-        for each in wanted:
-            if each:
-                parts = torch.stack([feature[where] for _, where in each])  # (n, D)
-                words = torch.stack([self._words[word] for word, _ in each])  # (n, D)
-                seen.append(composed(whole, parts, words, self.weights, backbone.logit_scale))
-            else:
-                seen.append(whole)
-        return backbone.logit_scale * (torch.stack(seen) * self._texts).sum(1)
+
+def matched(of: ComClip, backbone: Any, image: Image.Image, whole: Tensor) -> Tensor:
+    """(C,) scores of one image, whose feature is `whole` (D,)."""
+    things = sorted({word for parts in of._parts if parts for word in (parts.subject, parts.object)})
+    found = detect(of._detect, image, things) if things else None
+    best = {thing: found.of(i) for i, thing in enumerate(things)} if found else {}
+    boxes = {thing: () if box is None else (in_pixels(box),) for thing, box in best.items()}
+    wanted = [regions(parts, boxes) for parts in of._parts]  # per caption its parts
+    distinct = sorted({where for each in wanted for _, where in each if where})
+    views = encode(backbone, [part_of(image, where, of.subpicture) for where in distinct])
+    feature = {(): whole, **dict(zip(distinct, views, strict=True))}
+    seen = []
+    for each in wanted:
+        if each:
+            parts = torch.stack([feature[where] for _, where in each])  # (n, D)
+            words = torch.stack([of._words[word] for word, _ in each])  # (n, D)
+            seen.append(composed(whole, parts, words, of.weights, backbone.logit_scale))
+        else:
+            seen.append(whole)
+    return backbone.logit_scale * (torch.stack(seen) * of._texts).sum(1)

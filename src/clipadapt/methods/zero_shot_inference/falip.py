@@ -15,7 +15,7 @@ last third of the blocks is masked in towers of other depths. Where a region com
 `image_logits(images, boxes=)`, or `region`, in which "saliency" and "centre" are ours.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -164,36 +164,35 @@ class Falip(ImageMethod, Classifier):
         self._fitted("backbone_")
         if boxes is None:
             return super().image_logits(images, on_error=on_error, progress=progress)
-        given = as_boxes(boxes)
-        count = len(images) if hasattr(images, "__len__") and not isinstance(images, str) else 1
-        if len(given) != count:
-            raise ClipadaptError(f"boxes must be one for each of the {count} images, not {len(given)}.")
-        return self._each(
-            images,
-            lambda backbone, block: self._looked_at(backbone, block, given[[one.number for one in block]]),
-            on_error,
-            progress,
-        )
+        return self._each(images, within(self, images, as_boxes(boxes)), on_error, progress)
 
     def _scores(self, backbone: Any, images: list[SeenImage]) -> Tensor:
-        return self._looked_at(backbone, images, torch.stack([self._region(one.image) for one in images]))
+        return looked_at(self, backbone, images, torch.stack([region_of(self, one.image) for one in images]))
 
-    def _looked_at(self, backbone: Any, images: list[SeenImage], boxes: Tensor) -> Tensor:
-        """Logits (B, C) of images with the region at boxes (B, 4) of theirs."""
-        placed = [
-            box[None] if one.whole else on_pixels(box[None], one.image.size, backbone.preprocess)
-            for one, box in zip(images, boxes, strict=True)
-        ]
-        pixels, places = torch.stack([one.pixels for one in images]), torch.cat(placed)
-        features = encode_regions(
-            backbone, pixels, places, strength=self.strength, sigma=self.sigma, layers=self.layers
-        )
-        return backbone.logit_scale * features @ self._texts.T
 
-    def _region(self, image: Image.Image) -> Tensor:
-        """(4,) the best box; the whole image where nothing is found."""
-        width, height = image.size
-        if self._detect is None:
-            return torch.tensor([width / 4, height / 4, 3 * width / 4, 3 * height / 4])
-        found = detect(self._detect, image, sorted(self.class_names_)).boxes
-        return found[0] if len(found) else torch.tensor([0.0, 0.0, width, height])
+def within(of: Falip, images: Any, boxes: Tensor) -> Callable[[Any, list[SeenImage]], Tensor]:
+    """The scores of images with the region of each at the box (N, 4) that the caller gave."""
+    count = len(images) if hasattr(images, "__len__") and not isinstance(images, str) else 1
+    if len(boxes) != count:
+        raise ClipadaptError(f"boxes must be one for each of the {count} images, not {len(boxes)}.")
+    return lambda backbone, block: looked_at(of, backbone, block, boxes[[one.number for one in block]])
+
+
+def looked_at(of: Falip, backbone: Any, images: list[SeenImage], boxes: Tensor) -> Tensor:
+    """Logits (B, C) of images with the region at boxes (B, 4) of theirs."""
+    placed = [
+        box[None] if one.whole else on_pixels(box[None], one.image.size, backbone.preprocess)
+        for one, box in zip(images, boxes, strict=True)
+    ]
+    pixels, places = torch.stack([one.pixels for one in images]), torch.cat(placed)
+    features = encode_regions(backbone, pixels, places, strength=of.strength, sigma=of.sigma, layers=of.layers)
+    return backbone.logit_scale * features @ of._texts.T
+
+
+def region_of(of: Falip, image: Image.Image) -> Tensor:
+    """(4,) the best box; the whole image where nothing is found."""
+    width, height = image.size
+    if of._detect is None:
+        return torch.tensor([width / 4, height / 4, 3 * width / 4, 3 * height / 4])
+    found = detect(of._detect, image, sorted(of.class_names_)).boxes
+    return found[0] if len(found) else torch.tensor([0.0, 0.0, width, height])

@@ -69,6 +69,21 @@ def anywhere(image: Image.Image, key: str) -> tuple[int, int, int, int]:
     return x, y, x + side, y + side
 
 
+def boxes_of(of: Any, image: Image.Image, names: list[str]) -> list[tuple[int, int, int, int]]:
+    """The crops of an image in which one of the names is looked for, the tightest first."""
+    width, height = image.size
+    if of.view == "random":
+        return [anywhere(image, f"{hash_bytes(image.tobytes())} {of.seed} {i}") for i in range(of.crops)]
+    box: Box = (width / 4, height / 4, 3 * width / 4, 3 * height / 4)
+    if of.view == "guided":
+        found = detect(of._detect, image, names).boxes  # (n, 4)
+        left, top, right, bottom = found[0].tolist() if len(found) else (0, 0, width, height)
+        box = (left, top, right, bottom)
+    margins = [of.margin * i / (of.crops - 1) for i in range(of.crops)] if of.crops > 1 else [of.margin]
+    square = squared(box, width, height)
+    return [widened(square, margin, width, height) for margin in margins]
+
+
 @method(
     "gc-clip",
     title="Zero-Shot Visual Classification with Guided Cropping",
@@ -93,25 +108,11 @@ class GCClip(ImageMethod, Classifier):
         super()._name(backbone)
         self._detect = as_detector(self.detector, backbone)
 
-    def boxes(self, image: Image.Image, names: list[str]) -> list[tuple[int, int, int, int]]:
-        """The crops of an image in which one of the names is looked for, the tightest first."""
-        width, height = image.size
-        if self.view == "random":
-            return [anywhere(image, f"{hash_bytes(image.tobytes())} {self.seed} {i}") for i in range(self.crops)]
-        box: Box = (width / 4, height / 4, 3 * width / 4, 3 * height / 4)
-        if self.view == "guided":
-            found = detect(self._detect, image, names).boxes  # (n, 4)
-            left, top, right, bottom = found[0].tolist() if len(found) else (0, 0, width, height)
-            box = (left, top, right, bottom)
-        margins = [self.margin * i / (self.crops - 1) for i in range(self.crops)] if self.crops > 1 else [self.margin]
-        square = squared(box, width, height)
-        return [widened(square, margin, width, height) for margin in margins]
-
     def _scores(self, backbone: Any, images: list[SeenImage]) -> Tensor:
         whole = backbone.logit_scale * encode(backbone, [one.pixels for one in images]) @ self._texts.T  # (B, C)
         shortlist = whole.topk(min(self.k, whole.shape[1])).indices  # (B, k), likeliest first
         views = [
-            [one.image.crop(box) for box in self.boxes(one.image, [self.class_names_[c] for c in row])]
+            [one.image.crop(box) for box in boxes_of(self, one.image, [self.class_names_[c] for c in row])]
             for one, row in zip(images, shortlist.tolist(), strict=True)
         ]
         features = encode(backbone, [view for each in views for view in each]).split([len(each) for each in views])
