@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 import clipadapt
+from clipadapt.backbones.families import FAMILIES
 from clipadapt.backbones.preprocess import Preprocess
 from clipadapt.backbones.text import clean
 from clipadapt.data import as_items
