@@ -19,8 +19,8 @@ from torch.nn.functional import cross_entropy
 
 from clipadapt.backbones import Backbone
 from clipadapt.data import Dataset
-from clipadapt.methods import Classifier, FineTuningMethod, hyper, method
-from clipadapt.methods.kinds.weights import class_encoder, tower_weights
+from clipadapt.methods import Classifier, FineTuningMethod, TrainingData, hyper, method
+from clipadapt.methods.kinds.weights import Outputs, class_encoder, tower_weights
 from clipadapt.nn.updates import Full, Sparse
 from clipadapt.training.pixels import Pixels
 
@@ -78,7 +78,7 @@ class Saft(FineTuningMethod, Classifier):
     search_space = {"lr": (1e-5, 1e-4, 1e-3)}
     weight_decay = 0.0
 
-    def _update(self, towers, data):
+    def _update(self, towers: Backbone, data: TrainingData) -> Sparse:
         tower = Full(towers.model, tower_weights(towers, self.tower))
         if self.mask == "random":
             scores = random_scores(tower, self.seed)
@@ -88,8 +88,8 @@ class Saft(FineTuningMethod, Classifier):
         count = max(1, round(self.share * sum(score.numel() for score in scores.values())))
         return Sparse(towers.model, chosen(scores, count))
 
-    def _saved(self, model):
+    def _saved(self, model: Backbone) -> Sparse:
         return Sparse.restore(self.update_, model.model)
 
-    def _objective(self, out) -> Tensor:
+    def _objective(self, out: Outputs) -> Tensor:
         return cross_entropy(out["scale"] * out["image"] @ out["classes"].T, out["labels"])

@@ -14,8 +14,9 @@ shots mostly 20 to 60 passes), and a batch is drawn from all domains together (o
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from clipadapt.methods import Classifier, FineTuningMethod, hyper, method
-from clipadapt.methods.kinds.weights import tower_weights
+from clipadapt.backbones import Backbone
+from clipadapt.methods import Classifier, FineTuningMethod, TrainingData, hyper, method
+from clipadapt.methods.kinds.weights import Outputs, tower_weights
 from clipadapt.nn.updates import Full
 from clipadapt.training.averages import Average
 
@@ -45,12 +46,12 @@ class Clipood(FineTuningMethod, Classifier):
 
     against, clip_norm, warmup = "frozen", None, 0.0
 
-    def _update(self, towers, data):
+    def _update(self, towers: Backbone, data: TrainingData) -> Full:
         return Full(towers.model, tower_weights(towers, "vision"))
 
-    def _objective(self, out) -> Tensor:
+    def _objective(self, out: Outputs) -> Tensor:
         logits = margin_logits(out["image"], out["classes"], out["labels"], self.margin)
         return cross_entropy(out["scale"] * logits, out["labels"])
 
-    def _average(self, parameters, steps):
+    def _average(self, parameters: list[Tensor], steps: int) -> Average | None:
         return None if self.beta is None else Average.beta(parameters, self.beta, steps)

@@ -11,8 +11,9 @@ at most 64 images, and a warm-up of a tenth of the run, since few-shot runs are 
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from clipadapt.methods import Classifier, FineTuningMethod, hyper, method
-from clipadapt.methods.kinds.weights import tower_weights
+from clipadapt.backbones import Backbone
+from clipadapt.methods import Classifier, FineTuningMethod, TrainingData, hyper, method
+from clipadapt.methods.kinds.weights import Outputs, tower_weights
 from clipadapt.nn.updates import Full
 
 
@@ -31,8 +32,8 @@ class FineTune(FineTuningMethod, Classifier):
 
     against = "head"
 
-    def _update(self, towers, data):
+    def _update(self, towers: Backbone, data: TrainingData) -> Full:
         return Full(towers.model, tower_weights(towers, "vision"))
 
-    def _objective(self, out) -> Tensor:
+    def _objective(self, out: Outputs) -> Tensor:
         return cross_entropy(out["image"] @ out["head"].T, out["labels"])

@@ -15,10 +15,11 @@ ImageNet and 20 for few shots, crops of 90-100 % of the area. Its loss function 
 
 from torch import Tensor
 
+from clipadapt.backbones import Backbone
 from clipadapt.losses.contrastive import info_nce
 from clipadapt.losses.mpm_nce import mpm_nce
-from clipadapt.methods import Classifier, FineTuningMethod, hyper, method
-from clipadapt.methods.kinds.weights import tower_weights
+from clipadapt.methods import Classifier, FineTuningMethod, TrainingData, hyper, method
+from clipadapt.methods.kinds.weights import Outputs, tower_weights
 from clipadapt.nn.updates import Full
 
 
@@ -39,13 +40,13 @@ class Flyp(FineTuningMethod, Classifier):
     search_space = {"lr": (1e-6, 1e-5, 1e-4)}
     against, clip_norm, warmup = "captions", None, 0.0
 
-    def _update(self, towers, data):
+    def _update(self, towers: Backbone, data: TrainingData) -> Full:
         return Full(towers.model, [*tower_weights(towers, "both"), "logit_scale"])
 
-    def _scale(self, towers) -> Tensor:
+    def _scale(self, towers: Backbone) -> Tensor:
         return towers.model.logit_scale.exp()
 
-    def _objective(self, out) -> Tensor:
+    def _objective(self, out: Outputs) -> Tensor:
         if self.ground_labels:
             return mpm_nce(out["image"], out["text"], out["labels"], out["scale"])
         return info_nce(out["image"], out["text"], out["scale"])

@@ -18,8 +18,8 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from clipadapt.backbones import Backbone
-from clipadapt.methods import Classifier, FineTuningMethod, hyper, method
-from clipadapt.methods.kinds.weights import TOWERS, tower_weights
+from clipadapt.methods import Classifier, FineTuningMethod, TrainingData, hyper, method
+from clipadapt.methods.kinds.weights import TOWERS, Outputs, tower_weights
 from clipadapt.nn.updates import Full
 
 
@@ -52,7 +52,7 @@ class FullFineTune(FineTuningMethod, Classifier):
 
     search_space = {"lr": (1e-6, 1e-5, 1e-4)}
 
-    def _update(self, towers, data):
+    def _update(self, towers: Backbone, data: TrainingData) -> Full:
         tokens = f"{towers.tower('text').tokens}."
         names = [name for name in tower_weights(towers, self.tower) if not name.startswith(tokens)]
         self._layers = [layers_above(towers, name) for name in names]
@@ -60,13 +60,13 @@ class FullFineTune(FineTuningMethod, Classifier):
         self._first = self._learned.tensors()
         return self._learned
 
-    def _objective(self, out) -> Tensor:
+    def _objective(self, out: Outputs) -> Tensor:
         loss = cross_entropy(out["scale"] * out["image"] @ out["classes"].T, out["labels"])
         for name, parameter in self._learned.by_name().items() if self.pull else ():
             loss = loss + self.pull / 2 * (parameter - self._first[name].to(parameter)).square().sum()
         return loss
 
-    def _optimizer(self, parameters) -> torch.optim.Optimizer:
+    def _optimizer(self, parameters: list[Tensor]) -> torch.optim.Optimizer:
         layers: dict[int, list[Tensor]] = {}
         for layer, parameter in zip(self._layers, parameters, strict=True):
             layers.setdefault(layer, []).append(parameter)

@@ -24,9 +24,11 @@ and are followed.
 
 from torch import Tensor
 
+from clipadapt.backbones import Backbone
 from clipadapt.losses.contrastive import info_nce
 from clipadapt.losses.mpm_nce import mpm_nce
-from clipadapt.methods import Classifier, FineTuningMethod, hyper, method
+from clipadapt.methods import Classifier, FineTuningMethod, TrainingData, hyper, method
+from clipadapt.methods.kinds.weights import Outputs
 from clipadapt.nn.updates import LinearAdapters
 from clipadapt.training.averages import Average
 
@@ -62,21 +64,21 @@ class RAdapter(FineTuningMethod, Classifier):
     search_space = {"scale": (0.5, 0.8)}
     against, weight_decay = "captions", 0.0
 
-    def _update(self, towers, data):
+    def _update(self, towers: Backbone, data: TrainingData) -> LinearAdapters:
         sites = towers.target_modules(kinds=("o", "fc2"))
         return LinearAdapters(towers.model, sites, self.rank, scale=START_SCALE, drop=self.drop)
 
-    def _saved(self, model):
+    def _saved(self, model: Backbone) -> LinearAdapters:
         sites = model.target_modules(kinds=("o", "fc2"))
         return LinearAdapters.restore(self.update_, model.model, sites, self.rank)
 
-    def _factor(self):
+    def _factor(self) -> float:
         return self.scale
 
-    def _average(self, parameters, steps):
+    def _average(self, parameters: list[Tensor], steps: int) -> Average:
         return Average.running(parameters, self.ema)
 
-    def _objective(self, out) -> Tensor:
+    def _objective(self, out: Outputs) -> Tensor:
         if self.loss == "info-nce":
             return info_nce(out["image"], out["text"], out["scale"])
         soft = {"margin": self.margin, "smoothing": self.smoothing}

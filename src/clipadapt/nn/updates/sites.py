@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from clipadapt.errors import ClipadaptError
-from clipadapt.nn.updates.access import device_of, site_of
 from clipadapt.nn.updates.update import Update
 
 
@@ -66,6 +65,19 @@ class SiteUpdate(Update):
     def _output(self, part: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
         """What a site gives with its part: the plain `output` (B, ..., W) changed, which it made of `inputs`."""
         return part(output)
+
+
+def site_of(model: nn.Module, name: str) -> Any:
+    """The sub-module of that name; ClipadaptError where there is none."""
+    try:
+        return model.get_submodule(name)
+    except AttributeError as error:
+        raise ClipadaptError(f"The model has no module called {name!r} to put an adapter behind.") from error
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where the model's parameters are; the CPU for a model without any."""
+    return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
 
 
 def linear_site(model: nn.Module, name: str, kind: str) -> nn.Linear:

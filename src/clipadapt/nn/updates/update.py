@@ -9,8 +9,8 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor, nn
 
+from clipadapt.backbones.weights import weight_of
 from clipadapt.errors import ClipadaptError
-from clipadapt.nn.updates.access import weight_of
 
 Change = Callable[[Tensor], Tensor]  # a weight as the model has it -> the changed weight, without gradients
 
