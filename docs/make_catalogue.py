@@ -25,8 +25,8 @@ Each method is one published way to adapt a CLIP-like model. `clipadapt methods`
 [Which method?](choosing.md) how `--method auto` decides.
 
 *Learns from* says what `fit` needs: class names alone, or labelled images. *Needs* names the
-[capabilities](backbones.md#capabilities) without which a method refuses a backbone. *Answers as* is the task of a fitted
-method and the kind of learning, see [How the library is built](design.md#methods).
+[capabilities](backbones.md#capabilities) without which a method refuses a backbone. *Answers as* is the task of a
+fitted method and the kind of learning, see [How the library is built](design.md#methods).
 
 Every method also takes `templates` (default `photo`): the sentences made of the class names, see
 [Templates](images.md#templates).

@@ -34,7 +34,7 @@ CLASSES = ("cat", "fish", "house", "star")
 
 # What a page's reader is taken to have, besides photos/.
 AT_HAND = {
-    "README.md": "import numpy; labels = [0, 1, 2, 3]; "
+    "README.md": "import numpy, shutil; shutil.copytree('photos', 'more-photos'); labels = [0, 1, 2, 3]; "
     "image_features = text_features = other_features = numpy.random.default_rng(0).normal(size=(4, 8))"
 }
 
