@@ -140,7 +140,7 @@ def from_pretrained(source: str) -> Pretrained:
             tokenizer = load_tokenizer(source) if has_tokenizer else None
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         if folder:
-            raise BackboneError(f"The folder {source} is no complete backbone: {first_line(error)}") from error
+            raise BackboneError(f"The folder {source} is not a complete backbone: {first_line(error)}") from error
         raise BackboneError(
             f"There is no folder {source}, and as a hub id it cannot be loaded: {first_line(error)}"
         ) from error

@@ -59,7 +59,12 @@ def sites(model: Backbone, tower: str, kinds: Sequence[str], layers: Sequence[in
     new_classes=True,
 )
 class ClipLora(WeightMethod, Classifier):
-    """Low-rank adaptation of the towers' attention, merged into the weights after training."""
+    """Low-rank adaptation of the towers' attention, merged into the weights after training.
+
+    >>> model = create("clip-lora", rank=2, steps_per_shot=1).fit(backbone, support)
+    >>> model.predict_proba(queries).shape
+    (8, 4)
+    """
 
     rank: int = hyper(2, "rank r >= 1 of each update (paper: 2)", low=1)
     alpha: float = hyper(1.0, "the update is scaled by alpha / sqrt(r) (official)", low=0)

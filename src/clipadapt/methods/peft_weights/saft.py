@@ -4,7 +4,7 @@
     theta <- theta - rate * m * update        the mask m is chosen once, at the pre-trained weights
 
 Nguyen et al., "SAFT: Towards Out-of-Distribution Generalization in Fine-Tuning" (arXiv 2407.03036). There is no
-official code, and of the paper only the abstract was at hand: it gives the rule, the share, and that all else is
+official code, and of the paper only the abstract was available: it gives the rule, the share, and that all else is
 frozen. Ours are the loss (cross-entropy over the class texts, logit scale frozen), that the mask is chosen from both
 towers together on plain images, AdamW without weight decay, the rate and the length. Only the chosen values are
 parameters: the optimiser holds nothing else, and they are put into the weights for each forward pass, which is the same
@@ -68,7 +68,12 @@ def random_scores(tower: Full, seed: int) -> dict[str, Tensor]:
     new_classes=True,
 )
 class Saft(FineTuningMethod, Classifier):
-    """Sparse fine-tuning: a binary mask, chosen once by the gradient's magnitude, says which weights may move."""
+    """Sparse fine-tuning: a binary mask, chosen once by the gradient's magnitude, says which weights may move.
+
+    >>> model = create("saft", epochs=1, share=0.01).fit(backbone, support)
+    >>> model.predict_proba(queries).shape
+    (8, 4)
+    """
 
     share: float = hyper(0.001, "share of the weights that are trained, in (0, 1] (paper: 0.1 %)", low=1e-9, high=1)
     mask: str = hyper("gradient", "how they are chosen; random is the paper's ablation", choices=("gradient", "random"))

@@ -89,7 +89,12 @@ def fit_together(tasks: Sequence[Any], model: Backbone, supports: Sequence[Datas
     new_classes=True,
 )
 class VlAdapter(WeightMethod, Classifier):
-    """Bottleneck adapters of both towers, for one task or shared by several."""
+    """Bottleneck adapters of both towers, for one task or shared by several.
+
+    >>> model = create("vl-adapter", epochs=1).fit(backbone, support)
+    >>> model.predict_proba(queries).shape
+    (8, 4)
+    """
 
     reduction: float = hyper(8, "width of the hidden states / width of the bottleneck (official)", low=1)
     tower: str = hyper("both", "which tower is adapted", choices=("both", "vision", "text"))

@@ -4,7 +4,7 @@
     weights = sum_t a_t theta_t / sum_t a_t                a_t: density of Beta(beta, beta) over the run, t = 0 is CLIP
 
 Shu et al., "CLIPood: Generalizing CLIP to Out-of-Distributions" (arXiv 2302.00864). Of the paper only the abstract was
-at hand; details are those of the official repository thuml/CLIPood: margin 0.3, beta 0.5 for domain shift and 0.1 for
+available; details are those of the official repository thuml/CLIPood: margin 0.3, beta 0.5 for domain shift and 0.1 for
 open classes with 16 shots, AdamW 5e-6 (1e-5 on larger sets) with weight decay 0.1, cosine without warm-up, batch 36,
 CLIP's own logit scale, towers in evaluation mode, crops of 70-100 % of the area. It subtracts margin T_y from x, which
 makes the same softmax. Departures: epochs are passes over the support set (official: 500 to 10,000 steps, with 16
@@ -35,7 +35,12 @@ def margin_logits(images: Tensor, texts: Tensor, labels: Tensor, margin: float) 
     new_classes=True,
 )
 class Clipood(FineTuningMethod, Classifier):
-    """Image tower tuned by margin metric softmax, then averaged from zero-shot to the end by Beta weights."""
+    """Image tower tuned by margin metric softmax, then averaged from zero-shot to the end by Beta weights.
+
+    >>> model = create("clipood", epochs=1).fit(backbone, support)
+    >>> model.predict_proba(queries).shape
+    (8, 4)
+    """
 
     lr: float = hyper(5e-6, "AdamW learning rate (official; 1e-5 on larger sets)", low=0)
     epochs: int = hyper(20, "passes over the support set", low=1)

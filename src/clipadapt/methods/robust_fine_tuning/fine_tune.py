@@ -25,7 +25,12 @@ from clipadapt.nn.updates import Full
     trains="image tower and linear head",
 )
 class FineTune(FineTuningMethod, Classifier):
-    """All weights of the image tower and the classifier; what WiSE-FT interpolates with the zero-shot model."""
+    """All weights of the image tower and the classifier; what WiSE-FT interpolates with the zero-shot model.
+
+    >>> model = create("fine-tune", epochs=1).fit(backbone, support)
+    >>> model.predict_proba(queries).shape
+    (8, 4)
+    """
 
     lr: float = hyper(1e-5, "AdamW learning rate (official advice for few shots)", low=0)
     epochs: int = hyper(10, "passes over the support set (official)", low=1)

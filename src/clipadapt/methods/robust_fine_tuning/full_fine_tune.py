@@ -44,7 +44,12 @@ def layers_above(backbone: Backbone, name: str) -> int:
     new_classes=True,
 )
 class FullFineTune(FineTuningMethod, Classifier):
-    """Both towers tuned with cross-entropy over class texts, gently: the recipe to start with on your own images."""
+    """Both towers tuned with cross-entropy over class texts, gently: the recipe to start with on your own images.
+
+    >>> model = create("full-fine-tune", epochs=1).fit(backbone, support)
+    >>> model.predict_proba(queries).shape
+    (8, 4)
+    """
 
     tower: str = hyper("both", "which tower is tuned; text prompts stay fixed for vision", choices=("both", "vision"))
     layer_decay: float = hyper(0.8, "factor on the rate for each layer away from the output, in [0, 1]", low=0, high=1)

@@ -64,7 +64,12 @@ def mixed(of: Any, images: Tensor, texts: Tensor, number: int, logit_scale: floa
     new_classes=True,
 )
 class M2Mix(FineTuningMethod, Classifier):
-    """Both towers, fine-tuned contrastively with mixed pairs as hard negatives."""
+    """Both towers, fine-tuned contrastively with mixed pairs as hard negatives.
+
+    >>> model = create("m2-mix", epochs=1).fit(backbone, support)
+    >>> model.predict_proba(queries).shape
+    (8, 4)
+    """
 
     m2_mix: float = hyper(0.01, "weight of the mixed negatives in the loss (official: 0.001 to 0.05)", low=0)
     v_mix: float = hyper(0.0, "weight of mixup among images (official m3-Mix: 0.05)", low=0)

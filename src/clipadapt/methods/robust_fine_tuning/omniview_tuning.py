@@ -48,7 +48,7 @@ def centre(views: Tensor, neighbours: int) -> Tensor:
     weights = torch.ones(len(views), device=views.device)
     if neighbours and len(views) > 1:
         cosines = views @ views.T
-        cosines.fill_diagonal_(-torch.inf)  # a view is no neighbour of its own
+        cosines.fill_diagonal_(-torch.inf)  # a view is not its own neighbour
         nearest = cosines.topk(min(neighbours, len(views) - 1), dim=1).values.mean(1)  # (n,)
         weights = torch.where(nearest == 0, 0.0, 1 / (nearest + 1e-8))
     return normalize(weights @ views, dim=0)
@@ -102,7 +102,12 @@ def sites(model: Backbone, module: bool) -> list[str]:
     new_classes=True,
 )
 class OmniviewTuning(FineTuningMethod, Classifier):
-    """Low-rank tuning towards features that do not depend on the viewpoint."""
+    """Low-rank tuning towards features that do not depend on the viewpoint.
+
+    >>> model = create("omniview-tuning", epochs=1, views=1).fit(backbone, support)
+    >>> model.predict_proba(queries).shape
+    (8, 4)
+    """
 
     objects: str = hyper(
         "picture",

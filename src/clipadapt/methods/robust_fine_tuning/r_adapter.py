@@ -44,7 +44,12 @@ START_SCALE = 0.1  # of each adapter's learned factor (official)
     new_classes=True,
 )
 class RAdapter(FineTuningMethod, Classifier):
-    """Mergeable adapters of both towers, dropped, averaged and re-scaled; learned with MPM-NCE."""
+    """Mergeable adapters of both towers, dropped, averaged and re-scaled; learned with MPM-NCE.
+
+    >>> model = create("r-adapter", epochs=1, rank=4).fit(backbone, support)
+    >>> model.predict_proba(queries).shape
+    (8, 4)
+    """
 
     rank: int | None = hyper(4, "rank of an adapter (official, few shots); None: a full matrix", low=1)
     drop: float = hyper(

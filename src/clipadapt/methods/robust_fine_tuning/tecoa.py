@@ -111,7 +111,12 @@ class VisualPrompt(Update):
     new_classes=True,
 )
 class TeCoA(FineTuningMethod, Classifier):
-    """Text-guided adversarial training of the image tower or of a visual prompt."""
+    """Text-guided adversarial training of the image tower or of a visual prompt.
+
+    >>> model = create("tecoa", epochs=1, attack_steps=1).fit(backbone, support)
+    >>> model.predict_proba(queries).shape
+    (8, 4)
+    """
 
     tune: str = hyper("finetune", "what learns: the image tower, or a visual prompt", choices=("finetune", "prompt"))
     target: str = hyper(
