@@ -20,10 +20,10 @@ def inject(model: nn.Module, sites: Sequence[str], rank: int, alpha: float, drop
     layers = {site: model.get_submodule(site) for site in sites}
     for layer in layers.values():
         layer.lora_dropout.train()
-    halves = {"A": "lora_A", "B": "lora_B"}
-    return {
-        f"{s}.{h}": getattr(layer, own)["default"].weight for s, layer in layers.items() for h, own in halves.items()
-    }
+    pairs = {}
+    for site, layer in layers.items():
+        pairs[f"{site}.A"], pairs[f"{site}.B"] = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    return pairs
 
 
 def merged(weights: dict[str, Tensor], pairs: dict[str, Tensor], scaling: float) -> dict[str, Tensor]:

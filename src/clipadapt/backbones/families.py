@@ -196,6 +196,7 @@ def _with_weights(model_class: Any, name: str | None, source: str, **given: Any)
 
 
 def first_line(error: Exception) -> str:
+    """The first line of what an error says."""
     return str(error).strip().split("\n")[0]
 
 
@@ -220,4 +221,5 @@ def register_attention(name: str, function: Callable[..., tuple[torch.Tensor, to
 
 
 def submodule(root: nn.Module, name: str) -> nn.Module:
+    """The module of that dotted name below `root`; an identity where the name is empty."""
     return root.get_submodule(name) if name else nn.Identity()

@@ -70,7 +70,7 @@ class Line:
             heads = None if model.head_from_text else (zero_shot_head(model, backbone), model.weight_)
             return cls(original, tuned, heads)
         head = model.head
-        plain = head is not None and head.weight is not None and head.bias is None
+        plain = head is not None and head.weight is not None and (head.bias is None or not head.bias.any())
         if not plain or model.encoder.fingerprint != backbone.fingerprint:
             raise ClipadaptError(
                 f"wise-ft interpolates weights, and {model.card.key} changes none of the towers' and has no linear "

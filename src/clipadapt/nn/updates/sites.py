@@ -47,15 +47,17 @@ class SiteUpdate(Update):
     @contextmanager
     def _computing(self, model: nn.Module) -> Iterator[None]:
         modules = {name: site_of(model, name) for name in self.sites}
-        handles = [module.register_forward_hook(self._hook(self.at(name))) for name, module in modules.items()]
+        handles = [module.register_forward_hook(self._hook(self.at(name), module)) for name, module in modules.items()]
         try:
             yield
         finally:
             for handle in handles:
                 handle.remove()
 
-    def _hook(self, part: nn.Module) -> Callable[[nn.Module, Any, Any], Any]:
+    def _hook(self, part: nn.Module, site: nn.Module) -> Callable[[nn.Module, Any, Any], Any]:
         def hook(module: nn.Module, inputs: Any, output: Any) -> Any:
+            if module is not site:  # but a copy that was made meanwhile, hooks included
+                return output
             if isinstance(output, tuple):
                 return (self._output(part, inputs, output[0]), *output[1:])
             return self._output(part, inputs, output)

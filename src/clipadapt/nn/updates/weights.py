@@ -74,6 +74,7 @@ class Sparse(Update):
         values: What these start as, (n,) each; as in the model without.
 
     Saved as "NAME.values" and "NAME.places" (int32). While attached, a weight is put together at each reading.
+    Not `cheap`: each reading copies the weight, which takes 1.3 times as long on one image, and 1.03 times on 64.
     """
 
     mergeable: ClassVar[bool] = True
