@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from clipadapt import renamed
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # The public names and where they live; imported on first use, so that `import clipadapt` stays light.
 _HOMES = {
