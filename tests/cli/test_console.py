@@ -23,7 +23,7 @@ from clipadapt.cli import console
         (console.size(3_400_000), "3.4 MB"),
         (console.counted(1, "class"), "1 class"),
         (console.counted(2000, "class"), "2,000 classes"),
-        (console.counted(0, "picture"), "0 pictures"),
+        (console.counted(0, "image"), "0 images"),
     ],
 )
 def test_figures(shown, expected):

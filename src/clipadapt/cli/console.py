@@ -21,20 +21,25 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document in
 
 
 class OnError(StrEnum):
-    """What to do with a picture that cannot be read."""
+    """What to do with an image that cannot be read."""
 
     RAISE = "raise"
     SKIP = "skip"
 
 
 def note(text: str) -> None:
-    """Something worth knowing on the way, on stderr."""
+    """Print a remark on stderr."""
     err.print(text, style="dim", markup=False, soft_wrap=not err.is_terminal)
 
 
 def print_json(document: Any) -> None:
     """One JSON document on stdout, indented."""
     typer.echo(json.dumps(document, indent=2, ensure_ascii=False))
+
+
+def with_old_key(key: str, value: Any) -> dict[str, Any]:
+    """The field `image` or `images` of a JSON document, and the same under its old name for scripts that read that."""
+    return {key: value, key.replace("image", "picture"): value}
 
 
 def table(*columns: str, right: tuple[str, ...] = (), title: str | None = None) -> Table:
@@ -73,7 +78,7 @@ def size(count: int) -> str:
 
 
 def counted(number: int, noun: str) -> str:
-    """(1, "picture") -> "1 picture"; (2000, "class") -> "2,000 classes"."""
+    """(1, "image") -> "1 image"; (2000, "class") -> "2,000 classes"."""
     plural = noun + ("es" if noun.endswith("s") else "s")
     return f"{number:,} {noun if number == 1 else plural}"
 

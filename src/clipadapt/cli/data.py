@@ -14,7 +14,7 @@ app = typer.Typer(help="Public data sets by name: what they are, and whether you
 
 @app.command("list")
 def list_data(as_json: AsJson = False) -> None:
-    """The data sets that suites can name, with their licence and where a person gets them."""
+    """The data sets that suites can name, with their licence and where to get them."""
     from clipadapt.data.definitions import definition, definitions
 
     known = [definition(name) for name in definitions()]
@@ -31,7 +31,8 @@ def list_data(as_json: AsJson = False) -> None:
 def check(
     name: Annotated[str, typer.Argument(metavar="NAME", help="A data set's name, or the path of its YAML file.")],
     folder: Annotated[
-        Path | None, typer.Argument(metavar="DIR", envvar="CLIPADAPT_DATA", help="The folder that data sets lie in.")
+        Path | None,
+        typer.Argument(metavar="DIR", envvar="CLIPADAPT_DATA", help="The folder that contains the data sets."),
     ] = None,
     as_json: AsJson = False,
 ) -> None:

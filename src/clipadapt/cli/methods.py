@@ -65,7 +65,7 @@ def entry(key: str) -> dict[str, Any]:
 
 
 def show_all(entries: list[dict[str, Any]]) -> None:
-    """The keys by family, each with its paper and what it takes."""
+    """The keys by family, each with its paper and requirements."""
     by_family = sorted(entries, key=lambda card: (card["family"], card["key"]))
     for family, members in groupby(by_family, key=lambda card: card["family"]):
         out.print(f"\n{family}", style="bold cyan", markup=False)
@@ -101,7 +101,7 @@ def show_one(card: dict[str, Any]) -> None:
 
 
 def value_text(value: Any) -> str:
-    """A default as one would type it after `--set name=`."""
+    """A default as typed after `--set name=`."""
     if value is None:
         return "–"
     return ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
