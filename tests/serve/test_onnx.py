@@ -61,7 +61,7 @@ def test_int8_is_smaller_and_near(tmp_path):
     assert (texts[0] * texts[1]).sum(1).min() > 0.98
 
 
-def test_what_looks_at_pictures_is_refused(tmp_path):
+def test_what_looks_at_images_is_refused(tmp_path):
     with pytest.raises(ClipadaptError, match="falip cannot be exported"):
         export_onnx(fitted("falip"), tmp_path / "out")
     assert not (tmp_path / "out" / "config.json").exists()

@@ -27,7 +27,7 @@ _FAILURES: dict[int | str, dict[str, Any]] = {
         404: "There is no such thing",
         405: "The route takes another method",
         408: "The body did not arrive in time",
-        413: "Too much: bytes, pictures or texts",
+        413: "Too much: bytes, images or texts",
         422: "Not of the right form",
         431: "The headers are too large",
         503: "Busy; Retry-After says for how long",
@@ -42,7 +42,7 @@ def create_app(models: Models, indexes: Indexes | None = None, settings: Setting
     service = Service(models, indexes or Indexes([], models), settings)
     app = FastAPI(
         title="clipadapt",
-        summary="Classify, embed, search and explain pictures with adapted CLIP-like models.",
+        summary="Classify, embed, search and explain images with adapted CLIP-like models.",
         version=clipadapt.__version__,
         lifespan=service.running,
         docs_url=None,  # its page loads scripts from another host

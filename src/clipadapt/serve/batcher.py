@@ -96,7 +96,7 @@ class Batcher:
         self._helpers.shutdown()
 
     async def ask(self, task: Task, items: Sequence[Any], prepare: Callable[[Any], Any] | None = None) -> list[Any]:
-        """The answers to `items`, in their order; where one of them failed, its exception stands in its place.
+        """The answers to `items`, in their order; a failed item has its exception as its answer.
 
         `prepare` turns each item into what the task takes, in another thread than the model's.
 

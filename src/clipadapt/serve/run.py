@@ -34,7 +34,7 @@ def run(app: FastAPI, host: str, port: int, ready: Callable[[str], None]) -> Non
         h11_max_incomplete_event_size=_LARGEST_HEAD, lifespan="on", ws="none",
     )  # fmt: skip
     listener = _bound(host, port)
-    # uvicorn sends itself the signal again when all is done; a SIGTERM that was obeyed is no failure.
+    # uvicorn sends itself the signal again when all is done; a SIGTERM that was obeyed is not a failure.
     signal.signal(signal.SIGTERM, lambda *_: None)
     with listener:
         _Server(config, ready).run(sockets=[listener])

@@ -6,6 +6,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, Strict
 
+from clipadapt.renamed import old_names
+
 
 def _whole(value: Any) -> Any:
     """20.0 as 20: in JSON both are the same integer."""
@@ -13,7 +15,7 @@ def _whole(value: Any) -> Any:
 
 
 Top = Annotated[int, Field(ge=1, le=1000), BeforeValidator(_whole)]
-File = Annotated[bytes, Strict()]  # so that a form's text field is no file
+File = Annotated[bytes, Strict()]  # so that a form's text field is not a file
 
 
 class _Request(BaseModel):
@@ -27,7 +29,7 @@ class _Form(BaseModel):
 
 
 class ClassifyForm(_Form):
-    image: Annotated[list[File], Field(min_length=1, description="Pictures.")]
+    image: Annotated[list[File], Field(min_length=1, description="Images.")]
     model: Annotated[str | None, Field(description="Its id; without it the first model.")] = None
     top: Annotated[Top, Field(description="How many classes to name.")] = 5
 
@@ -35,13 +37,13 @@ class ClassifyForm(_Form):
 class ExplainForm(_Form):
     image: File
     text: Annotated[str | None, Field(description="What to look for.")] = None
-    class_: Annotated[str | None, Field(alias="class", description="In place of text: a class of the model.")] = None
+    class_: Annotated[str | None, Field(alias="class", description="Instead of text: a class of the model.")] = None
     model: str | None = None
 
 
 class SearchRequest(_Request):
     index: Annotated[str | None, Field(description="Its id; without it the first index.")] = None
-    texts: Annotated[list[str], Field(description="What the pictures should show.")] = []
+    texts: Annotated[list[str], Field(description="What the images should show.")] = []
     minus: Annotated[list[str], Field(description="What they should not show.")] = []
     top: Top = 20
     where: Annotated[str | None, Field(description="A condition on the facts, such as `year > 2020`.")] = None
@@ -49,7 +51,7 @@ class SearchRequest(_Request):
 
 
 class SearchForm(_Form):
-    image: Annotated[list[File], Field(description="Pictures that the hits should be like.")] = []
+    image: Annotated[list[File], Field(description="Images that the hits should resemble.")] = []
     texts: list[str] = []
     minus: list[str] = []
     index: str | None = None
@@ -63,12 +65,12 @@ class ImageInput(_Request):
 
 
 class EmbeddingsRequest(_Request):
-    """OpenAI's, and pictures beside texts."""
+    """OpenAI's request, with images as well as texts."""
 
     input: str | Annotated[list[str | ImageInput], Field(min_length=1)]
     model: str | None = None
     encoding_format: Literal["float", "base64"] = "float"
-    user: Annotated[str | None, Field(description="Taken for OpenAI's clients, and not looked at.")] = None
+    user: Annotated[str | None, Field(description="Accepted for OpenAI's clients and ignored.")] = None
 
 
 class Error(BaseModel):
@@ -92,7 +94,7 @@ class BackboneInfo(BaseModel):
 
 class ModelInfo(BaseModel):
     id: str
-    method: Annotated[str | None, Field(description="null: a backbone as it is, without classes.")]
+    method: Annotated[str | None, Field(description="null: a plain backbone, without classes.")]
     classes: list[str]
     multi_label: bool
     revision: str
@@ -101,7 +103,8 @@ class ModelInfo(BaseModel):
 
 class IndexInfo(BaseModel):
     id: str
-    pictures: int
+    images: int
+    pictures: Annotated[int, Field(deprecated=True, description="The old name of images.")]
 
 
 class ModelsAnswer(BaseModel):
@@ -118,14 +121,14 @@ class Predictions(BaseModel):
     predictions: list[Prediction]
 
 
-class PictureError(BaseModel):
+class ImageError(BaseModel):
     error: str
 
 
 class ClassifyAnswer(BaseModel):
     model: str
     revision: str
-    results: list[Predictions | PictureError]
+    results: list[Predictions | ImageError]
 
 
 class Embedding(BaseModel):
@@ -161,10 +164,13 @@ class ExplainAnswer(BaseModel):
     grid: Annotated[list[int], Field(description="[rows, columns]")]
     box: Annotated[
         list[float],
-        Field(description="The part of the picture that the patches cover: left, top, right, bottom, as shares of it."),
+        Field(description="The part of the image that the patches cover: left, top, right, bottom, in [0, 1]."),
     ]
     scores: Annotated[
         list[list[float]],
-        Field(description="How much each patch fits the text, row by row; 0 is not at all more than any text."),
+        Field(description="How much each patch fits the text, row by row; 0 is no better than an arbitrary text."),
     ]
-    score: Annotated[float, Field(description="Cosine of the whole picture with the text.")]
+    score: Annotated[float, Field(description="Cosine of the whole image with the text.")]
+
+
+__getattr__ = old_names(__name__)
