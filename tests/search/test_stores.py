@@ -112,7 +112,7 @@ def place(kind, tmp_path, request, monkeypatch) -> str:
     if kind == "qdrant":  # the client's own engine, in memory, stands in for the server
         engine = qdrant_client.QdrantClient(":memory:")
         monkeypatch.setattr(qdrant_client, "QdrantClient", lambda **_: engine)
-        return "http://127.0.0.1:6333#pictures"
+        return "http://127.0.0.1:6333#images"
     if kind == "pgvector":
         return f"{request.getfixturevalue('postgres')}#t{zlib.crc32(str(tmp_path).encode())}"
     return str(tmp_path / "store")

@@ -1,4 +1,4 @@
-"""How conditions on what is known of images are written, such as `year > 2020 and folder = 'beach'`, and read.
+"""How conditions on the facts about images are written, such as `year > 2020 and folder = 'beach'`, and read.
 
     condition   = both {"or" both}
     both        = single {"and" single}
@@ -8,7 +8,7 @@
     column      = a word, or anything in double quotes
     value       = number | 'text' | true | false; dates and times are text: '2020-01-31', '2020-01-31 18:30'
 
-As in SQL, words like `and` may be in capitals, `%` and `_` in a pattern of `like` stand for any text and any character,
+As in SQL, words like `and` may be in capitals, `%` and `_` in a pattern of `like` match any text and any character,
 and a column that is null (or not a number, NaN) fulfils no test but `is null`, not even a negated one.
 """
 

@@ -44,7 +44,7 @@ class Where:
         """The condition in SQL and its parameters, in the order of their `%s`; raises as `check` does.
 
         Args:
-            dialect: "lance" has no parameters, so that values stand in the text, escaped; "postgresql" binds them all.
+            dialect: "lance" has no parameters, so values are escaped in the text; "postgresql" binds them all.
             schema: of the facts; it decides how values are written.
         """
         self.check(schema)

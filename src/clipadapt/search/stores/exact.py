@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 BLOCK_NUMBERS = 1 << 20  # 4 MB in float32; at 16 MB a search takes three times as long
 BLOCK_QUERIES = 256
-SMALL_ROWS = 4096  # rows that were added stay apart from the others below so many
+SMALL_ROWS = 4096  # added rows are kept separately while they are fewer than this
 
 
 class ExactStore:
@@ -156,7 +156,7 @@ class ExactStore:
 
 
 class _Segment(NamedTuple):
-    """A stretch of rows that lie together."""
+    """A stretch of adjacent rows."""
 
     ids: np.ndarray  # (n,) int64, ascending
     vectors: Tensor  # (n, D) float16

@@ -55,7 +55,7 @@ def write(
 
     Args:
         of: what the store belongs to, kept as it is.
-        files: by name ("ids.npy"), what writes the file to a path. It gets a name of its own ("ids-1f….npy").
+        files: by name ("ids.npy"), what writes the file to a path. It gets a unique name ("ids-1f….npy").
 
     Returns:
         The new state, as `read` gives it.
@@ -83,7 +83,7 @@ def _files(folder: Path) -> set[str]:
 
 
 def save_array(array: np.ndarray) -> Callable[[Path], None]:
-    """Writes an array as .npy, whatever the path's ending."""
+    """Writes an array as .npy, regardless of the path's suffix."""
 
     def write_to(path: Path) -> None:
         with path.open("wb") as file:

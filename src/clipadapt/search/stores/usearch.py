@@ -81,7 +81,7 @@ class UsearchStore:
         passing = None if where is None else self._passing(where)
         rows = self.count() if passing is None else len(passing)
         fetched = k if passing is None else math.ceil(1.5 * k * self.count() / max(rows, 1))
-        if rows <= 2 * CONNECTIVITY * fetched:  # about as many rows as a walk that fetches so many compares
+        if rows <= 2 * CONNECTIVITY * fetched:  # about as many rows as a walk that fetches `fetched` compares
             return self._compared(queries, k, passing)
         found = [self._among(match, passing, k) for match in self._walk(queries, fetched)]
         scores, ids = answer(found, k)
