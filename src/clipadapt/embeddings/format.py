@@ -1,8 +1,8 @@
-"""Embeddings of many pictures: a folder of parts, in a format that any program can read.
+"""Embeddings of many images: a folder of parts, in a format that any program can read.
 
     part-00002-of-00010.npy      (n, D) float16, rows of unit norm, C order: `numpy.load(file, mmap_mode="r")`
-    part-00002-of-00010.parquet  n rows: `name`, `digest` (of the content), then whatever else is known of the pictures
-    part-00002-of-00010.json     written last, it marks the part as done and says what it is of
+    part-00002-of-00010.parquet  n rows: `name`, `digest` (of the content), then other facts about the images
+    part-00002-of-00010.json     written last: marks the part as done and says what it was made from
 
 The parts in the order of their numbers are the whole; they are never joined, so that a part can be written, checked,
 copied or made again on its own, on any machine. `encode_shard` writes one part, `Embeddings` reads them all.
@@ -39,7 +39,7 @@ FORMAT = 1  # raised when an older version of the library could not read the fol
 # What the parts of a folder have in common, and what to say where one has not.
 _COMMON = {
     "image_fingerprint": "by another model",
-    "pictures": "of another list of pictures",
+    "pictures": "of another list of images",
     "shards": "in another number of shards",
     "fast_decode": "with the other choice of fast_decode",
 }
@@ -59,15 +59,15 @@ def encode_shard(
     """Write the i-th of n stretches of `images` into the folder `out`; any launcher may run the n calls anywhere.
 
     Calling again for a part that is done changes nothing and takes no time, and one that was interrupted continues
-    where it was. `width`, `height`, `taken` (EXIF) and its `year` are noted of each picture, null where it does not
+    where it was. `width`, `height`, `taken` (EXIF) and its `year` are noted of each image, null where it does not
     tell.
 
     Args:
-        backbone: encodes the pictures: a `Backbone`, or the `encoder` of an adapted model.
-        images: all pictures, the same in every call: what `as_items` or `list_pictures` gives.
+        backbone: encodes the images: a `Backbone`, or the `encoder` of an adapted model.
+        images: all images, the same in every call: what `as_items` or `list_images` gives.
         out: folder that the n calls share, or its URL; parts for a URL are made on this machine and then copied.
         shard: (i, n) with 0 <= i < n.
-        columns: what else is known of each picture of `images`, by name; kept in the Parquet file.
+        columns: what else is known of each image of `images`, by name; kept in the Parquet file.
         model: the folder of the adapted model that the tower belongs to, to be remembered.
         fast_decode: see `encode_images`.
         options: `batch_size`, `workers`, `progress` and `on_error` of `encode_images`.
@@ -78,7 +78,7 @@ def encode_shard(
     Raises:
         ClipadaptError: the numbers of the shard or the lengths of the columns are wrong, pyarrow is missing, or the
             disk is full.
-        ArtifactError: `out` has this part already, of other pictures or by another tower.
+        ArtifactError: `out` has this part already, of other images or by another tower.
     """
     arrow()
     index, count = shard
@@ -91,7 +91,7 @@ def encode_shard(
     if (text := remote.read_text(marker)) is not None:
         check_same(_marker(text, marker), made_of, marker)
     elif remote.is_url(out):
-        # A folder for what is made of the same: an upload that was interrupted goes on with the finished part.
+        # A folder for what is made of the same: an interrupted upload resumes with the finished part.
         place = cache_root() / "embeddings" / hash_lines([str(out), json.dumps(made_of)])
         if not (place / f"{stem}.json").exists():
             _write_part(backbone, listing, place, index, made_of, model, options)
@@ -119,7 +119,7 @@ def check_same(state: Mapping[str, Any], made_of: Mapping[str, Any], where: str)
     """Raise `ArtifactError` naming `where` if a part is of something else than `made_of`."""
     for key, other in _COMMON.items():
         if state[key] != made_of[key]:
-            raise ArtifactError(f"{where} was made {other}; use a new folder, or make the same as before.")
+            raise ArtifactError(f"{where} was made {other}; use a new folder, or the same inputs as before.")
 
 
 def parts_in(out: Path | str) -> dict[tuple[int, int], str]:
@@ -156,7 +156,7 @@ def _listing(images: Any, columns: Mapping[str, Sequence[Any]]) -> Listing:
     for name, values in columns.items():
         if len(values) != len(items) or name in OWN:
             raise ClipadaptError(
-                f"The column {name!r} must have one value a picture, and not be called name or digest."
+                f"The column {name!r} must have one value per image, and not be called name or digest."
             )
     return Given(items, columns)
 
@@ -172,7 +172,7 @@ def _write_part(
 ) -> None:
     pa, count = arrow(), made_of["shards"]
     stem = f"part-{index:05d}-of-{count:05d}"
-    work = out / f".{stem}"  # what an interrupted run goes on with
+    work = out / f".{stem}"  # what an interrupted run resumes from
     try:
         out.mkdir(parents=True, exist_ok=True)
         items, known = listing.stretch(listing.count * index // count, listing.count * (index + 1) // count, work)
@@ -205,7 +205,7 @@ def _write_part(
     except OSError as error:
         raise ClipadaptError(
             f"{out / stem} cannot be written: {error.strerror or error}; what is done so far is kept, and the same "
-            "command goes on from there."
+            "command resumes from there."
         ) from None
     shutil.rmtree(work, ignore_errors=True)
 
@@ -220,11 +220,11 @@ class Embeddings:
         backbone: {"source", "fingerprint"} of the backbone.
         model: the folder of the adapted model whose image tower it was, or None.
         image_fingerprint: of the image tower; queries must come from a model with the same.
-        skipped: (name, reason) of the pictures that could not be read.
+        skipped: (name, reason) of the images that could not be read.
     """
 
     def __init__(self, folder: Path | str) -> None:
-        """Open a folder; what lies at a URL is copied to this machine first, once.
+        """Open a folder; what is at a URL is copied to this machine first, once.
 
         Raises:
             ArtifactError: parts are missing (it names them), damaged, or do not belong together.
@@ -274,7 +274,7 @@ class Embeddings:
 
     @cached_property
     def table(self) -> pyarrow.Table:
-        """What is known of the pictures, N rows in the order of the matrix."""
+        """The facts about the images, N rows in the order of the matrix."""
         pa = arrow()
         tables = [pa.parquet.read_table(self._path(state, "parquet")) for state in self._states]
         for state, table in zip(self._states, tables, strict=True):
@@ -284,7 +284,7 @@ class Embeddings:
 
     @cached_property
     def names(self) -> list[str]:
-        """The pictures' names: paths, where they are files."""
+        """The images' names: paths, where they are files."""
         return self.table["name"].to_pylist()
 
     def check(self) -> None:

@@ -22,7 +22,7 @@ def file_system(url: str) -> tuple[Any, str]:
     """fsspec's file system for `url`, and the path in it.
 
     Raises:
-        ClipadaptError: fsspec, or what it needs for this kind of URL, is not installed; or it knows no such kind.
+        ClipadaptError: fsspec, or what it needs for this kind of URL, is not installed; or the kind is unknown.
     """
     try:
         from fsspec.core import url_to_fs
@@ -36,7 +36,7 @@ def file_system(url: str) -> tuple[Any, str]:
 
 @dataclass(frozen=True)
 class RemoteItem(EncodedItem):
-    """A picture behind a URL; encoding transfers it once."""
+    """An image behind a URL; encoding transfers it once."""
 
     url: str
 
@@ -79,7 +79,7 @@ def opened(path: str) -> Iterator[IO[bytes]]:
 
 
 def read_text(path: str) -> str | None:
-    """The content of a UTF-8 file, or None where there is no such file."""
+    """The content of a UTF-8 file, or None if there is no such file."""
     if not is_url(path):
         return Path(path).read_text(encoding="utf-8") if os.path.isfile(path) else None
     system, place = file_system(path)
@@ -91,7 +91,7 @@ def read_text(path: str) -> str | None:
 
 
 def names_in(folder: str) -> list[str]:
-    """The names of what lies in a folder, unsorted; none where the folder does not exist."""
+    """The names of the files in a folder, unsorted; none if the folder does not exist."""
     if not is_url(folder):
         return os.listdir(folder) if os.path.isdir(folder) else []
     system, place = file_system(folder)
@@ -112,7 +112,7 @@ def files_below(url: str) -> tuple[str, list[str]]:
 
 
 def matching(pattern: str) -> list[tuple[str, int | None]]:
-    """(URL, bytes) of the files that a URL with wildcards stands for, sorted."""
+    """(URL, bytes) of the files that a URL with wildcards matches, sorted."""
     system, place = file_system(pattern)
     with _answered(pattern):
         found = system.glob(place, detail=True)
@@ -129,7 +129,7 @@ def upload(files: Sequence[Path], folder: str) -> None:
 
 
 def download(url: str, file: Path) -> None:
-    """Copy what is at a URL into a local file, which must be one that nobody else reads yet."""
+    """Copy what is at a URL into a local file, which no one else may be reading yet."""
     system, place = file_system(url)
     with _answered(url):
         system.get_file(place, str(file))
@@ -137,7 +137,7 @@ def download(url: str, file: Path) -> None:
 
 @contextmanager
 def _answered(path: str) -> Iterator[None]:
-    """Each file system has errors of its own; they all become a sentence that names the path."""
+    """Turn the errors of the various file systems into a sentence that names the path."""
     try:
         yield
     except (ClipadaptError, KeyboardInterrupt):
