@@ -160,7 +160,7 @@ def to_image(x: Array) -> Image.Image:
 
 
 def _scale(x: Array) -> float:
-    """How many pixels of the picture lie along one of the 224 that the published lengths are for."""
+    """Pixels of the image per pixel of the 224 that the published lengths are for."""
     return max(min(x.shape[:2]) / SIDE, max(x.shape[:2]) / _LONGEST)
 
 
@@ -171,7 +171,7 @@ def _canvas(x: Array) -> tuple[int, int]:
 
 
 def _fitted(layer: Array, x: Array) -> Array:
-    """A layer drawn on the canvas (h, w) at the picture's size (H, W)."""
+    """A layer drawn on the canvas (h, w) at the image's size (H, W)."""
     height, width = x.shape[:2]
     if layer.shape == (height, width):
         return layer
@@ -192,7 +192,7 @@ def disk(radius: float, deviation: float) -> Array:
 
 
 def _scaled(kernel: Array, s: float) -> Array:
-    """An odd square kernel whose cells are 1 / s pixels wide, in pixels: each gets what of the kernel lies over it."""
+    """An odd square kernel whose cells are 1 / s pixels wide, in pixels: each gets the part of the kernel over it."""
     cells = len(kernel)
     pixels = 2 * math.ceil(cells * s / 2 - 0.5) + 1
     new, old = (np.arange(pixels + 1) - pixels / 2) / s, np.arange(cells + 1) - cells / 2  # edges, in cells
@@ -204,7 +204,7 @@ def _scaled(kernel: Array, s: float) -> Array:
 def _in_motion(x: Array, radius: float, deviation: float, angle: float, s: float) -> Array:
     """ImageMagick's motion blur: a half Gaussian along a line of 2 radius + 1 pixels, in 8 bits.
 
-    Pixel i of the line lies ceil(i cos - 1/2) to the right and ceil(i sin - 1/2) down; edges go on for ever.
+    Pixel i of the line is ceil(i cos - 1/2) to the right and ceil(i sin - 1/2) down; edges are extended.
     """
     count = 2 * math.ceil(radius * s) + 1
     weights = np.exp(-(np.arange(count) ** 2) / (2 * (deviation * s) ** 2))
@@ -230,7 +230,7 @@ def _middle(x: Array, height: int, width: int) -> Array:
 
 
 def _sampled(x: Array, rows: Array, columns: Array, mode: str) -> Array:
-    """The picture at fractional places (H, W), bilinear."""
+    """The image at fractional places (H, W), bilinear."""
     channels = [ndimage.map_coordinates(x[..., c], [rows, columns], order=1, mode=mode) for c in range(x.shape[2])]
     return np.stack(channels, axis=2)
 
@@ -249,7 +249,7 @@ def _overwritten(x: Array, reach: int, rng: np.random.Generator) -> Array:
     place, taken = rows[:, None] * width + columns, from_row * width + from_column
     inside = (from_row > reach) & (from_row <= height - reach) & (from_column > reach) & (from_column <= width - reach)
     count = height * width
-    link = np.tile(np.arange(count, 2 * count), 2)  # new values are 0 to count - 1, old ones stand behind them
+    link = np.tile(np.arange(count, 2 * count), 2)  # new values are 0 to count - 1, old ones come after them
     link[place] = np.where(inside & (taken > place), taken, count + taken)
     while not np.array_equal(further := link[link], link):
         link = further

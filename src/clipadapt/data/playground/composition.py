@@ -27,11 +27,11 @@ RELATIONS = {
 }
 CONTAINERS = ("circle", "square", "hexagon", "diamond", "heart", "ring")  # what another object can be inside of
 
-# Extent of an object's larger side, as a share of the picture's.
+# Extent of an object's larger side, as a share of the image's.
 SIZES = {"small": (0.28, 0.35), "medium": (0.44, 0.56), "large": (0.76, 0.92)}
 _SMALL_BELOW, _LARGE_FROM = 0.36, 0.66
 
-# Where a single object lies: its words, and the direction from the middle.
+# Where a single object is: its words, and the direction from the middle.
 _PLACES: dict[str, Point] = {
     "in the middle": (0, 0),
     "on the left": (-1, 0),
@@ -44,7 +44,7 @@ _PLURALS = {"butterfly": "butterflies", "fish": "fish", "leaf": "leaves"}
 
 
 class Plan(NamedTuple):
-    """An object to be drawn; centre and extent are shares of the picture's side."""
+    """An object to be drawn; centre and extent are shares of the image's side."""
 
     kind: str
     colour: str

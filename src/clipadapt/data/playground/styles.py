@@ -42,7 +42,7 @@ class Cutout(NamedTuple):
     outlines: list[tuple[Tone, list[Point]]]  # the shape's parts in coordinates of the tile
     colour: RGB
     texture: str
-    unit: float  # canvas pixels per hundredth of the picture's height: what line widths are measured in
+    unit: float  # canvas pixels per hundredth of the image's height: what line widths are measured in
 
 
 def cut_out(
@@ -190,7 +190,7 @@ def _lines(cut: Cutout, width: float) -> Image.Image:
     pen = ImageDraw.Draw(details)
     for tone, points in cut.outlines:
         if tone == "body":
-            pen.polygon(points, fill=0)  # hides what lies behind it
+            pen.polygon(points, fill=0)  # hides what is behind it
         elif tone != "hole":
             pen.polygon(points, fill=0, outline=255, width=max(1, round(width)))
     return ImageChops.lighter(lines, ImageChops.darker(details, cut.mask))
@@ -268,7 +268,7 @@ def _photo(canvas: Image.Image, cut: Cutout, rng: np.random.Generator) -> None:
     shadow = ImageChops.offset(cut.mask, reach, reach).filter(ImageFilter.BoxBlur(reach))
     canvas.paste((12, 12, 18), cut.origin, ImageChops.multiply(shadow, Image.new("L", shadow.size, 120)))
     tile = _coloured(cut, cut.colour)
-    # The lamp stands to the upper left: a highlight there, shade at the lower right.
+    # The lamp is at the upper left: a highlight there, shade at the lower right.
     lamp = _LAMP.crop((48, 48, 256, 256)).resize((width, height))
     shade = lamp.point([min(255, 115 + value) for value in range(256)])
     gloss = lamp.point([max(0, value - 180) for value in range(256)])
@@ -301,37 +301,37 @@ def _tiles(canvas: Image.Image, rng: np.random.Generator) -> Image.Image:
 
 @dataclass(frozen=True)
 class Style:
-    """One way of drawing: papers to choose from, how an object is painted, and what happens to the whole picture."""
+    """One way of drawing: papers to choose from, how an object is painted, and what happens to the whole image."""
 
     papers: tuple[RGB, ...]
     paint: Callable[[Image.Image, Cutout, np.random.Generator], None]
-    backdrop: int = 0  # how much the paper's brightness varies over the picture, in grey levels
+    backdrop: int = 0  # how much the paper's brightness varies over the image, in grey levels
     finish: Callable[[Image.Image, np.random.Generator], Image.Image] | None = None
     noise: int = 0  # largest disturbance of a final pixel, in grey levels
 
     def paper_for(self, colours: list[RGB], rng: np.random.Generator) -> RGB:
-        """A random one of the papers on which all of `colours` stand out; the best one, where none is good enough."""
+        """A random paper on which all of `colours` stand out; the best one if none is good enough."""
         papers = [self.papers[i] for i in rng.permutation(len(self.papers))]
         contrasts = [min(distance(paper, colour) for colour in colours) for paper in papers]
         good = [paper for paper, contrast in zip(papers, contrasts, strict=True) if contrast >= 200]
         return good[0] if good else papers[contrasts.index(max(contrasts))]
 
     def render(self, cuts: list[Cutout], canvas: int, rng: np.random.Generator) -> Image.Image:
-        """The finished picture of half the canvas's size."""
+        """The finished image of half the canvas's size."""
         paper = self.paper_for([cut.colour for cut in cuts], rng)
-        picture = Image.new("RGB", (canvas, canvas), paper)
+        image = Image.new("RGB", (canvas, canvas), paper)
         if self.backdrop:
-            _smooth_backdrop(picture, paper, rng, self.backdrop)
+            _smooth_backdrop(image, paper, rng, self.backdrop)
         for cut in cuts:
-            self.paint(picture, cut, rng)
+            self.paint(image, cut, rng)
         if self.finish:
-            picture = self.finish(picture, rng)
-        picture = picture.reduce(2)
+            image = self.finish(image, rng)
+        image = image.reduce(2)
         if self.noise:
-            disturbed = np.asarray(picture).astype(np.int16)
+            disturbed = np.asarray(image).astype(np.int16)
             disturbed += rng.integers(-self.noise, self.noise + 1, disturbed.shape, dtype=np.int16)
-            picture = Image.fromarray(np.clip(disturbed, 0, 255).astype(np.uint8))
-        return picture
+            image = Image.fromarray(np.clip(disturbed, 0, 255).astype(np.uint8))
+        return image
 
 
 _PALE = ((255, 255, 255), (244, 240, 228), (226, 236, 244), (232, 242, 228), (246, 228, 232))

@@ -65,7 +65,7 @@ def image_table(
             holds names with a separator between them, in Parquet also lists of names or numbers; an empty cell is a
             image without labels. Where there is no label column, every other column is a class, in that order, and
             holds 0 or 1.
-        separator: what stands between the names in a cell; blanks around them do not count.
+        separator: what separates the names in a cell; blanks around them are ignored.
 
     Raises:
         DataError: the file or a column is missing, a column occurs twice, or a row is incomplete or names a file
@@ -73,7 +73,7 @@ def image_table(
             in Parquet the first image is.
     """
     if not separator:
-        raise DataError("The separator between labels is empty; one such as ';' is needed.")
+        raise DataError("The separator between labels is empty; give one such as ';'.")
     path = Path(file)
     name = path.stem
     if path.is_dir():

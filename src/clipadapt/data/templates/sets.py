@@ -1,4 +1,4 @@
-"""Sentences for class names: the published template sets, kept as data files beside this one, or a user's own.
+"""Sentences for class names: the published template sets, kept as data files next to this one, or a user's own.
 
 A set of templates is a text file with one template a line (`openai-80.txt`); `conventions.json` holds the one
 template that each published code base uses for each of the eleven few-shot data sets, and `class_names.json` how
