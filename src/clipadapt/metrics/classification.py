@@ -78,7 +78,7 @@ def per_class(labels: ArrayLike, predicted: ArrayLike, class_names: Sequence[str
 def confusion_pairs(
     labels: ArrayLike, predicted: ArrayLike, class_names: Sequence[str], top: int = 10
 ) -> list[tuple[str, str, int]]:
-    """The `top` most frequent mistakes as (true class, predicted class, count); of equals the first in class order."""
+    """The `top` most frequent mistakes as (true class, predicted class, count); ties in class order."""
     matrix = confusion_matrix(labels, predicted, len(class_names))
     np.fill_diagonal(matrix, 0)
     order = np.argsort(-matrix, axis=None, kind="stable")[:top]

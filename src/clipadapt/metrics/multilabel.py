@@ -28,7 +28,7 @@ def average_precision(targets: ArrayLike, scores: ArrayLike) -> np.ndarray:
 
 
 def mean_average_precision(targets: ArrayLike, scores: ArrayLike) -> float:
-    """Mean of the classes' average precisions (mAP) over those with a positive; without any it raises ValueError."""
+    """Mean of the classes' average precisions (mAP) over those with a positive; raises ValueError if there is none."""
     precisions = average_precision(targets, scores)
     if np.isnan(precisions).all():
         raise ValueError("mean_average_precision needs at least one positive")
@@ -36,7 +36,7 @@ def mean_average_precision(targets: ArrayLike, scores: ArrayLike) -> float:
 
 
 def best_threshold(targets: ArrayLike, scores: ArrayLike) -> float:
-    """The threshold t for which predicting `scores >= t` has the highest overall F1, among all that there are.
+    """The threshold t for which predicting `scores >= t` has the highest overall F1, among all scores.
 
     It is midway between the lowest score that it accepts and the next one below; of equally good ones it is the
     highest. Choose it on support or validation images, never on those that are tested. Without a positive it raises
@@ -86,7 +86,7 @@ def f1_scores(targets: ArrayLike, predicted: ArrayLike) -> F1Scores:
     left out of the means, though what is predicted of it counts in the overall F1.
 
     Raises:
-        ValueError: there is no positive.
+        ValueError: there are no positives.
     """
     truth, taken = checked(targets, predicted)
     taken = taken.astype(bool)
@@ -101,7 +101,7 @@ def f1_scores(targets: ArrayLike, predicted: ArrayLike) -> F1Scores:
 
 
 def top_k_predictions(scores: ArrayLike, k: int) -> np.ndarray:
-    """(N, C) bool: the `k` highest classes of each image, of equals the first; ValueError unless 1 <= k <= C."""
+    """(N, C) bool: the `k` highest classes of each image, ties to the first; ValueError unless 1 <= k <= C."""
     _, values = checked(scores, scores)
     if not 1 <= k <= values.shape[1]:
         raise ValueError(f"k must be between 1 and the number of classes ({values.shape[1]}), not {k}")
