@@ -75,10 +75,10 @@ def test_both_published_figures_of_gda():
 
 
 def numbered(labels: list[int], classes: int) -> Dataset:
-    """Blank pictures; a name of `names` says where each stands in `labels`."""
-    pictures = np.zeros((len(labels), 8, 8, 3), dtype=np.uint8)
-    pictures[:, 0, 0, 0] = np.arange(len(labels))
-    return image_list(pictures, labels, [f"class {c}" for c in range(classes)])
+    """Blank images; a name of `names` says where each stands in `labels`."""
+    images = np.zeros((len(labels), 8, 8, 3), dtype=np.uint8)
+    images[:, 0, 0, 0] = np.arange(len(labels))
+    return image_list(images, labels, [f"class {c}" for c in range(classes)])
 
 
 def where(data: Dataset) -> list[int]:

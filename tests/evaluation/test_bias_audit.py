@@ -59,7 +59,7 @@ def test_audit_equals_a_plain_count():
         best = {i: max(range(5), key=lambda c: logits[i, c]) for i in mine}
         judged = [i for i in mine if labels[i] >= 0]
         values[group] = fmean(best[i] == labels[i] for i in judged)
-        assert found["pictures"][group] == len(mine)
+        assert found["images"][group] == len(mine)
         assert found["accuracy"][group] == pytest.approx(values[group])
         assert found["error"][group] == pytest.approx(1 - values[group])
         for c, name in enumerate(names):
@@ -96,7 +96,7 @@ def test_a_group_whose_labels_are_no_candidates():
     assert found["rates"]["a"] == {"x": 0.5, "y": 1.0}
     none = audit([0, 1], [-1, -1], ["x", "y"], ["a", "b"])
     assert none["disparities"]["accuracy"] is none["overall"]["accuracy"] is None
-    with pytest.raises(DataError, match="at least one picture"):
+    with pytest.raises(DataError, match="at least one image"):
         audit([], [], [], ["a", "b"])
 
 
@@ -118,11 +118,11 @@ def test_zero_shot_on_styles(drawn):
     assert found.details["audits"]["classes"]["accuracy"] == pytest.approx(by_style)
     assert found.figures["accuracy"] == pytest.approx(hits.mean())
     assert found.figures["gap"] == pytest.approx(max(by_style.values()) - min(by_style.values()))
-    # Removing classes: their pictures are given other labels, and count for no accuracy.
+    # Removing classes: their images are given other labels, and count for no accuracy.
     fewer = found.details["audits"]["- round"]
     assert "circle" not in fewer["rates"]
     assert sum(sum(by_group.values()) for by_group in fewer["rates"].values()) == pytest.approx(3)
-    # Adding labels can only take pictures from the classes, so no group gains accuracy.
+    # Adding labels can only take images from the classes, so no group gains accuracy.
     more = found.details["audits"]["all"]
     assert all(more["accuracy"][g] <= found.details["audits"]["classes"]["accuracy"][g] for g in by_style)
     taken = found.figures["materials (all)"]

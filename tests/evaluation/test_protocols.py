@@ -71,7 +71,7 @@ def test_figures_of_logits(world):
     assert (figures["accuracy"], figures["macro"], figures["aurc"]) == (1, 1, 0)
     assert figures["ece"] == pytest.approx(0, abs=1e-6)
     assert set(classes.values()) == {1.0}
-    assert sum(b["pictures"] for b in details["reliability"]) == len(test)
+    assert sum(b["images"] for b in details["reliability"]) == len(test)
 
 
 def test_domains(world):
@@ -101,7 +101,7 @@ def test_long_tail_counts(world):
 
 
 def test_transductive_and_name_only_skip_what_cannot(world):
-    with pytest.raises(NotApplicable, match="labelled pictures, and here are none"):
+    with pytest.raises(NotApplicable, match="labelled images, and here are none"):
         run("transductive", world, "tip-adapter")
     with pytest.raises(NotApplicable, match="class names only"):
         run("name-only", world, "tip-adapter")

@@ -132,7 +132,9 @@ def select(
         judge = _SetJudge(backbone, support, k, seed, templates, overrides)
     else:
         judge = _Judge(backbone, support, k, seed, templates, overrides, frequencies)
-    found = {"zero-shot": judge("zero-shot", until=math.inf)}  # whatever the budget: it is what the others must beat
+    found = {
+        "zero-shot": judge("zero-shot", until=math.inf)
+    }  # regardless of the budget: it is what the others must beat
     order = [key for key in order_of(keys) if key != "zero-shot"]
     refused: dict[str, str] = {}
     late: dict[str, str] = {}
@@ -152,7 +154,7 @@ def select(
                 refused[key] = str(error)
                 tell(f"{key}: skipped, {error}")
     if late:
-        tell(f"not tried for lack of time: {', '.join(late)}")
+        tell(f"not tried, out of time: {', '.join(late)}")
 
     skipped = refused | late
     trials = [found[key] for key in ["zero-shot", *order] if key in found]
@@ -236,7 +238,7 @@ class _Judge:
     def _estimate(self, hits: np.ndarray) -> tuple[float, tuple[float, float] | None]:
         """Accuracy with its interval, from the hits (N,) on all folds."""
         w = self.weights
-        total = w.sum() ** 2 / (w @ w)  # as many images of equal weight would tell as much (Kish)
+        total = w.sum() ** 2 / (w @ w)  # the effective sample size (Kish)
         correct = (w @ hits) * total / w.sum()
         return correct / total, wilson(correct, total)
 

@@ -5,7 +5,7 @@ Demšar, "Statistical Comparisons of Classifiers over Multiple Data Sets" (JMLR 
 signed-rank test, not by the distance of mean ranks, with Holm's correction for their number.
 
 A block is what methods are compared on side by side: one data set with its backbone and options, averaged over seeds,
-since seeds of one data set are no independent evidence about others.
+since seeds of one data set are not independent evidence about others.
 """
 
 from __future__ import annotations

@@ -37,7 +37,7 @@ _METHODS = {  # how the file calls the methods whose keys differ from its names
 }
 _CAVEATS = {  # by method
     "tip-adapter-f": "epoch and coefficients picked on the test set",
-    "promptkd": "unlabelled pictures of all classes, and a larger teacher",
+    "promptkd": "unlabelled images of all classes, and a larger teacher",
     "ape": "class descriptions by a language model",
     "ape-t": "class descriptions by a language model",
 }

@@ -53,7 +53,7 @@ def run_suite(
     """Run the cells that `out`/results.jsonl lacks; all rows of the suite, in its order.
 
     Args:
-        root: the folder that the data sets lie in.
+        root: the folder of the data sets.
         jobs: cells at a time.
         threads: threads of each, by default the cores shared out among the jobs.
         ray: run the cells on a Ray cluster: its address, "auto" for the one that runs here, or "local" for one of this
@@ -132,7 +132,7 @@ def read_rows(file: Path) -> list[Row]:
 
 
 def one_line(row: Row) -> str:
-    """A cell and its result, for people."""
+    """A cell and its result, in words."""
     where = f"{row['data']} {row['backbone']} {row['protocol']} {options_of(row)} {row['label']} seed {row['seed']}"
     if "figures" in row:
         result = ", ".join(f"{name} {value:.3f}" for name, value in row["figures"].items())
@@ -142,7 +142,7 @@ def one_line(row: Row) -> str:
 
 
 def options_of(row: Mapping[str, Any]) -> str:
-    """A cell's options for people; long ones, such as lists of names, are cut."""
+    """A cell's options in words; long ones, such as lists of names, are cut."""
     texts = ((name, json.dumps(value, ensure_ascii=False)) for name, value in row["options"].items())
     return " ".join(f"{name}={text if len(text) <= 40 else text[:37] + '...'}" for name, text in texts)
 
@@ -242,7 +242,7 @@ def _fingerprints(cell: Cell, root: Path | None) -> tuple[str, str] | ClipadaptE
 
 
 def _content(cell: Cell, split: Split, root: Path | None) -> str:
-    """What a split consists of: which pictures, by name, with which labels; the files are not read."""
+    """What a split consists of: which images, by name, with which labels; the files are not read."""
     digest = blake2b(definition(cell.data).name.encode(), digest_size=16)
     base = str(root.resolve()) if root is not None else ""
     for data in (split.train, split.val, split.test):

@@ -1,8 +1,8 @@
-"""Adversarial pictures: learn as in few shots, be judged on test pictures, and on the same ones under attack.
+"""Adversarial images: learn as in few shots, be judged on test images, and on the same ones under attack.
 
 The attack is PGD through the model's own tower and classifier (see `evaluation.robustness`). `eps` are radii in levels
-of 1/255; in a suite, a list of lists, since a list stands for cells of their own. "attacked" is the accuracy at the
-first of them. `limit`: so many test pictures of each class at most, the same for every seed.
+of 1/255; in a suite, a list of lists, since a list makes separate cells. "attacked" is the accuracy at the
+first of them. `limit`: at most this many test images per class, the same for every seed.
 """
 
 from __future__ import annotations

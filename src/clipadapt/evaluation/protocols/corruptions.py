@@ -1,10 +1,10 @@
-"""Common corruptions: learn from clean pictures, be judged on clean ones and on the same ones corrupted.
+"""Common corruptions: learn from clean images, be judged on clean ones and on the same ones corrupted.
 
-Kinds and severities are those of ImageNet-C (arXiv 1903.12261; see `data.corruptions`). Pictures larger than what the
+Kinds and severities are those of ImageNet-C (arXiv 1903.12261; see `data.corruptions`). Images larger than what the
 model sees are shrunk to that size first, so that it sees the published strength. "corrupted" is the mean accuracy over
 kinds and severities, every one counting the same; the published mCE, which relates errors to those of AlexNet, is not
 given. `kinds` are "all", names of groups (noise, blur, weather, digital) or kinds; in a suite, a list of lists, since
-a list stands for cells of their own. `limit`: so many test pictures of each class at most, the same for every seed.
+a list makes separate cells. `limit`: at most this many test images per class, the same for every seed.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Cross data set: learn one data set, be judged on others by their class names alone (arXiv 2203.05557, section 4.2).
 
-`targets` are definitions' names; their files lie where those of the suite do.
+`targets` are definitions' names; their files are in the suite's data folder.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def run(
     for name in targets:
         test = load(name).split.test
         other = model.with_classes(test.class_names) if method.card.new_classes else None
-        if other is None:  # a method that learns nothing is made anew
+        if other is None:  # a method that learns nothing is made again
             other, _ = fit(replace(method), backbone, None, class_names=test.class_names)
         there[name] = judged(other, test)[0]["accuracy"]
     figures |= {"others": fmean(there.values())} | {f"on {Path(name).stem}": value for name, value in there.items()}

@@ -1,6 +1,6 @@
 """Wrong labels: a share of the support set is given another class, uniformly (symmetric noise).
 
-The same pictures and the same wrong labels for every method; the count of wrong ones is rounded over the whole set.
+The same images and the same wrong labels for every method; the count of wrong ones is rounded over the whole set.
 """
 
 from __future__ import annotations

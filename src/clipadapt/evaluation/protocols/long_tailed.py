@@ -1,8 +1,8 @@
-"""Long tails: classes have fewer and fewer labelled pictures, and all count the same in the end ("macro").
+"""Long tails: classes have fewer and fewer labelled images, and all count the same in the end ("macro").
 
-Class c of C, in a random order, has head * imbalance ** (-c / (C - 1)) pictures, at least one, as in the long-tailed
+Class c of C, in a random order, has head * imbalance ** (-c / (C - 1)) images, at least one, as in the long-tailed
 versions of CIFAR (Cui et al., "Class-Balanced Loss", arXiv 1901.05555). "many", "medium" and "few" are the mean
-accuracies of the thirds of the classes with most, medium and fewest pictures.
+accuracies of the thirds of the classes with most, medium and fewest images.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from clipadapt.methods import Method
 
 
 def long_tail(train: Dataset, head: int, imbalance: float, seed: int) -> Dataset:
-    """A support set whose largest class has `head` pictures, and `imbalance` times as many as the smallest."""
+    """A support set whose largest class has `head` images, and `imbalance` times as many as the smallest."""
     rng = np.random.default_rng(seed)
     members = group_by_label(train.labels)
     order = rng.permutation(sorted(members))

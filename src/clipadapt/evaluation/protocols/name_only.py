@@ -1,4 +1,4 @@
-"""Class names only: nothing labelled; the pictures of the training part may be looked at without their labels."""
+"""Class names only: nothing labelled; the images of the training part may be looked at without their labels."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Transduction: the pictures to be judged on are given, without labels, while the method learns.
+"""Transduction: the images to be judged on are given, without labels, while the method learns.
 
-`shots` labelled pictures of each class may be given beside them, 0 for none. Methods that cannot learn from unlabelled
-pictures are judged as they are with the same labelled ones, so that the table shows what transduction adds.
+`shots` labelled images of each class may be given in addition, 0 for none. Methods that cannot learn from unlabelled
+images are judged as they are with the same labelled ones, so that the table shows what transduction adds.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A suite's results as one page that opens anywhere, with every plot and table also as a file of its own.
+"""A suite's results as one self-contained page, with every plot and table also as a separate file.
 
 `report.html` holds everything (styles, plots as SVG, one short script that sorts tables) and loads nothing. Next to it
 are figures/*.svg and *.png, and tables/*.csv, *.md and *.tex.
@@ -44,7 +44,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Plot:
-    """A plot with the sentence that stands for it where it cannot be seen."""
+    """A plot with the sentence that replaces it where it cannot be seen."""
 
     name: str
     alt: str
@@ -67,7 +67,7 @@ def write_report(rows: Sequence[Row], out: Path, *, title: str, command: str, ce
     from clipadapt.evaluation.report import figures
 
     page = _Page(out, figures, brief=cells_in is not None)
-    own = (".yaml", ".yml")  # a definition of one's own is called by its file's name
+    own = (".yaml", ".yml")  # a user's definition is called by its file's name
     rows = [{**row, "data": Path(row["data"]).stem if row["data"].endswith(own) else row["data"]} for row in rows]
     groups = _grouped([row for row in rows if "figures" in row])
     sections = []
@@ -307,7 +307,7 @@ class _Page:
 
 
 def _rounded(path: re.Match[str]) -> str:
-    """An outline to a hundredth of a point, which nobody sees."""
+    """An outline to a hundredth of a point, which is not visible."""
     return re.sub(r"(\.\d\d)\d+", r"\1", path[0])
 
 
