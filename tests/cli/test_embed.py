@@ -68,15 +68,15 @@ def test_as_an_adapted_model_encodes(run, photos, backbone, model, out, tmp_path
     assert "embeddings made without --model serve it, too" in " ".join(result.stderr.split())
     found = Embeddings(out)
     assert found.model == str(model)
-    assert found.image_fingerprint == load(model).image_fingerprint == load_backbone(backbone).image_fingerprint
+    assert found.image_fingerprint == load(model).encoder.image_fingerprint == load_backbone(backbone).image_fingerprint
     tuned = tmp_path / "tuned"
     settings = ("--set", "epochs=1", "--set", "lr=0.01")
     run("adapt", photos, "--backbone", backbone, "--method", "fine-tune", "--shots", 2, "--out", tuned, *settings)
     result = run("embed", photos, "--model", tuned, "--out", tmp_path / "tuned-emb")
     assert "without --model" not in result.stderr
     found = Embeddings(tmp_path / "tuned-emb")
-    assert found.image_fingerprint == load(tuned).image_fingerprint != load_backbone(backbone).image_fingerprint
-    expected = encode_images(load(tuned).image_tower(), image_files(photos), cache=False, precision="float16")
+    assert found.image_fingerprint == load(tuned).encoder.image_fingerprint != load_backbone(backbone).image_fingerprint
+    expected = encode_images(load(tuned).encoder, image_files(photos), cache=False, precision="float16")
     np.testing.assert_array_equal(found.rows(range(32)), expected.features.numpy().astype(np.float16))
 
 

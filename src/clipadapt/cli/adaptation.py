@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from clipadapt.cli import console
-from clipadapt.cli.console import counted, err, note, with_old_key
+from clipadapt.cli.console import count_of, err, note, with_old_key
 from clipadapt.errors import ArtifactError, DataError
 from clipadapt.files import is_model
 
@@ -84,12 +84,12 @@ def draw(data: D, test: D | None, shots: int, seed: int) -> tuple[D, D]:
 
 def describe(data: D, support: D, held_out: D, shots: int) -> None:
     """Say what there is to learn from, and warn about classes with few images."""
-    note(f"{data.name}: {counted(len(data), 'image')} of {counted(len(data.class_names), 'class')}")
-    note(f"learning from {counted(len(support), 'image')}, checking on {counted(len(held_out), 'held-out image')}")
+    note(f"{data.name}: {count_of(len(data), 'image')} of {count_of(len(data.class_names), 'class')}")
+    note(f"learning from {count_of(len(support), 'image')}, checking on {count_of(len(held_out), 'held-out image')}")
     few = [f"{name} ({n})" for name, n in zip(support.class_names, support.counts, strict=True) if n < shots]
     if few:
         listed = ", ".join(few[:5]) + (", …" if len(few) > 5 else "")
-        note(f"{counted(len(few), 'class')} with fewer than {counted(shots, 'image')}: {listed}")
+        note(f"{count_of(len(few), 'class')} with fewer than {count_of(shots, 'image')}: {listed}")
     if len(support.class_names) < 2:
         raise DataError(f"{data.name} has one class, {support.class_names[0]!r}; at least two are needed.")
 
@@ -158,7 +158,7 @@ def read_unlabelled(folder: Path | None) -> list[str] | None:
     files = image_files(folder)
     if not files:
         raise DataError(f"{folder} holds no images.")
-    note(f"{counted(len(files), 'unlabelled image')} in {folder}")
+    note(f"{count_of(len(files), 'unlabelled image')} in {folder}")
     return files
 
 
@@ -182,7 +182,7 @@ def note_duplicates(support: D, held_out: D) -> None:
         sum(place.part == "held out" for place in group) for group in groups if any(p.part == "support" for p in group)
     )
     if flattered:
-        note(f"{counted(flattered, 'held-out image')} with a copy among those learned from (identical files)")
+        note(f"{count_of(flattered, 'held-out image')} with a copy among those learned from (identical files)")
 
 
 def compare(
@@ -220,12 +220,12 @@ def check(
     if len(held_out) == 0 or (isinstance(held_out, MultiLabelDataset) and not held_out.targets.any()):
         return None
     zero_shot = create("zero-shot", templates=templates).fit(backbone, support)
-    measured = _measured_sets if isinstance(held_out, MultiLabelDataset) else _measured
+    measured = _measure_sets if isinstance(held_out, MultiLabelDataset) else _measure
     scores = {"zero_shot": measured(zero_shot, held_out), "adapted": measured(model, held_out)}
     return {**with_old_key("images", len(held_out)), **scores}
 
 
-def _measured(model: Classifier, held_out: Dataset) -> dict[str, Any]:
+def _measure(model: Classifier, held_out: Dataset) -> dict[str, Any]:
     from clipadapt.metrics.classification import accuracy, wilson
 
     predicted = model.predict(held_out)
@@ -233,7 +233,7 @@ def _measured(model: Classifier, held_out: Dataset) -> dict[str, Any]:
     return {"accuracy": accuracy(held_out.labels, predicted), "interval": wilson(correct, len(held_out))}
 
 
-def _measured_sets(model: Classifier, held_out: MultiLabelDataset) -> dict[str, Any]:
+def _measure_sets(model: Classifier, held_out: MultiLabelDataset) -> dict[str, Any]:
     from clipadapt.metrics.multilabel import f1_scores, mean_average_precision
 
     scores = model.image_logits(held_out)[0]

@@ -90,6 +90,7 @@ def prepare(
     ] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show an error's traceback; may be given anywhere.")] = False,
 ) -> None:
+    """What every command does first: print the version if asked, and silence other libraries' noise."""
     if debug:
         return
     for library in ("TRANSFORMERS", "HF_HUB"):

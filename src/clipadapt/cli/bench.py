@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from clipadapt.cli.console import AsJson, counted, err, note, out, print_json, table
+from clipadapt.cli.console import AsJson, count_of, err, note, out, print_json, table
 from clipadapt.errors import ClipadaptError
 
 Data = Annotated[
@@ -70,7 +70,7 @@ def bench(
     if as_json:
         print_json({"suite": chosen.name, "results": str(results), "cells": len(rows), "failed": len(failed)})
     else:
-        out.print(f"{counted(len(rows), 'cell')}, {len(failed)} failed; {results}")
+        out.print(f"{count_of(len(rows), 'cell')}, {len(failed)} failed; {results}")
 
 
 def _command(suite: str, out_folder: Path, tiny: bool) -> str:

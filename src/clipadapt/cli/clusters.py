@@ -9,7 +9,7 @@ import typer
 from rich.text import Text
 
 from clipadapt.cli import console
-from clipadapt.cli.console import AsJson, counted, err, note, out, with_old_key
+from clipadapt.cli.console import AsJson, count_of, err, note, out, with_old_key
 from clipadapt.cli.index import Embedded
 from clipadapt.cli.search import ToHtml
 
@@ -50,11 +50,11 @@ def clusters(
                     for hit in index.hits(group.rows[:EXAMPLES], group.scores[:EXAMPLES])
                 ],
                 ", ".join(title),
-                counted(len(group.rows), "image"),
+                count_of(len(group.rows), "image"),
             )
             for group, title in zip(groups, titles, strict=True)
         ]
-        found = f"{counted(len(index), 'image')} in {counted(len(groups), 'group')}; the nearest to each middle."
+        found = f"{count_of(len(index), 'image')} in {count_of(len(groups), 'group')}; the nearest to each middle."
         note(f"wrote {write_sheet(html, 'Groups', sections, found)}")
     if as_json:
         names_of = index.embeddings.names

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from clipadapt.cli.console import AsJson, counted, out, print_json, table
+from clipadapt.cli.console import AsJson, count_of, out, print_json, table
 
 app = typer.Typer(help="Public data sets by name: what they are, and whether yours is complete.", no_args_is_help=True)
 
@@ -49,6 +49,6 @@ def check(
         if not problems:
             parts = definitions.load(what, folder).split
             counts = ", ".join(f"{part} {len(getattr(parts, part)):,}" for part in ("train", "val", "test"))
-            out.print(f"{what.name} is complete: {counts}; {counted(len(parts.test.class_names), 'class')}")
+            out.print(f"{what.name} is complete: {counts}; {count_of(len(parts.test.class_names), 'class')}")
     if problems:
         raise typer.Exit(1)

@@ -9,7 +9,7 @@ import typer
 from rich.text import Text
 
 from clipadapt.cli import console
-from clipadapt.cli.console import AsJson, counted, err, note, out, with_old_key
+from clipadapt.cli.console import AsJson, count_of, err, note, out, with_old_key
 from clipadapt.cli.index import Embedded
 from clipadapt.cli.search import ToHtml
 
@@ -49,7 +49,7 @@ def dedup(
         write_page(
             html,
             groups,
-            f"{counted(copies, 'image')} of {len(embeddings):,} could go, at a cosine of {threshold:g} or more.",
+            f"{count_of(copies, 'image')} of {len(embeddings):,} could go, at a cosine of {threshold:g} or more.",
         )
     if as_json:
         console.print_json(
@@ -63,12 +63,12 @@ def dedup(
     elif as_list:
         print_list(groups)
     elif not groups:
-        out.print(f"no duplicates among {counted(len(embeddings), 'image')}")
+        out.print(f"no duplicates among {count_of(len(embeddings), 'image')}")
     elif html is None:
         show(groups if every else groups[:SHOWN_GROUPS])
         if len(groups) > SHOWN_GROUPS and not every:
-            out.print(f"and {counted(len(groups) - SHOWN_GROUPS, 'group')} more; --all shows them", style="dim")
-        out.print(f"{counted(copies, 'image')} of {len(embeddings):,} could go; --list prints their paths")
+            out.print(f"and {count_of(len(groups) - SHOWN_GROUPS, 'group')} more; --all shows them", style="dim")
+        out.print(f"{count_of(copies, 'image')} of {len(embeddings):,} could go; --list prints their paths")
 
 
 def document(group: Group) -> dict[str, Any]:
@@ -113,6 +113,7 @@ def show(groups: list[Group]) -> None:
 
 
 def likeness(same_content: bool) -> str:
+    """How a copy is like the kept image, in words."""
     return "same content" if same_content else "similar"
 
 

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from clipadapt.cli.console import AsJson, OnError, counted, duration, err, note, out, print_json, with_old_key
+from clipadapt.cli.console import AsJson, OnError, count_of, duration, err, note, out, print_json, with_old_key
 
 
 def embed(
@@ -137,13 +137,13 @@ def report(rows: list[dict[str, Any]], target: str, total: int, seconds: float, 
         print_json(document)
     else:
         rate = f", {(images + skipped) / seconds:,.1f} images/s" if made else ""
-        before = f"; {counted(document['done_before'], 'part')} done before" if document["done_before"] else ""
-        line = f"{target}: {counted(images, 'image')} in {counted(len(made), 'part')} of {total:,}{before}"
+        before = f"; {count_of(document['done_before'], 'part')} done before" if document["done_before"] else ""
+        line = f"{target}: {count_of(images, 'image')} in {count_of(len(made), 'part')} of {total:,}{before}"
         out.print(line, markup=False, soft_wrap=True)
-        note(f"{duration(seconds)}{rate}" + (f"; {counted(skipped, 'image')} skipped" if skipped else ""))
+        note(f"{duration(seconds)}{rate}" + (f"; {count_of(skipped, 'image')} skipped" if skipped else ""))
     if failed:
         err.print(
-            f"{counted(len(failed), 'shard')} of {total:,} failed: {', '.join(map(str, failed))}; the same command "
+            f"{count_of(len(failed), 'shard')} of {total:,} failed: {', '.join(map(str, failed))}; the same command "
             "makes only what is missing.",
             style="red",
             markup=False,

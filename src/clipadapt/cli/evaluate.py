@@ -9,7 +9,7 @@ import typer
 from rich.text import Text
 
 from clipadapt.cli import console
-from clipadapt.cli.console import AsJson, OnError, counted, err, note, out, with_old_key
+from clipadapt.cli.console import AsJson, OnError, count_of, err, note, out, with_old_key
 from clipadapt.cli.photos import Photos, Root, read_multi_label, read_photos
 from clipadapt.errors import DataError, unknown_name
 
@@ -89,7 +89,7 @@ def evaluate_sets(model: Path, fitted: Any, data: MultiLabelDataset, every: bool
         console.print_json(document)
         return
     figures = ", ".join(f"{name} {console.percent(document[name])}" for name in ("mAP", "OF1", "CF1"))
-    out.print(f"{figures} on {counted(len(kept), 'image')}")
+    out.print(f"{figures} on {count_of(len(kept), 'image')}")
     drawn = console.table("class", "images", "average precision", right=("images", "average precision"))
     for row in document["classes"] if every else document["classes"][:SHOWN_CLASSES]:
         drawn.add_row(Text(row["class"]), f"{row['images']:,}", console.percent(row["average_precision"]))
@@ -141,8 +141,8 @@ def show(document: dict[str, Any], every: bool) -> None:
     classes = document["classes"]
     out.print(
         f"accuracy [bold]{console.percent(document['accuracy'])}[/] "
-        f"(95 % interval {console.interval(document['interval'])}) on {counted(document['images'], 'image')}\n"
-        f"mean of {counted(len(classes), 'class')}: {console.percent(document['macro_accuracy'])}"
+        f"(95 % interval {console.interval(document['interval'])}) on {count_of(document['images'], 'image')}\n"
+        f"mean of {count_of(len(classes), 'class')}: {console.percent(document['macro_accuracy'])}"
     )
     right = ("images", "accuracy", "precision", "F1")
     drawn = console.table("class", *right, right=right)
@@ -152,7 +152,7 @@ def show(document: dict[str, Any], every: bool) -> None:
         drawn.add_row(Text(row["class"]), f"{row['images']:,}", *figures)
     out.print(drawn)
     if len(shown) < len(classes):
-        out.print(f"{counted(len(classes) - len(shown), 'class')} did better; --all shows them.", style="dim")
+        out.print(f"{count_of(len(classes) - len(shown), 'class')} did better; --all shows them.", style="dim")
     if document["confusions"]:
         mistakes = console.table("true class", "taken for", "times", right=("times",))
         for row in document["confusions"]:

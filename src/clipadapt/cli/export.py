@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from clipadapt.cli import console
-from clipadapt.cli.console import AsJson, counted, err, note, out
+from clipadapt.cli.console import AsJson, count_of, err, note, out
 from clipadapt.cli.evaluate import labels_among
 from clipadapt.cli.photos import read_photos
 from clipadapt.errors import ClipadaptError
@@ -116,4 +116,4 @@ def show(rows: list[dict[str, Any]], images: int) -> None:
     out.print(drawn)
     if rows[-1]["form"] == "int8":
         lost = 100 * (rows[0]["accuracy"] - rows[-1]["accuracy"])
-        out.print(f"8 bits {'cost' if lost >= 0 else 'gained'} {abs(lost):.1f} points on {counted(images, 'image')}")
+        out.print(f"8 bits {'cost' if lost >= 0 else 'gained'} {abs(lost):.1f} points on {count_of(images, 'image')}")

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from clipadapt.cli.console import counted, err, out
+from clipadapt.cli.console import count_of, err, out
 
 Embedded = Annotated[Path, typer.Argument(metavar="EMB", help="A folder that `clipadapt embed` wrote.")]
 
@@ -43,7 +43,7 @@ def index(
         place = f"{embedded}/index-{store}" if to is None else to
         where = "" if "://" in place else f" in {place}"  # a URL can hold a password
         out.print(
-            f"{counted(total, 'image')} {'indexed' if built else 'indexed already'}{where} ({store})",
+            f"{count_of(total, 'image')} {'indexed' if built else 'indexed already'}{where} ({store})",
             markup=False,
             soft_wrap=True,
         )

@@ -12,7 +12,7 @@ from rich.padding import Padding
 from rich.table import Table
 
 from clipadapt.cli import console
-from clipadapt.cli.console import AsJson, counted, out
+from clipadapt.cli.console import AsJson, count_of, out
 from clipadapt.errors import ClipadaptError
 
 SIGNALS = {"none": "class names", "labels": "labels", "unlabelled": "unlabelled images"}
@@ -74,7 +74,7 @@ def show_all(entries: list[dict[str, Any]]) -> None:
         for card in members:
             drawn.add_row(card["key"], f"{escape(card['title'])}\n[dim]{escape(facts(card))}[/]")
         out.print(Padding(drawn, (0, 0, 0, 2)))
-    out.print(f"\n{counted(len(entries), 'method')}; clipadapt methods KEY shows one.", style="dim", markup=False)
+    out.print(f"\n{count_of(len(entries), 'method')}; clipadapt methods KEY shows one.", style="dim", markup=False)
 
 
 def facts(card: dict[str, Any]) -> str:

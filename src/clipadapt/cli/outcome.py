@@ -7,7 +7,7 @@ from typing import Any
 from rich.table import Table
 
 from clipadapt.cli import console
-from clipadapt.cli.console import counted, out
+from clipadapt.cli.console import count_of, out
 
 ACCURACY = {"accuracy": "accuracy", "interval": "95 % interval"}
 
@@ -23,7 +23,7 @@ def show(document: dict[str, Any], next_command: str) -> None:
             out.print(f"Not tried: {methods}: {reason.rstrip('.')}.", style="dim", markup=False)
     else:
         seconds, parameters = console.duration(document["fit_seconds"]), document["trained_parameters"]
-        out.print(f"{document['method']}: fitted in {seconds}, {counted(parameters, 'trained parameter')}.")
+        out.print(f"{document['method']}: fitted in {seconds}, {count_of(parameters, 'trained parameter')}.")
     if document["held_out"] is None:
         out.print("No images are left to check the model on; use fewer --shots to leave some.")
     else:
@@ -37,7 +37,7 @@ def comparison_table(document: dict[str, Any]) -> Table:
     """Zero-shot and each method: accuracy across the folds of the support set."""
     measure = "mAP" if document["data"]["multi_label"] else "accuracy"
     right = (measure, "95 % interval", "seconds", "trained parameters")
-    title = f"Cross-validation within the {counted(document['data']['support'], 'image')} learned from"
+    title = f"Cross-validation within the {count_of(document['data']['support'], 'image')} learned from"
     drawn = console.table("", "method", *right, right=right, title=title)
     for trial in document["trials"]:
         drawn.add_row(
@@ -56,7 +56,7 @@ def held_out_table(document: dict[str, Any]) -> Table:
     """Zero-shot and the adapted model on images that neither has seen."""
     held_out = document["held_out"]
     columns = {"mAP": "mAP", "OF1": "OF1", "CF1": "CF1"} if document["data"]["multi_label"] else ACCURACY
-    title = f"Check on {counted(held_out['images'], 'held-out image')}"
+    title = f"Check on {count_of(held_out['images'], 'held-out image')}"
     drawn = console.table("model", *columns.values(), right=tuple(columns.values()), title=title)
     for name, key in (("zero-shot", "zero_shot"), (f"adapted ({document['method']})", "adapted")):
         figures = [

@@ -10,7 +10,7 @@ import typer
 from rich.text import Text
 
 from clipadapt.cli import console
-from clipadapt.cli.console import counted, err, out
+from clipadapt.cli.console import count_of, err, out
 from clipadapt.errors import DataError
 
 
@@ -52,7 +52,7 @@ def predict(
     for reason in unreadable.values():
         err.print(reason, style="red", markup=False, soft_wrap=True)
     if unreadable:
-        err.print(f"{counted(len(unreadable), 'image')} of {len(paths):,} could not be read")
+        err.print(f"{count_of(len(unreadable), 'image')} of {len(paths):,} could not be read")
         raise typer.Exit(1)
 
 

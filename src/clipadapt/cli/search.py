@@ -9,7 +9,7 @@ import typer
 from rich.text import Text
 
 from clipadapt.cli import console
-from clipadapt.cli.console import AsJson, counted, err, note, out, with_old_key
+from clipadapt.cli.console import AsJson, count_of, err, note, out, with_old_key
 from clipadapt.cli.index import Embedded
 
 if TYPE_CHECKING:
@@ -104,11 +104,11 @@ def answer(
     index: Index, hits: list[Hit], asked: str, where: str | None, probable: bool, as_json: bool, html: Path | None
 ) -> None:
     """The hits as JSON, as a page, or as a table."""
-    searched = f"{counted(len(index), 'image')}" + (f" where {where}" if where else "")
+    searched = f"{count_of(len(index), 'image')}" + (f" where {where}" if where else "")
     if html is not None:
         from clipadapt.search.sheet import Card, Section, write_sheet
 
-        cards = [Card(hit.name, [f"{hit.rank}. {figure(hit.score, probable)}", *shown(hit, where)]) for hit in hits]
+        cards = [Card(hit.name, [f"{hit.rank}. {figure(hit.score, probable)}", *facts_of(hit, where)]) for hit in hits]
         page = write_sheet(html, asked, [Section(cards)], f"The best {len(hits):,} of {searched}.")
         note(f"wrote {page}")
     if as_json:
@@ -128,15 +128,16 @@ def answer(
         drawn = console.table("", score, "image", "", right=(score,))
         drawn.columns[2].overflow = "fold"
         for hit in hits:
-            facts = ", ".join(shown(hit, where))
+            facts = ", ".join(facts_of(hit, where))
             drawn.add_row(str(hit.rank), figure(hit.score, probable), Text(hit.name), Text(facts, style="dim"))
         out.print(drawn)
 
 
 def figure(score: float, probable: bool) -> str:
+    """A score as text: a probability in per cent, a cosine with three decimals."""
     return console.percent(score) if probable else f"{score:.3f}"
 
 
-def shown(hit: Hit, where: str | None) -> list[str]:
+def facts_of(hit: Hit, where: str | None) -> list[str]:
     """The facts that a condition speaks of."""
     return [f"{name} {value}" for name, value in hit.facts.items() if where and name in where and value is not None]

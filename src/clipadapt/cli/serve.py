@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from clipadapt.cli.console import counted, err, out
+from clipadapt.cli.console import count_of, err, out
 from clipadapt.errors import ClipadaptError
 
 
@@ -76,8 +76,8 @@ def serve(
     log_to_stderr()
 
     def ready(address: str) -> None:
-        names = [f"{name} ({counted(len(one.class_names), 'class')})" for name, one in served.served.items()]
-        names += [f"{name} ({counted(len(one.index), 'image')})" for name, one in indexes.searched.items()]
+        names = [f"{name} ({count_of(len(one.class_names), 'class')})" for name, one in served.served.items()]
+        names += [f"{name} ({count_of(len(one.index), 'image')})" for name, one in indexes.searched.items()]
         out.print(f"Serving {', '.join(names)} at {address}", markup=False, soft_wrap=True)
 
     try:
