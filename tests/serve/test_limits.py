@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from clipadapt.errors import ClipadaptError, DataError
-from clipadapt.serve.limits import Settings, check_image, from_data_uri, hashed, is_known, read_keys
+from clipadapt.serve.limits import Settings, check_image, from_data_uri, hash_key, is_known, read_keys
 from clipadapt.serve.log import JsonLines
 from tests.serve.conftest import files, serving
 
@@ -24,7 +24,7 @@ def test_keys_of_file_and_environment(tmp_path):
     file = tmp_path / "keys"
     file.write_text(f"# ours\n{KEY}   # the phone's\n\n")
     keys = read_keys(file, {"CLIPADAPT_API_KEYS": "sixteen-letters-1, sixteen-letters-2"})
-    assert {hashed(KEY), hashed("sixteen-letters-1"), hashed("sixteen-letters-2")} == set(keys)
+    assert {hash_key(KEY), hash_key("sixteen-letters-1"), hash_key("sixteen-letters-2")} == set(keys)
     assert is_known(KEY, keys)
     assert not is_known(KEY + "x", keys)
     assert not is_known("", keys)
@@ -52,7 +52,7 @@ def test_keys_of_file_and_environment(tmp_path):
     ],
 )
 def test_a_key_is_asked_for_everywhere_but_at_the_door(ask, headers, status):
-    settings = {"keys": (hashed("another-key-of-someone"), hashed(KEY))}
+    settings = {"keys": (hash_key("another-key-of-someone"), hash_key(KEY))}
     for path in ("/v1/models", "/metrics", "/openapi.json"):
         answer = ask("GET", path, settings=settings, headers=headers)
         assert answer.status_code == status
@@ -190,7 +190,7 @@ def test_other_origins_are_let_in_only_when_named(ask):
     asking = {"Origin": "https://shop.example", "Access-Control-Request-Method": "POST"}
     assert ask("OPTIONS", CLASSIFY, headers=asking).status_code == 405
     assert "access-control-allow-origin" not in ask("GET", "/v1/models", headers=asking).headers
-    settings = {"cors": ("https://shop.example",), "keys": (hashed(KEY),)}
+    settings = {"cors": ("https://shop.example",), "keys": (hash_key(KEY),)}
     allowed = ask("OPTIONS", CLASSIFY, headers=asking, settings=settings)
     assert (allowed.status_code, allowed.headers["access-control-allow-origin"]) == (200, "https://shop.example")
     other = ask("OPTIONS", CLASSIFY, headers=asking | {"Origin": "https://evil.example"}, settings=settings)

@@ -10,7 +10,7 @@ from schemathesis.engine import events
 
 from clipadapt.serve.app import create_app
 from clipadapt.serve.indexes import Indexes
-from clipadapt.serve.limits import Settings, hashed
+from clipadapt.serve.limits import Settings, hash_key
 
 KEY = "correct-horse-battery"
 
@@ -25,7 +25,7 @@ CONFIG = {
 
 @pytest.fixture(scope="module")
 def interface(models, folders):
-    app = create_app(models, Indexes([folders.photos], models), Settings(wait=0.0, keys=(hashed(KEY),)))
+    app = create_app(models, Indexes([folders.photos], models), Settings(wait=0.0, keys=(hash_key(KEY),)))
     config = SchemathesisConfig.from_dict(CONFIG)
     return schemathesis.openapi.from_asgi(
         "/openapi.json", app, config=config, headers={"Authorization": f"Bearer {KEY}"}

@@ -21,7 +21,7 @@ from clipadapt.embeddings.format import encode_shard
 from clipadapt.search import Index, query_vector
 from clipadapt.serve.app import create_app
 from clipadapt.serve.indexes import Indexes
-from clipadapt.serve.limits import Settings, hashed
+from clipadapt.serve.limits import Settings, hash_key
 from clipadapt.serve.models import Models
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
@@ -414,7 +414,7 @@ def test_a_key_is_asked_for_and_kept(page, folder, secured):
 
 @pytest.fixture(scope="module")
 def secured(folder):
-    with running(folder, keys=(hashed(KEY),)) as address:
+    with running(folder, keys=(hash_key(KEY),)) as address:
         yield address
 
 

@@ -118,17 +118,17 @@ class Batcher:
             if not self.in_hand:
                 self._idle.set()
 
-    async def alone(self, work: Callable[[], T]) -> T:
+    async def in_model_thread(self, work: Callable[[], T]) -> T:
         """`work()` in the model's thread, between two batches."""
         return await self._loop.run_in_executor(self._model, work)
 
-    async def beside(self, work: Callable[[], T]) -> T:
+    async def in_helper_thread(self, work: Callable[[], T]) -> T:
         """`work()` in one of the threads that prepare items, while the model runs."""
         return await self._loop.run_in_executor(self._helpers, work)
 
     async def _answer(self, task: Task, item: Any, prepare: Callable[[Any], Any] | None) -> Any:
         if prepare is not None:
-            item = await self._loop.run_in_executor(self._helpers, _tried, prepare, item)
+            item = await self._loop.run_in_executor(self._helpers, _try, prepare, item)
             if isinstance(item, Exception):
                 return item
         job = _Job(task, item, self._loop.time(), self._loop.create_future())
@@ -183,7 +183,7 @@ class Batcher:
         return min(max(math.ceil(self.in_hand * self._seconds_an_item), 1), 60)
 
 
-def _tried(work: Callable[[Any], Any], item: Any) -> Any:
+def _try(work: Callable[[Any], Any], item: Any) -> Any:
     try:
         return work(item)
     except Exception as error:

@@ -38,7 +38,7 @@ class Settings:
     max_texts     texts of a request
     max_text      characters of a text
     max_headers   bytes of all headers together
-    keys          API keys as `hashed` gives them; if empty, no key is needed
+    keys          API keys as `hash_key` gives them; if empty, no key is needed
     cors          origins whose pages may ask from a browser
     """
 
@@ -114,17 +114,17 @@ def read_keys(file: Path | None, environment: Mapping[str, str] = os.environ) ->
         raise ClipadaptError(f"The file of API keys {file} is empty; write one key per line.")
     if any(len(key) < _SHORTEST_KEY for key in keys):
         raise ClipadaptError(f"An API key must have at least {_SHORTEST_KEY} characters, or it can be guessed.")
-    return tuple(map(hashed, keys))
+    return tuple(map(hash_key, keys))
 
 
-def hashed(key: str) -> bytes:
+def hash_key(key: str) -> bytes:
     """What is kept of an API key."""
     return hashlib.sha256(key.encode(errors="surrogateescape")).digest()
 
 
 def is_known(key: str, keys: Iterable[bytes]) -> bool:
     """Whether `key` is one of the hashed `keys`, in a time that does not depend on which or how nearly."""
-    digest, found = hashed(key), False
+    digest, found = hash_key(key), False
     for known in keys:
         found |= hmac.compare_digest(digest, known)
     return found

@@ -28,7 +28,6 @@ from clipadapt.features import encode_images
 from clipadapt.features.encoder import in_text_space
 from clipadapt.methods import load
 from clipadapt.methods.artifact import origin_of
-from clipadapt.renamed import old_names
 from clipadapt.search.query import query_vector
 from clipadapt.serve.limits import check_image, open_image
 from clipadapt.serve.log import log
@@ -396,6 +395,3 @@ def _revision(folder: Path) -> str:
 def as_base64(feature: Tensor) -> str:
     """(D,) as little-endian float32 in base64, as OpenAI's clients expect it."""
     return base64.b64encode(feature.numpy().astype("<f4").tobytes()).decode()
-
-
-__getattr__ = old_names(__name__)

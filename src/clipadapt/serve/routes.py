@@ -75,7 +75,8 @@ class Service:
         async with batcher(settings.batch_size) as self.batcher, batcher(settings.batch_size) as self.searcher:
             watch = asyncio.create_task(
                 self.models.watch(
-                    self.batcher.alone, lambda result: self.metrics.count("clipadapt_reloads_total", result=result)
+                    self.batcher.in_model_thread,
+                    lambda result: self.metrics.count("clipadapt_reloads_total", result=result),
                 )
             )
             yield
@@ -85,10 +86,10 @@ class Service:
         self.metrics.observe("clipadapt_batch_items", items, task=type(task).__name__)
 
     def model(self, name: str | None) -> Served:
-        return _found(self.models.get, name)
+        return _get_or_404(self.models.get, name)
 
     def index(self, name: str | None) -> SearchedIndex:
-        return _found(self.indexes.get, name)
+        return _get_or_404(self.indexes.get, name)
 
     def check_texts(self, texts: Sequence[str]) -> None:
         """Refuse too many, or too long ones."""
@@ -110,12 +111,12 @@ class Service:
         self.metrics.count("clipadapt_pictures_total", number)
 
     async def embed_texts(self, served: Served, texts: Sequence[str]) -> list[Any]:
-        return _sound(await self.batcher.ask(EmbedTexts(served), texts))
+        return _or_raise(await self.batcher.ask(EmbedTexts(served), texts))
 
     async def embed_images(self, served: Served, images: Sequence[EncodedImage]) -> list[Any]:
         self._count_images(len(images))
         prepare = partial(served.prepare, max_pixels=self.settings.max_pixels)
-        return _sound(await self.batcher.ask(EmbedImages(served), images, prepare))
+        return _or_raise(await self.batcher.ask(EmbedImages(served), images, prepare))
 
 
 async def _service(request: Request) -> Service:  # async, as FastAPI sends other functions through a thread
@@ -151,13 +152,13 @@ async def classify(request: Request, service: Shared) -> Any:
         return served.prepare(image, service.settings.max_pixels), served
 
     answers = await service.batcher.ask(task, images, prepare)
-    results = [_named(served, answer, form.top) for answer in answers]
+    results = [_predictions(served, answer, form.top) for answer in answers]
     if all("error" in result for result in results):
         raise DataError(results[0]["error"])
     return {"model": served.id, "revision": served.revision, "results": results}
 
 
-def _named(served: Served, answer: Any, top: int) -> dict[str, Any]:
+def _predictions(served: Served, answer: Any, top: int) -> dict[str, Any]:
     """Probabilities (C,) as a list of classes, or why there are none."""
     if isinstance(answer, Exception):
         return {"error": _reason(answer)}
@@ -209,7 +210,7 @@ async def search(request: Request, service: Shared) -> Any:
         query = await _read_form(request, schemas.SearchForm)
         images = service.images(query.image)
     else:
-        query = _checked(schemas.SearchRequest, await request.body())
+        query = _validate(schemas.SearchRequest, await request.body())
         images = []
     service.check_texts([*query.texts, *query.minus])
     searched = service.index(query.index)
@@ -224,8 +225,8 @@ async def search(request: Request, service: Shared) -> Any:
         check_image(image.data, image.name, service.settings.max_pixels)
     items = tuple(BytesItem(image.name, image.data) for image in images)
     asked = Query(tuple(query.texts), items, tuple(query.minus))
-    vectors = _sound(await service.batcher.ask(QueryVector(served), [asked]))
-    (hits,) = _sound(await service.searcher.ask(Search(searched, query.top, query.where), vectors))
+    vectors = _or_raise(await service.batcher.ask(QueryVector(served), [asked]))
+    (hits,) = _or_raise(await service.searcher.ask(Search(searched, query.top, query.where), vectors))
     return {"hits": [{"id": h.id, "score": h.score, "name": h.name, "facts": h.facts} for h in hits]}
 
 
@@ -241,7 +242,7 @@ async def thumbnail(index: str, row: int, service: Shared) -> Response:
     if not 0 <= row < len(searched.index):
         raise HTTPException(404, f"{searched.id} has images 0 to {len(searched.index) - 1}, not {row}.")
     try:
-        data = await service.batcher.beside(partial(searched.thumbnail, row, service.settings.max_pixels))
+        data = await service.batcher.in_helper_thread(partial(searched.thumbnail, row, service.settings.max_pixels))
     except DataError:
         raise HTTPException(404, f"The image of row {row} has been moved or deleted since it was embedded.") from None
     return Response(data, media_type="image/jpeg", headers={"cache-control": "private, max-age=300"})
@@ -268,7 +269,7 @@ async def explain(request: Request, service: Shared) -> Any:
         boxes.append(box)
         return Why(pixels, wanted, is_class)
 
-    ((scores, score),) = _sound(await service.batcher.ask(Explain(served), [image], prepare))
+    ((scores, score),) = _or_raise(await service.batcher.ask(Explain(served), [image], prepare))
     return {"grid": list(scores.shape), "box": boxes[0], "scores": scores.tolist(), "score": score}
 
 
@@ -302,11 +303,13 @@ async def metrics(service: Shared) -> Response:
 
 @router.get("/", include_in_schema=False)
 async def home(service: Shared) -> Response:
+    """The page to try the models."""
     return _static(service, "index.html")
 
 
 @router.get("/page/{name}", include_in_schema=False)
 async def page(name: str, service: Shared) -> Response:
+    """A file that the page loads."""
     return _static(service, name)
 
 
@@ -338,24 +341,24 @@ async def _read_form(request: Request, form: type[Form]) -> Form:
                 raise HTTPException(422, f"{name[:60]!r} may be given once.")
             else:
                 fields[name] = values[0]
-    return _checked(form, fields)
+    return _validate(form, fields)
 
 
-def _checked(form: type[Form], values: dict[str, Any] | bytes) -> Form:
+def _validate(form: type[Form], values: dict[str, Any] | bytes) -> Form:
     try:
         return form.model_validate_json(values) if isinstance(values, bytes) else form.model_validate(values)
     except ValidationError as error:
         raise HTTPException(422, sentence(error.errors(include_input=False, include_url=False))) from None
 
 
-def _found(get: Any, name: str | None) -> Any:
+def _get_or_404(get: Any, name: str | None) -> Any:
     try:
         return get(name)
     except ClipadaptError as error:
         raise HTTPException(404, str(error)) from None
 
 
-def _sound(answers: list[Any]) -> list[Any]:
+def _or_raise(answers: list[Any]) -> list[Any]:
     """The answers, if none of them failed."""
     for answer in answers:
         if isinstance(answer, Exception):

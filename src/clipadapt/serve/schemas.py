@@ -6,8 +6,6 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, Strict
 
-from clipadapt.renamed import old_names
-
 
 def _whole(value: Any) -> Any:
     """20.0 as 20: in JSON both are the same integer."""
@@ -29,12 +27,16 @@ class _Form(BaseModel):
 
 
 class ClassifyForm(_Form):
+    """The form of /v1/classify."""
+
     image: Annotated[list[File], Field(min_length=1, description="Images.")]
     model: Annotated[str | None, Field(description="Its id; without it the first model.")] = None
     top: Annotated[Top, Field(description="How many classes to name.")] = 5
 
 
 class ExplainForm(_Form):
+    """The form of /v1/explain: an image, and a text or a class."""
+
     image: File
     text: Annotated[str | None, Field(description="What to look for.")] = None
     class_: Annotated[str | None, Field(alias="class", description="Instead of text: a class of the model.")] = None
@@ -42,6 +44,8 @@ class ExplainForm(_Form):
 
 
 class SearchRequest(_Request):
+    """A search by texts, as JSON."""
+
     index: Annotated[str | None, Field(description="Its id; without it the first index.")] = None
     texts: Annotated[list[str], Field(description="What the images should show.")] = []
     minus: Annotated[list[str], Field(description="What they should not show.")] = []
@@ -51,6 +55,8 @@ class SearchRequest(_Request):
 
 
 class SearchForm(_Form):
+    """A search by images, by texts, or by both, as a form."""
+
     image: Annotated[list[File], Field(description="Images that the hits should resemble.")] = []
     texts: list[str] = []
     minus: list[str] = []
@@ -61,6 +67,8 @@ class SearchForm(_Form):
 
 
 class ImageInput(_Request):
+    """An image to embed."""
+
     image: Annotated[str, Field(pattern=r"^data:image/[a-z0-9.+-]+;base64,", description="A data URI.")]
 
 
@@ -74,25 +82,35 @@ class EmbeddingsRequest(_Request):
 
 
 class Error(BaseModel):
+    """What went wrong."""
+
     message: str
     type: str
 
 
 class ErrorAnswer(BaseModel):
+    """The answer to every request that fails."""
+
     error: Error
 
 
 class HealthAnswer(BaseModel):
+    """The answer of /healthz."""
+
     status: Literal["ok", "stopping"]
     models: int
 
 
 class BackboneInfo(BaseModel):
+    """Where a backbone comes from."""
+
     source: str
     fingerprint: str
 
 
 class ModelInfo(BaseModel):
+    """A served model."""
+
     id: str
     method: Annotated[str | None, Field(description="null: a plain backbone, without classes.")]
     classes: list[str]
@@ -102,47 +120,65 @@ class ModelInfo(BaseModel):
 
 
 class IndexInfo(BaseModel):
+    """An index that can be searched."""
+
     id: str
     images: int
     pictures: Annotated[int, Field(deprecated=True, description="The old name of images.")]
 
 
 class ModelsAnswer(BaseModel):
+    """The answer of /v1/models."""
+
     data: list[ModelInfo]
     indexes: list[IndexInfo]
 
 
 class Prediction(BaseModel):
+    """A class and its probability in [0, 1]."""
+
     class_: Annotated[str, Field(alias="class")]
     probability: float
 
 
 class Predictions(BaseModel):
+    """The classes of an image, the most probable first."""
+
     predictions: list[Prediction]
 
 
 class ImageError(BaseModel):
+    """Why an image of a request has no predictions."""
+
     error: str
 
 
 class ClassifyAnswer(BaseModel):
+    """The answer of /v1/classify, one result for each image."""
+
     model: str
     revision: str
     results: list[Predictions | ImageError]
 
 
 class Embedding(BaseModel):
+    """The unit vector of an input."""
+
     object: Literal["embedding"]
     index: int
     embedding: Annotated[list[float] | str, Field(description="With base64: little-endian float32.")]
 
 
 class Usage(BaseModel):
+    """OpenAI's count of tokens."""
+
     prompt_tokens: int
     total_tokens: int
 
 
 class EmbeddingsAnswer(BaseModel):
+    """The answer of /v1/embeddings, one vector for each input."""
+
     object: Literal["list"]
     data: list[Embedding]
     model: str
@@ -150,6 +186,8 @@ class EmbeddingsAnswer(BaseModel):
 
 
 class HitInfo(BaseModel):
+    """An image that was found."""
+
     id: int
     score: float
     name: str
@@ -157,10 +195,14 @@ class HitInfo(BaseModel):
 
 
 class SearchAnswer(BaseModel):
+    """The answer of /v1/search, the best hit first."""
+
     hits: list[HitInfo]
 
 
 class ExplainAnswer(BaseModel):
+    """The answer of /v1/explain: a heat map."""
+
     grid: Annotated[list[int], Field(description="[rows, columns]")]
     box: Annotated[
         list[float],
@@ -171,6 +213,3 @@ class ExplainAnswer(BaseModel):
         Field(description="How much each patch fits the text, row by row; 0 is no better than an arbitrary text."),
     ]
     score: Annotated[float, Field(description="Cosine of the whole image with the text.")]
-
-
-__getattr__ = old_names(__name__)
