@@ -110,7 +110,7 @@ def test_a_model_that_changes_images_needs_its_own(tiny, tiny_emb, tmp_path):
     saved = model.save(tmp_path / "lora")
     with pytest.raises(ArtifactError, match=r"clip-lora.*clipadapt embed PHOTOS --model"):
         Index.open(tiny_emb, saved)
-    encode_shard(model.image_tower(), colours(4, seed=5), tmp_path / "emb", model=str(saved))
+    encode_shard(model.encoder, colours(4, seed=5), tmp_path / "emb", model=str(saved))
     index = Index.open(tmp_path / "emb")
     assert index.model.card.key == "clip-lora"  # found by itself
     assert len(index.search(query_vector(index.model, "red")[None], k=3)[0]) == 3

@@ -72,17 +72,15 @@ def near_duplicates(
     if not 0 < threshold <= 1:
         raise ClipadaptError(f"threshold = {threshold:g} is out of range; it is a cosine in (0, 1].")
     contents = np.unique(np.asarray(embeddings.table["digest"].to_pylist(), dtype=str), return_inverse=True)[1]
-    linked = _linked(embeddings, threshold, contents, report or (lambda rows: None))
+    linked = _link(embeddings, threshold, contents, report or (lambda rows: None))
     order = np.argsort(linked, kind="stable")
     groups = np.split(order, np.flatnonzero(np.diff(linked[order])) + 1) if len(order) else []
-    judged = [_judged(embeddings, rows, contents, threshold) for rows in groups if len(rows) > 1]
+    judged = [_choose(embeddings, rows, contents, threshold) for rows in groups if len(rows) > 1]
     found = [group for group in judged if group.copies]
     return sorted(found, key=lambda group: (-len(group.copies), group.keep[0].row))
 
 
-def _linked(
-    embeddings: Embeddings, threshold: float, contents: np.ndarray, report: Callable[[int], None]
-) -> np.ndarray:
+def _link(embeddings: Embeddings, threshold: float, contents: np.ndarray, report: Callable[[int], None]) -> np.ndarray:
     """(N,) numbers, equal where links connect."""
     groups = contents.copy()
     pending: list[tuple[np.ndarray, np.ndarray]] = []
@@ -109,7 +107,7 @@ def _linked(
     return merge() if pending else groups
 
 
-def _judged(embeddings: Embeddings, rows: np.ndarray, contents: np.ndarray, threshold: float) -> Group:
+def _choose(embeddings: Embeddings, rows: np.ndarray, contents: np.ndarray, threshold: float) -> Group:
     """What to keep of some linked rows, and what not."""
     known = embeddings.table.take(rows).to_pylist()
     # A file embedded twice, under one path or through a link, is not a copy of itself: it must not be removed.

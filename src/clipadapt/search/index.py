@@ -146,7 +146,7 @@ class Index:
         if queries.ndim != 2 or queries.shape[1] != self.embeddings.dim or not np.isfinite(queries).all():
             raise ClipadaptError(f"Queries must be finite, of shape (Q, {self.embeddings.dim}), not {queries.shape}.")
         _check_k(k)
-        scores, ids = self.store.search(queries, k, _parsed(where))
+        scores, ids = self.store.search(queries, k, _parse(where))
         return [self.hits(found[found >= 0], values[found >= 0]) for values, found in zip(scores, ids, strict=True)]
 
     def class_scores(self, name: str) -> np.ndarray:
@@ -155,19 +155,19 @@ class Index:
         The model's own classifier judges every embedded image, so methods that leave texts as they are (caches,
         Gaussian classifiers, probes) take part in searching too. Always exact; no store is asked.
         """
-        return self._judged(name)[0]
+        return self._class_scores(name)[0]
 
     def search_class(self, name: str, k: int = 20, where: Where | str | None = None) -> list[Hit]:
         """The k images that most probably show a class of the adapted model; ties go to the lower row."""
         _check_k(k)
-        probabilities, margins = self._judged(name)
-        condition, rows = _parsed(where), np.arange(len(self))
+        probabilities, margins = self._class_scores(name)
+        condition, rows = _parse(where), np.arange(len(self))
         if condition is not None:
             rows = np.flatnonzero(condition.mask(self.embeddings.table))
         places = top(torch.from_numpy(margins[rows])[None], k)[1][0].numpy()
         return self.hits(rows[places], probabilities[rows[places]])
 
-    def _judged(self, name: str) -> tuple[np.ndarray, np.ndarray]:
+    def _class_scores(self, name: str) -> tuple[np.ndarray, np.ndarray]:
         """Of a class the probabilities (N,), and what orders as they do but tells apart those that round to 0 or 1."""
         model = self.model
         if model.kind == "backbone":
@@ -332,7 +332,7 @@ def _write_state(path: Path, state: dict[str, Any]) -> None:
         aside.write_text(json.dumps(state, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _parsed(where: Where | str | None) -> Where | None:
+def _parse(where: Where | str | None) -> Where | None:
     return Where.parse(where) if isinstance(where, str) else where
 
 

@@ -45,8 +45,8 @@ def query_vector(
         ClipadaptError: there is no part, a text is empty, a weight is not positive, or the parts cancel out.
         DataError: an image cannot be read.
     """
-    wanted, unwanted = _weighted(texts, "text"), _weighted(minus, "text to avoid")
-    examples = _weighted(images, "image")
+    wanted, unwanted = _with_weights(texts, "text"), _with_weights(minus, "text to avoid")
+    examples = _with_weights(images, "image")
     if not (wanted or unwanted or examples):
         raise ClipadaptError("A query needs a text or an image.")
     features, weights = [], [w for _, w in wanted] + [-w for _, w in unwanted] + [w for _, w in examples]
@@ -66,7 +66,7 @@ def query_vector(
     return (total / length).numpy()
 
 
-def _weighted(parts: Any, what: str) -> list[tuple[Any, float]]:
+def _with_weights(parts: Any, what: str) -> list[tuple[Any, float]]:
     """The parts with their weights, 1 where none is given."""
     if not isinstance(parts, list | tuple):
         parts = [parts]
