@@ -87,7 +87,7 @@ def encode_shard(
     listing = _listing(images, columns or {})
     made_of = describe(backbone, listing, count, fast_decode)
     stem = f"part-{index:05d}-of-{count:05d}"
-    marker = remote.joined(str(out), f"{stem}.json")
+    marker = remote.join(str(out), f"{stem}.json")
     if (text := remote.read_text(marker)) is not None:
         check_same(_marker(text, marker), made_of, marker)
     elif remote.is_url(out):
@@ -125,7 +125,7 @@ def check_same(state: Mapping[str, Any], made_of: Mapping[str, Any], where: str)
 def parts_in(out: Path | str) -> dict[tuple[int, int], str]:
     """The markers of the parts that are done in a folder, by (number, count); paths, or URLs."""
     found = [(name, re.fullmatch(r"part-(\d+)-of-(\d+)\.json", name)) for name in remote.names_in(str(out))]
-    return {(int(m[1]), int(m[2])): remote.joined(str(out), name) for name, m in sorted(found) if m}
+    return {(int(m[1]), int(m[2])): remote.join(str(out), name) for name, m in sorted(found) if m}
 
 
 def read_marker(path: Path | str) -> dict[str, Any]:
@@ -229,7 +229,7 @@ class Embeddings:
         Raises:
             ArtifactError: parts are missing (it names them), damaged, or do not belong together.
         """
-        self.folder = _at_hand(str(folder)) if remote.is_url(folder) else Path(folder)
+        self.folder = _local_copy(str(folder)) if remote.is_url(folder) else Path(folder)
         states = [read_marker(path) for path in parts_in(self.folder).values()]
         if not states:
             raise ArtifactError(f"{folder} holds no finished embeddings; `clipadapt embed` makes them.")
@@ -247,7 +247,7 @@ class Embeddings:
         self.model: str | None = first["model"]
         self.image_fingerprint: str = first["image_fingerprint"]
         self.skipped: list[tuple[str, str]] = [(name, why) for state in states for name, why in state["skipped"]]
-        self.parts = [self._mapped(state) for state in states]
+        self.parts = [self._map(state) for state in states]
 
     def __len__(self) -> int:
         return sum(len(part) for part in self.parts)
@@ -291,26 +291,26 @@ class Embeddings:
         """Read everything once and compare it with what was written; raises `ArtifactError` naming a damaged part."""
         for state, part in zip(self._states, self.parts, strict=True):
             if checksum(np.ascontiguousarray(part)) != state["checksum"]:
-                raise self._damaged(state, "its checksum differs")
+                raise self._damage_error(state, "its checksum differs")
 
-    def _mapped(self, state: dict[str, Any]) -> np.ndarray:
+    def _map(self, state: dict[str, Any]) -> np.ndarray:
         try:
             part = np.load(self._path(state, "npy"), mmap_mode="r", allow_pickle=False)
         except (OSError, ValueError, EOFError) as error:
-            raise self._damaged(state, str(error)) from None
+            raise self._damage_error(state, str(error)) from None
         if part.shape != (state["rows"], state["dim"]) or part.dtype != np.float16:
-            raise self._damaged(state, f"it holds {part.shape} {part.dtype}")
+            raise self._damage_error(state, f"it holds {part.shape} {part.dtype}")
         return part
 
     def _path(self, state: dict[str, Any], ending: str) -> Path:
         return self.folder / f"part-{state['shard']:05d}-of-{state['shards']:05d}.{ending}"
 
-    def _damaged(self, state: dict[str, Any], why: str) -> ArtifactError:
+    def _damage_error(self, state: dict[str, Any], why: str) -> ArtifactError:
         path = self._path(state, "npy")
         return ArtifactError(f"{path} is missing or damaged ({why}); delete its .json and embed that shard again.")
 
 
-def _at_hand(url: str) -> Path:
+def _local_copy(url: str) -> Path:
     """A local copy of the parts at a URL; parts that did not change since the last time are not copied again."""
     place, markers = cache_root() / "embeddings" / hash_lines([url]), parts_in(url)
     place.mkdir(parents=True, exist_ok=True)
@@ -324,7 +324,7 @@ def _at_hand(url: str) -> Path:
             continue
         for ending in ("npy", "parquet"):
             with written_aside(place / f"{stem}.{ending}") as aside:
-                remote.download(remote.joined(url, f"{stem}.{ending}"), aside)
+                remote.download(remote.join(url, f"{stem}.{ending}"), aside)
         with written_aside(copy) as aside:
             aside.write_text(text, encoding="utf-8")
     return place

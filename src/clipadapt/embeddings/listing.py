@@ -193,12 +193,12 @@ def _is_image(path: str) -> bool:
 
 
 def _text_list(source: str) -> Files:
-    with remote.opened(source) as file:
+    with remote.open_path(source) as file:
         try:
             lines = file.read().decode("utf-8-sig").splitlines()
         except UnicodeDecodeError as error:
             raise DataError(f"{source} is not UTF-8 text: {error}.") from None
-    names = [remote.joined(remote.parent(source), line.strip()) for line in lines if line.strip()]
+    names = [remote.join(remote.parent(source), line.strip()) for line in lines if line.strip()]
     if not names:
         raise DataError(f"{source} is empty; write one path or URL per line.")
     return Files(names)
@@ -228,7 +228,7 @@ class Rows:
 
     def _read(self, start: int, stop: int) -> pyarrow.Table:
         pa, found, first = arrow(), [], 0
-        with remote.opened(self.source) as file, _readable(self.source):
+        with remote.open_path(self.source) as file, _readable(self.source):
             parquet = pa.parquet.ParquetFile(file)
             for group in range(parquet.num_row_groups):
                 after = first + parquet.metadata.row_group(group).num_rows
@@ -245,12 +245,12 @@ class Rows:
             return BytesItem(f"{self.source} row {row}", cell)
         if not isinstance(cell, str) or not cell.strip():
             raise DataError(f"{self.source} row {row}: a path, a URL or an encoded image is needed in column 'image'.")
-        return _item(remote.joined(remote.parent(self.source), cell.strip()))
+        return _item(remote.join(remote.parent(self.source), cell.strip()))
 
 
 def _table(source: str, suffix: str) -> Rows:
     pa = arrow()
-    with remote.opened(source) as file, _readable(source):
+    with remote.open_path(source) as file, _readable(source):
         if suffix in (".csv", ".tsv"):
             options = pa.csv.ParseOptions(delimiter="\t" if suffix == ".tsv" else ",", newlines_in_values=True)
             text = pa.csv.ConvertOptions(column_types={"image": pa.string()})
@@ -323,7 +323,7 @@ class Tars:
 
 def _tars(source: str) -> Tars:
     shards: list[tuple[str, int | None]] = []
-    for pattern in _braced(source):
+    for pattern in _expand_braces(source):
         if not remote.is_url(pattern):
             paths = sorted(glob.glob(pattern)) or [pattern]
             missing = next((path for path in paths if not os.path.isfile(path)), None)
@@ -340,7 +340,7 @@ def _tars(source: str) -> Tars:
     return Tars(shards)
 
 
-def _braced(pattern: str) -> list[str]:
+def _expand_braces(pattern: str) -> list[str]:
     """All names that braces expand to, as in WebDataset: a-{00..11}.tar is a-00.tar to a-11.tar."""
     pieces = re.split(r"\{(\d+)\.\.(\d+)\}", pattern)  # text, first, last, text, …
     ranges = [

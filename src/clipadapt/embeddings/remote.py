@@ -46,14 +46,14 @@ class RemoteItem(EncodedItem):
 
     def read(self) -> bytes:
         system, path = file_system(self.url)
-        with _answered(self.url):
+        with _plain_errors(self.url):
             return system.cat_file(path)
 
     def fetched(self) -> BytesItem:
         return BytesItem(self.url, self.read())
 
 
-def joined(folder: str, name: str) -> str:
+def join(folder: str, name: str) -> str:
     """The path or URL of `name` in `folder`; a `name` that is absolute, or a URL, is taken as it is."""
     if is_url(name):
         return name
@@ -66,10 +66,10 @@ def parent(path: str) -> str:
 
 
 @contextmanager
-def opened(path: str) -> Iterator[IO[bytes]]:
+def open_path(path: str) -> Iterator[IO[bytes]]:
     """A path or URL to read bytes from; raises DataError naming it where that is impossible."""
     with ExitStack() as stack:
-        with _answered(path):
+        with _plain_errors(path):
             if is_url(path):
                 system, place = file_system(path)
                 file = stack.enter_context(system.open(place, "rb"))
@@ -83,7 +83,7 @@ def read_text(path: str) -> str | None:
     if not is_url(path):
         return Path(path).read_text(encoding="utf-8") if os.path.isfile(path) else None
     system, place = file_system(path)
-    with _answered(path):
+    with _plain_errors(path):
         try:
             return system.cat_file(place).decode()
         except FileNotFoundError:
@@ -96,7 +96,7 @@ def names_in(folder: str) -> list[str]:
         return os.listdir(folder) if os.path.isdir(folder) else []
     system, place = file_system(folder)
     system.invalidate_cache()
-    with _answered(folder):
+    with _plain_errors(folder):
         try:
             return [entry.rstrip("/").rsplit("/", 1)[-1] for entry in system.ls(place, detail=False)]
         except FileNotFoundError:
@@ -106,7 +106,7 @@ def names_in(folder: str) -> list[str]:
 def files_below(url: str) -> tuple[str, list[str]]:
     """(the folder's URL, the URLs of all files in it and below, sorted); both begin alike."""
     system, place = file_system(url)
-    with _answered(url):
+    with _plain_errors(url):
         found = system.find(place)
     return system.unstrip_protocol(place), sorted(map(system.unstrip_protocol, found))
 
@@ -114,7 +114,7 @@ def files_below(url: str) -> tuple[str, list[str]]:
 def matching(pattern: str) -> list[tuple[str, int | None]]:
     """(URL, bytes) of the files that a URL with wildcards matches, sorted."""
     system, place = file_system(pattern)
-    with _answered(pattern):
+    with _plain_errors(pattern):
         found = system.glob(place, detail=True)
     return [(system.unstrip_protocol(path), found[path].get("size")) for path in sorted(found)]
 
@@ -122,7 +122,7 @@ def matching(pattern: str) -> list[tuple[str, int | None]]:
 def upload(files: Sequence[Path], folder: str) -> None:
     """Copy local files into the folder at a URL, one after another in the order given."""
     system, place = file_system(folder)
-    with _answered(folder):
+    with _plain_errors(folder):
         system.makedirs(place, exist_ok=True)
         for file in files:
             system.put_file(str(file), f"{place.rstrip('/')}/{file.name}")
@@ -131,12 +131,12 @@ def upload(files: Sequence[Path], folder: str) -> None:
 def download(url: str, file: Path) -> None:
     """Copy what is at a URL into a local file, which no one else may be reading yet."""
     system, place = file_system(url)
-    with _answered(url):
+    with _plain_errors(url):
         system.get_file(place, str(file))
 
 
 @contextmanager
-def _answered(path: str) -> Iterator[None]:
+def _plain_errors(path: str) -> Iterator[None]:
     """Turn the errors of the various file systems into a sentence that names the path."""
     try:
         yield
