@@ -10,6 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
+from clipadapt.data import Item
+
 
 class CountingBackbone:
     """What the features need of a backbone; `seen` and `preprocessed` count images."""
@@ -17,6 +19,7 @@ class CountingBackbone:
     dim = 8
     device = torch.device("cpu")
     image_size = (16, 12)  # (H, W)
+    aligned = True
 
     def __init__(self, seed: int = 0) -> None:
         self.source = f"counting {seed}"
@@ -25,6 +28,16 @@ class CountingBackbone:
         self.seen = self.preprocessed = 0
         self.batch_sizes: list[int] = []
         self.threads: set[str] = set()
+
+    @property
+    def encoder(self) -> CountingBackbone:
+        return self
+
+    def prepare(self, item: Item) -> torch.Tensor:
+        return self.preprocess(item.open())
+
+    def encode(self, batch: torch.Tensor) -> torch.Tensor:
+        return self.encode_images(batch)
 
     def preprocess(self, image: Image.Image) -> torch.Tensor:
         self.preprocessed += 1

@@ -56,7 +56,7 @@ class FeatureStore:
             self._remove_abandoned()
         except OSError as error:
             raise self._unusable(error) from None
-        parts = [part for path in sorted(folder.glob("*.safetensors")) if (part := self._opened(path))]
+        parts = [part for path in sorted(folder.glob("*.safetensors")) if (part := self._open_part(path))]
         self._join({part for part in parts if len(part.keys) < SMALL_PART_ROWS})
 
     def __enter__(self) -> FeatureStore:
@@ -100,9 +100,9 @@ class FeatureStore:
                 save_file({"keys": key_rows, "features": features}, aside, metadata)
         except (OSError, SafetensorError) as error:
             raise self._unusable(error) from None
-        self._opened(path)
+        self._open_part(path)
 
-    def _opened(self, path: Path) -> _Part | None:
+    def _open_part(self, path: Path) -> _Part | None:
         """The part at `path`, its keys known from now on; None if it is damaged or was joined with others meanwhile."""
         try:
             part = _Part(path)
