@@ -135,10 +135,10 @@ def test_licences_and_brands(corpus):
     facts = json.loads((corpus.folder / "corpus.json").read_text())
     assert facts["sources"]["noto"]["licence"] == "Apache-2.0"
     assert facts["sources"]["noto"]["author"] == "A. Painter"
-    assert facts["sources"]["noto"]["images"] == len(ANIMALS) + 1
+    assert facts["sources"]["noto"]["pictures"] == len(ANIMALS) + 1
     assert facts["packages"]["@iconify/json"] == NPM_PACKAGES["@iconify/json"]
     assert "openmoji" not in facts["sources"]
-    assert facts["images"] == len(corpus.pairs) == len(corpus.images)
+    assert facts["pictures"] == len(corpus.pairs) == len(corpus.images)
 
 
 def test_missing_clip_art_is_reported(built):

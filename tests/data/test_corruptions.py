@@ -13,7 +13,7 @@ from PIL import Image
 
 from clipadapt.backbones import load_backbone
 from clipadapt.data import Playground
-from clipadapt.data.corruptions.effects import EFFECTS, SIDE, _overwritten, _scaled, disk, frost, plasma
+from clipadapt.data.corruptions.effects import EFFECTS, SIDE, _overwrite, _rescale, disk, frost, plasma
 from clipadapt.data.corruptions.kinds import GROUPS, KINDS, PARAMETERS, SEVERITIES, corrupt, corrupted, kinds_of
 from clipadapt.data.items import FeatureItem
 from clipadapt.errors import ClipadaptError, DataError
@@ -120,9 +120,9 @@ def test_defocus_is_a_disk(severity, radius):
 
 def test_scaled_kernels_keep_their_sum_and_shrink():
     kernel = disk(8, 0.5)
-    np.testing.assert_allclose(_scaled(kernel, 1.0), kernel, atol=1e-15)
+    np.testing.assert_allclose(_rescale(kernel, 1.0), kernel, atol=1e-15)
     for s in (0.2, 0.5, 0.99, 1.7, 3.0):
-        other = _scaled(kernel, s)
+        other = _rescale(kernel, s)
         assert other.sum() == pytest.approx(kernel.sum())
         offsets = np.arange(len(other)) - len(other) // 2
         spread, whole = ((k.sum(0) * o**2).sum() / k.sum() for k, o in ((other, offsets), (kernel, np.arange(17) - 8)))
@@ -140,7 +140,7 @@ def test_glass_blur_follows_the_published_loop():
         for j, w in enumerate(range(side + 3 - reach, reach, -1)):
             dx, dy = steps[i, j]
             plain[h, w], plain[h + dy, w + dx] = plain[h + dy, w + dx], plain[h, w]  # views: no swap
-    np.testing.assert_array_equal(_overwritten(x, reach, draws), plain)
+    np.testing.assert_array_equal(_overwrite(x, reach, draws), plain)
 
 
 @pytest.mark.parametrize(

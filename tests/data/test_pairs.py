@@ -19,7 +19,7 @@ def test_images_with_one_caption_or_several():
     assert [item.open().getpixel((0, 0)) for item in pairs.items] == [(255, 0, 0), (0, 0, 255)]
     assert repr(pairs) == "Pairs('stars': 2 images, 2 captions)"
     chosen = pairs.select([1, 0, 1])
-    assert [item.name for item in chosen.items] == ["image 1", "image 0", "image 1"]
+    assert [item.name for item in chosen.items] == ["picture 1", "picture 0", "picture 1"]
     assert (chosen.captions[0], chosen.name) == (("a star", "a red star"), "stars")
 
 

@@ -138,12 +138,12 @@ class Labelled(Examples[Label]):
         )
         return replace(
             chosen,
-            labels=[self._relabelled(label, new_label) for label in chosen.labels],
+            labels=[self._relabel(label, new_label) for label in chosen.labels],
             class_names=[self.class_names[old] for old in old_labels],
         )
 
     @staticmethod
-    def _relabelled(label: Label, new_label: Mapping[int, int]) -> Label:
+    def _relabel(label: Label, new_label: Mapping[int, int]) -> Label:
         raise NotImplementedError
 
     def _label(self, name: str) -> int:
@@ -171,7 +171,7 @@ class Dataset(Labelled[int]):
         return (label,)
 
     @staticmethod
-    def _relabelled(label: int, new_label: Mapping[int, int]) -> int:
+    def _relabel(label: int, new_label: Mapping[int, int]) -> int:
         return new_label[label]
 
     def split(self, test: float = 0.3, seed: int = 1) -> tuple[Dataset, Dataset]:

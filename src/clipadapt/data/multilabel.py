@@ -41,7 +41,7 @@ class MultiLabelDataset(Labelled[frozenset[int]]):
         return label
 
     @staticmethod
-    def _relabelled(label: frozenset[int], new_label: Mapping[int, int]) -> frozenset[int]:
+    def _relabel(label: frozenset[int], new_label: Mapping[int, int]) -> frozenset[int]:
         return frozenset(new_label[c] for c in label if c in new_label)
 
     @property
@@ -85,7 +85,7 @@ class MultiLabelDataset(Labelled[frozenset[int]]):
         """Which images `few_shot` takes, ascending."""
         if shots < 1:
             raise DataError(f"shots must be at least 1, not {shots}.")
-        targets, order = self.targets, _shuffled(len(self), random.Random(seed))
+        targets, order = self.targets, _permutation(len(self), random.Random(seed))
         chosen = np.zeros(len(self), dtype=bool)
         for c in targets.sum(0).argsort(kind="stable"):
             missing = max(0, shots - int(targets[chosen, c].sum()))
@@ -109,7 +109,7 @@ def _stratify(targets: np.ndarray, wanted: np.ndarray, seed: int) -> list[list[i
         wanted: (K, C + 1) how many positives of each class, and how many images in all, each part should get.
     """
     rng = random.Random(seed)
-    order, wanted = _shuffled(len(targets), rng), wanted.astype(float)
+    order, wanted = _permutation(len(targets), rng), wanted.astype(float)
     part_of = np.full(len(targets), -1)
     left = targets.sum(0)  # (C + 1,) positives not dealt yet
     while left[-1]:
@@ -123,5 +123,5 @@ def _stratify(targets: np.ndarray, wanted: np.ndarray, seed: int) -> list[list[i
     return [np.flatnonzero(part_of == part).tolist() for part in range(len(wanted))]
 
 
-def _shuffled(n: int, rng: random.Random) -> np.ndarray:
+def _permutation(n: int, rng: random.Random) -> np.ndarray:
     return np.array(rng.sample(range(n), n), dtype=int)

@@ -90,7 +90,7 @@ def _other(rng: np.random.Generator, choices: Sequence[str], own: str) -> str:
     return options[int(rng.integers(len(options)))]
 
 
-def _moved(look: Look, reach: float, angle: float) -> Look:
+def _move(look: Look, reach: float, angle: float) -> Look:
     x, y = look.centre
     return look._replace(centre=(x + reach * math.cos(angle), y + reach * math.sin(angle)))
 
@@ -102,9 +102,9 @@ def _background(look: Look, rng: np.random.Generator) -> Look:
     return look._replace(backdrop=(_other(rng, list(TEXTURES), "plain"), first, second))
 
 
-def _blocked(look: Look, rng: np.random.Generator) -> Look:
+def _block(look: Look, rng: np.random.Generator) -> Look:
     angle = rng.uniform(0, 2 * math.pi)
-    return look._replace(block=_moved(look, 0.12, angle).centre)
+    return look._replace(block=_move(look, 0.12, angle).centre)
 
 
 FACTORS: dict[str, Callable[[Look, np.random.Generator], Look]] = {
@@ -113,12 +113,12 @@ FACTORS: dict[str, Callable[[Look, np.random.Generator], Look]] = {
     "texture": lambda look, rng: look._replace(texture=_other(rng, list(TEXTURES), look.texture)),
     "smaller": lambda look, rng: look._replace(extent=rng.uniform(0.26, 0.32)),
     "larger": lambda look, rng: look._replace(extent=rng.uniform(0.92, 1.0)),
-    "position": lambda look, rng: _moved(look, 0.15, math.pi / 4 * int(rng.integers(8))),
+    "position": lambda look, rng: _move(look, 0.15, math.pi / 4 * int(rng.integers(8))),
     "rotation": lambda look, rng: look._replace(turn=rng.uniform(60, 300)),
-    "partial view": lambda look, rng: _moved(look, 0.42, math.pi / 2 * int(rng.integers(4))),
+    "partial view": lambda look, rng: _move(look, 0.42, math.pi / 2 * int(rng.integers(4))),
     "background": _background,
     "darker": lambda look, rng: look._replace(light=rng.uniform(0.25, 0.4)),
-    "blocked": _blocked,
+    "blocked": _block,
 }
 
 # -- data sets -------------------------------------------------------------------------------------------------------

@@ -57,7 +57,7 @@ def class_texts(class_names: Sequence[str], templates: Templates = "photo") -> l
 
 def template_sets() -> list[str]:
     """The names of all shipped template sets, sorted."""
-    return sorted(_shipped())
+    return sorted(_shipped_sets())
 
 
 def with_published_names(data: Dataset, published: str) -> Dataset:
@@ -85,17 +85,17 @@ def _resolve(templates: Templates) -> Sequence[str] | Mapping[str, str | Sequenc
         return templates
     if "{}" in templates:
         return [templates]
-    if templates in _shipped():
-        return _shipped()[templates]
+    if templates in _shipped_sets():
+        return _shipped_sets()[templates]
     if templates.lower().endswith((".txt", ".json", ".yaml", ".yml")):
         return _read(Path(templates))
     if " " in templates:
         raise DataError(f"The template {templates!r} lacks the {{}} where the class name goes.")
-    raise unknown_name("template set", templates, _shipped())
+    raise unknown_name("template set", templates, _shipped_sets())
 
 
 @cache
-def _shipped() -> dict[str, list[str]]:
+def _shipped_sets() -> dict[str, list[str]]:
     """name -> templates."""
     conventions = json.loads((_HERE / "conventions.json").read_text(encoding="utf-8"))
     sets = {file.stem: _lines(file.read_text(encoding="utf-8")) for file in _HERE.glob("*.txt")}
