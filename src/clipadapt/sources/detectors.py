@@ -77,10 +77,10 @@ def detect(detector: Detector, image: Image.Image, names: Sequence[str]) -> Dete
         raise ClipadaptError(
             f"A detector's names must be ints from 0 to {len(names) - 1}, positions in the list of names."
         )
-    return _ordered(image, boxes, scores, which.long())
+    return _clip_and_sort(image, boxes, scores, which.long())
 
 
-def _ordered(image: Image.Image, boxes: Tensor, scores: Tensor, names: Tensor) -> Detections:
+def _clip_and_sort(image: Image.Image, boxes: Tensor, scores: Tensor, names: Tensor) -> Detections:
     """Best first, ties as they came; boxes clipped to the image; empty ones are dropped."""
     boxes = boxes.clamp(min=0).minimum(torch.tensor([image.width, image.height] * 2))
     kept = (boxes[:, 2:] > boxes[:, :2]).all(1).nonzero()[:, 0]
@@ -176,7 +176,7 @@ class ZeroShotDetector:
         centre, size = boxes[:, :2].cpu(), boxes[:, 2:].cpu()  # shares of the image
         boxes = torch.cat([centre - size / 2, centre + size / 2], 1) * torch.tensor([width, height] * 2)  # (Q, 4)
         rows, which = (scores.cpu() >= self.threshold).nonzero(as_tuple=True)
-        return _ordered(image, boxes[rows], scores.cpu()[rows, which], which)
+        return _clip_and_sort(image, boxes[rows], scores.cpu()[rows, which], which)
 
     def _owl(self, pixels: dict[str, Tensor], names: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Scores (Q, T) of Q boxes for T names, and the boxes (Q, 4)."""
@@ -291,7 +291,7 @@ class Saliency:
         scale = torch.tensor([image.width / width, image.height / height] * 2)
         boxes = torch.stack([_bounds(region) for region in regions]) * scale  # (R, 4)
         rows = torch.arange(len(regions)).repeat_interleave(len(names))
-        return _ordered(image, boxes[rows], scores.flatten(), torch.arange(len(names)).repeat(len(regions)))
+        return _clip_and_sort(image, boxes[rows], scores.flatten(), torch.arange(len(names)).repeat(len(regions)))
 
     def patches(self, image: Image.Image) -> Tensor:
         """Unit features of an image's patches, (h, w, D) on the CPU."""

@@ -237,13 +237,13 @@ class Generated:
                 prompt = own[number % len(own)]
                 facts = json.dumps([self.name, dict(self.settings), name, prompt, seed, number], default=str)
                 wanted.append(_Wanted(label, name, prompt, blake2b(facts.encode(), digest_size=16).hexdigest()))
-        missing = [one for one in wanted if one.key not in self._blackened and self._kept(one) is None]
+        missing = [one for one in wanted if one.key not in self._blackened and self._find(one) is None]
         for start in range(0, len(missing), self.batch_size):
             self._make(missing[start : start + self.batch_size])
-        kept = [(item, one.label) for one in wanted if (item := self._kept(one)) is not None]
+        kept = [(item, one.label) for one in wanted if (item := self._find(one)) is not None]
         return Dataset([item for item, _ in kept], [label for _, label in kept], list(class_names), name="generated")
 
-    def _kept(self, one: _Wanted) -> Item | None:
+    def _find(self, one: _Wanted) -> Item | None:
         if one.key in self._made:
             return ImageItem(one.prompt, self._made[one.key])
         path = self._path(one)
@@ -256,7 +256,7 @@ class Generated:
 
     def _make(self, batch: list[_Wanted]) -> None:
         generators = [torch.Generator().manual_seed(int(one.key[:15], 16)) for one in batch]
-        output = self._loaded()([one.prompt for one in batch], generator=generators, **self.settings)
+        output = self._load()([one.prompt for one in batch], generator=generators, **self.settings)
         images = getattr(output, "images", None)
         if not isinstance(images, list) or len(images) != len(batch) or not isinstance(images[0], Image.Image):
             raise ClipadaptError(f"The pipeline {self.name} must return `images`, one PIL image for each sentence.")
@@ -272,7 +272,7 @@ class Generated:
                 with written_aside(path) as aside:
                     image.save(aside, format="PNG")
 
-    def _loaded(self) -> Any:
+    def _load(self) -> Any:
         if callable(self.pipeline):
             return self.pipeline
         if self._pipeline is None:
