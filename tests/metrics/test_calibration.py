@@ -13,7 +13,7 @@ def test_calibration_error_by_hand():
     confidence, hits = [0.95, 0.95, 0.55, 0.52], [1, 0, 1, 1]
     error, bins = expected_calibration_error(confidence, hits, bins=10)
     assert error == pytest.approx(0.5 * 0.45 + 0.5 * (1 - 0.535))
-    assert [(b["bin"], b["images"]) for b in bins] == [(5, 2), (9, 2)]
+    assert [(b["bin"], b["pictures"]) for b in bins] == [(5, 2), (9, 2)]
     assert expected_calibration_error([0.5], [1], bins=2)[1][0]["bin"] == 0, "a bin is closed above"
     assert expected_calibration_error([1.0, 0.0], [1, 0])[0] == 0
     with pytest.raises(ValueError, match="at least one"):

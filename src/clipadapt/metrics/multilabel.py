@@ -19,7 +19,7 @@ def average_precision(targets: ArrayLike, scores: ArrayLike) -> np.ndarray:
     It is the mean, over a class's positives, of the precision among the images that score at least as high; nothing
     is interpolated, and equal scores count together (as in scikit-learn).
     """
-    truth, values = checked(targets, scores)
+    truth, values = check(targets, scores)
     result = np.full(truth.shape[1], np.nan)
     for c in np.flatnonzero(truth.any(0)):
         hits, taken, _ = _sweep(truth[:, c], values[:, c])
@@ -42,7 +42,7 @@ def best_threshold(targets: ArrayLike, scores: ArrayLike) -> float:
     highest. Choose it on support or validation images, never on those that are tested. Without a positive it raises
     ValueError.
     """
-    truth, values = checked(targets, scores)
+    truth, values = check(targets, scores)
     if not truth.any():
         raise ValueError("best_threshold needs at least one positive")
     hits, taken, levels = _sweep(truth.ravel(), values.ravel())
@@ -60,7 +60,7 @@ def _sweep(truth: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarra
     return np.cumsum(truth[order])[last], last + 1, values[last]
 
 
-def checked(targets: ArrayLike, scores: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
+def check(targets: ArrayLike, scores: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
     """Targets as bool and scores as floats, (N, C) each."""
     truth, values = np.asarray(targets).astype(bool), np.asarray(scores)
     if truth.ndim != 2 or truth.shape != values.shape:
@@ -88,7 +88,7 @@ def f1_scores(targets: ArrayLike, predicted: ArrayLike) -> F1Scores:
     Raises:
         ValueError: there are no positives.
     """
-    truth, taken = checked(targets, predicted)
+    truth, taken = check(targets, predicted)
     taken = taken.astype(bool)
     hits, positives, predictions = (truth & taken).sum(0), truth.sum(0), taken.sum(0)  # (C,) each
     if not positives.any():
@@ -102,7 +102,7 @@ def f1_scores(targets: ArrayLike, predicted: ArrayLike) -> F1Scores:
 
 def top_k_predictions(scores: ArrayLike, k: int) -> np.ndarray:
     """(N, C) bool: the `k` highest classes of each image, ties to the first; ValueError unless 1 <= k <= C."""
-    _, values = checked(scores, scores)
+    _, values = check(scores, scores)
     if not 1 <= k <= values.shape[1]:
         raise ValueError(f"k must be between 1 and the number of classes ({values.shape[1]}), not {k}")
     predicted = np.zeros(values.shape, dtype=bool)
