@@ -59,7 +59,7 @@ def test_audit_equals_a_plain_count():
         best = {i: max(range(5), key=lambda c: logits[i, c]) for i in mine}
         judged = [i for i in mine if labels[i] >= 0]
         values[group] = fmean(best[i] == labels[i] for i in judged)
-        assert found["images"][group] == len(mine)
+        assert found["pictures"][group] == len(mine)
         assert found["accuracy"][group] == pytest.approx(values[group])
         assert found["error"][group] == pytest.approx(1 - values[group])
         for c, name in enumerate(names):

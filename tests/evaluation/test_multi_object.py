@@ -104,13 +104,13 @@ def test_matching_equals_a_plain_count():
 
 def test_the_embedded_model():
     backbone = clipadapt.load_backbone()
-    found = protocol("multi-object")(create("zero-shot"), backbone, None, 1, objects=2, images_shown=480, texts=400)
+    found = protocol("multi-object")(create("zero-shot"), backbone, None, 1, objects=2, pictures_shown=480, texts=400)
     figures = found.figures
     assert figures["named: large"] > figures["named: a small one"] + 0.1
     assert figures["image probe: large"] > figures["image probe: small"] + 0.1
     assert figures["drop"] > 0.05
     assert figures["drop"] == pytest.approx(figures["matching"] - figures["matching after re-ordering"])
-    again = protocol("multi-object")(create("zero-shot"), backbone, None, 1, objects=2, images_shown=480, texts=400)
+    again = protocol("multi-object")(create("zero-shot"), backbone, None, 1, objects=2, pictures_shown=480, texts=400)
     assert again.figures == figures
 
 

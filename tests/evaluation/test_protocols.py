@@ -71,7 +71,7 @@ def test_figures_of_logits(world):
     assert (figures["accuracy"], figures["macro"], figures["aurc"]) == (1, 1, 0)
     assert figures["ece"] == pytest.approx(0, abs=1e-6)
     assert set(classes.values()) == {1.0}
-    assert sum(b["images"] for b in details["reliability"]) == len(test)
+    assert sum(b["pictures"] for b in details["reliability"]) == len(test)
 
 
 def test_domains(world):

@@ -123,7 +123,7 @@ def split() -> Split:
 
 
 def run(backbone, split, method, seed=1, **more):
-    return protocol("robustness-factors")(create(method), backbone, split, seed, **{"images": 3, "shots": 8, **more})
+    return protocol("robustness-factors")(create(method), backbone, split, seed, **{"pictures": 3, "shots": 8, **more})
 
 
 def test_figures(backbone, split):
@@ -141,7 +141,7 @@ def test_figures(backbone, split):
     said = model.predict(conflicts)
     shape, cloth = (said == np.array(conflicts.labels)).sum(), (said == worn).sum()
     assert found.figures["shape bias"] == pytest.approx(shape / (shape + cloth))
-    assert found.details["cue conflicts"] == {"images": 18, "shape": shape, "cloth": cloth}
+    assert found.details["cue conflicts"] == {"pictures": 18, "shape": shape, "cloth": cloth}
     top = [
         model.image_logits(d)[0].softmax(1).amax(1).numpy()
         for d in (factor_images(SOME, 3, typical=0.9, seed=TEST_SEED), unknown_kinds(SOME, 18, seed=TEST_SEED))

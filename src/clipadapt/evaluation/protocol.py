@@ -25,6 +25,7 @@ from clipadapt.evaluation import protocols as package
 from clipadapt.methods import Method, TrainingData
 from clipadapt.metrics.calibration import confidences, expected_calibration_error, risk_coverage
 from clipadapt.metrics.classification import accuracy, macro_accuracy, per_class
+from clipadapt.renamed import old_names
 
 
 class NotApplicable(ClipadaptError):
@@ -90,7 +91,7 @@ def fit(method: Method, backbone: Backbone, support: Dataset | None, **more: Any
     return model, time.perf_counter() - start
 
 
-def judged(model: Method, test: Dataset) -> tuple[dict[str, float], dict[str, float], dict[str, Any]]:
+def judge(model: Method, test: Dataset) -> tuple[dict[str, float], dict[str, float], dict[str, Any]]:
     """(figures, per class, details) of a model on labelled images of its own classes, in its own order."""
     return figures_of(model.image_logits(test)[0][:, : len(test.class_names)], test)
 
@@ -114,3 +115,6 @@ def figures_of(logits: Tensor, test: Dataset) -> tuple[dict[str, float], dict[st
     figures |= {"ece": ece, "aurc": risk_coverage(confidence, hits)[0]}
     classes = {s.name: s.recall for s in per_class(labels, predicted, test.class_names) if s.recall is not None}
     return figures, classes, {"reliability": bins}
+
+
+__getattr__ = old_names(__name__)

@@ -212,7 +212,7 @@ class _Judge:
             for c in hits:
                 fit_begun = time.perf_counter()
                 model = self._fit(key, combos[c], held_out, stop_when_late(fits_after, until))
-                hits[c] = np.append(hits[c], self._found(model, held_out))
+                hits[c] = np.append(hits[c], self._evaluate(model, held_out))
                 parameters = model.trained_parameters
                 longest = max(longest, time.perf_counter() - fit_begun)
                 if time.perf_counter() + longest * (fits_after + 1) > until:
@@ -228,7 +228,7 @@ class _Judge:
         setting = {"templates": self.templates} | combos[best]
         return Trial(key, setting, accuracy, interval, time.perf_counter() - begun, parameters)
 
-    def _found(self, model: Method, held_out: Any) -> np.ndarray:
+    def _evaluate(self, model: Method, held_out: Any) -> np.ndarray:
         """What counts for a setting: hits (V,)."""
         return self._predict(model, held_out) == self.labels[held_out]
 
@@ -275,7 +275,7 @@ class _SetJudge(_Judge):
     def _fit(self, key: str, setting: dict[str, Any], held_out: Any, watch: Report) -> Method:
         return create(key, **{"templates": self.templates} | setting).fit(self.backbone, held_out[0], report=watch)
 
-    def _found(self, model: Method, held_out: Any) -> np.ndarray:
+    def _evaluate(self, model: Method, held_out: Any) -> np.ndarray:
         """(1,) the fold's figure, or (0,) where none of its images has a label."""
         return np.array([model.score(held_out[1])] if held_out[1].targets.any() else [])
 
@@ -321,4 +321,5 @@ def sees_features(key: str) -> bool:
 
 
 def duration(seconds: float) -> str:
+    """Seconds as text, minutes from 100 s on."""
     return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"

@@ -171,7 +171,7 @@ def run_cell(cell: Cell, root: Path | None, threads: int) -> Row:
     torch.set_num_threads(threads)
     _peak_mib(reset=True)
     try:
-        loaded, backbone = _loaded(cell, root)
+        loaded, backbone = _load(cell, root)
         method = from_recipe({"method": cell.method, "hyperparameters": cell.hyperparameters})
         begun = time.perf_counter()
         with _data_in(root):
@@ -220,12 +220,12 @@ def _peak_mib(reset: bool = False) -> float:
 # -- data and backbones ----------------------------------------------------------------------------------------------
 
 
-def _loaded(cell: Cell, root: Path | None) -> tuple[Loaded, Any]:
-    return _load(cell.data, cell.backbone, cell.published, root)
+def _load(cell: Cell, root: Path | None) -> tuple[Loaded, Any]:
+    return _load_once(cell.data, cell.backbone, cell.published, root)
 
 
 @lru_cache(maxsize=2)  # cells of the same data come one after another
-def _load(data: str, source: str, published: bool, root: Path | None) -> tuple[Loaded, Any]:
+def _load_once(data: str, source: str, published: bool, root: Path | None) -> tuple[Loaded, Any]:
     loaded = load(data, root, source if published else None)
     if loaded.class_features is not None:
         return loaded, PublishedFeatures(source, loaded.class_features, loaded.logit_scale)
@@ -235,7 +235,7 @@ def _load(data: str, source: str, published: bool, root: Path | None) -> tuple[L
 def _fingerprints(cell: Cell, root: Path | None) -> tuple[str, str] | ClipadaptError | OSError:
     """(of the data, of the backbone), or what is wrong with them."""
     try:
-        loaded, backbone = _loaded(cell, root)
+        loaded, backbone = _load(cell, root)
         return _content(cell, loaded.split, root), backbone.fingerprint
     except (ClipadaptError, OSError) as error:
         return error
@@ -254,7 +254,7 @@ def _content(cell: Cell, split: Split, root: Path | None) -> str:
 def _encode(cell: Cell, root: Path | None) -> None:
     """Features into the cache, so that no cell waits for them; what cannot be read fails in its own cells."""
     try:
-        loaded, backbone = _loaded(cell, root)
+        loaded, backbone = _load(cell, root)
         for data in (loaded.split.train, loaded.split.val, loaded.split.test):
             encode_images(backbone, data, progress=True, on_error="skip")
     except (ClipadaptError, OSError):

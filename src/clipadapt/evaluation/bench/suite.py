@@ -125,13 +125,13 @@ def load_suite(name: str | Path, *, tiny: bool = False) -> Suite:
     return Suite(
         name=file.stem,
         title=str(content.get("title", file.stem)),
-        data=[_data(file, name) for name in _listed(file, content, "data")],
+        data=[_data(file, name) for name in _list_of(file, content, "data")],
         protocols=_protocols(file, content["protocols"]),
         methods=_methods(
-            file, _listed(file, content, "methods"), _settings_of(file, content), content.get("exclude") or []
+            file, _list_of(file, content, "methods"), _settings_of(file, content), content.get("exclude") or []
         ),
-        backbones=[str(source) for source in _listed(file, content, "backbones")],
-        seeds=[int(seed) for seed in _listed(file, content, "seeds")],
+        backbones=[str(source) for source in _list_of(file, content, "backbones")],
+        seeds=[int(seed) for seed in _list_of(file, content, "seeds")],
         timeout=float(content.get("timeout", 3600)),
     )
 
@@ -200,7 +200,7 @@ def _data(file: Path, name: Any) -> str:
     return str(name)
 
 
-def _listed(file: Path, content: Mapping[str, Any], key: str) -> list[Any]:
+def _list_of(file: Path, content: Mapping[str, Any], key: str) -> list[Any]:
     value = content[key]
     value = [value] if isinstance(value, str | int | dict) else value
     if not isinstance(value, list) or not value:

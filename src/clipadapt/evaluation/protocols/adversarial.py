@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from clipadapt.backbones import Backbone
 from clipadapt.data import Split
-from clipadapt.evaluation.protocol import NotApplicable, Outcome, fit, judged
+from clipadapt.evaluation.protocol import NotApplicable, Outcome, fit, judge
 from clipadapt.evaluation.studies.robustness import NotAttackable, adversarial_accuracy
 from clipadapt.methods import Method
 
@@ -27,7 +27,7 @@ def run(
     steps: int = 20,
     limit: int | None = None,
 ) -> Outcome:
-    """Figures of `judged` on the test images, and "attacked": the accuracy under the first of the attacks.
+    """Figures of `judge` on the test images, and "attacked": the accuracy under the first of the attacks.
 
     Args:
         shots: images of each class to learn from.
@@ -44,6 +44,6 @@ def run(
         found = adversarial_accuracy(model, test, eps=radii, steps=steps).attacked
     except NotAttackable as error:
         raise NotApplicable(str(error)) from None
-    figures, classes, details = judged(model, test)
+    figures, classes, details = judge(model, test)
     figures["attacked"] = found[float(radii[0])]
     return Outcome(figures, model, seconds, classes, details | {"attacked": {f"{r:g}": a for r, a in found.items()}})

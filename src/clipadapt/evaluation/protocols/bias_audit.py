@@ -31,7 +31,7 @@ from numpy.typing import ArrayLike
 from clipadapt.backbones import Backbone
 from clipadapt.data import Split
 from clipadapt.errors import DataError
-from clipadapt.evaluation.protocol import Outcome, check, fit, judged
+from clipadapt.evaluation.protocol import Outcome, check, fit, judge
 from clipadapt.methods import Method
 
 
@@ -86,7 +86,7 @@ def audit(
         labels: (N,) indices of the true labels, -1 for an image whose label is not among the candidates: it counts
             for the rates, and not for the accuracy.
         groups: N names.
-        sets: name -> labels whose share together is measured; those that are not candidates count as never given.
+        sets: name -> labels whose share together is measure; those that are not candidates count as never given.
         draws: of groups by chance.
 
     Returns:
@@ -111,7 +111,7 @@ def audit(
         with np.errstate(invalid="ignore"):
             return np.bincount(place[among], hits[among], len(names)) / np.bincount(place[among], minlength=len(names))
 
-    def measured(hits: np.ndarray, among: np.ndarray) -> tuple[dict[str, float | None], dict[str, Any] | None]:
+    def measure(hits: np.ndarray, among: np.ndarray) -> tuple[dict[str, float | None], dict[str, Any] | None]:
         found = shares(hits, among, place)
         by_group = {name: None if np.isnan(v) else float(v) for name, v in zip(names, found, strict=True)}
         known = {name: value for name, value in by_group.items() if value is not None}
@@ -130,10 +130,10 @@ def audit(
         "disparities": {},
     }
     for what, hits in (("accuracy", right), ("error", ~right)):
-        found[what], found["disparities"][what] = measured(hits, can_be_right)
+        found[what], found["disparities"][what] = measure(hits, can_be_right)
     for what, hits in given.items():
         kind, name = what.split(" ", 1)
-        by_group, found["disparities"][what] = measured(hits, everyone)
+        by_group, found["disparities"][what] = measure(hits, everyone)
         found["rates" if kind == "label" else "sets"][name] = by_group
         found["overall"][what] = float(hits.mean())
     return found
@@ -174,7 +174,7 @@ def run(
     plain = {} if support is not None else {"class_names": test.class_names}
     model, seconds = fit(method, backbone, support, **plain)
     among = _chooser(model, backbone)
-    figures, classes, details = judged(model, test)
+    figures, classes, details = judge(model, test)
     found = {}
     for name, candidates in lists.items():
         chosen = model if name == "classes" else among(candidates)

@@ -18,7 +18,7 @@ from clipadapt.backbones import Backbone
 from clipadapt.data import Split
 from clipadapt.data.corruptions.kinds import SEVERITIES, corrupted, kinds_of
 from clipadapt.data.items import FeatureItem
-from clipadapt.evaluation.protocol import NotApplicable, Outcome, fit, judged
+from clipadapt.evaluation.protocol import NotApplicable, Outcome, fit, judge
 from clipadapt.methods import Method
 
 
@@ -33,7 +33,7 @@ def run(
     severities: int | Sequence[int] = SEVERITIES,
     limit: int | None = None,
 ) -> Outcome:
-    """Figures of `judged` on the clean test images, and "corrupted": the mean accuracy over kinds and severities.
+    """Figures of `judge` on the clean test images, and "corrupted": the mean accuracy over kinds and severities.
 
     Args:
         shots: images of each class to learn from, as they are.
@@ -52,7 +52,7 @@ def run(
         for level in levels
     }
     model, seconds = fit(method, backbone, split.train.few_shot(shots, seed=seed))
-    figures, classes, details = judged(model, test)
+    figures, classes, details = judge(model, test)
     labels = np.array(test.labels)
     found = {
         place: float((model.image_logits(data)[0].argmax(1).numpy() == labels).mean()) for place, data in plan.items()

@@ -12,7 +12,7 @@ import numpy as np
 from clipadapt.backbones import Backbone
 from clipadapt.data import Dataset, Split
 from clipadapt.data.splits import group_by_label
-from clipadapt.evaluation.protocol import Outcome, check, fit, judged
+from clipadapt.evaluation.protocol import Outcome, check, fit, judge
 from clipadapt.methods import Method
 
 
@@ -31,7 +31,7 @@ def long_tail(train: Dataset, head: int, imbalance: float, seed: int) -> Dataset
 def run(
     method: Method, backbone: Backbone, split: Split, seed: int, *, head: int = 32, imbalance: float = 16.0
 ) -> Outcome:
-    """Figures of `judged` on the test part, and "many", "medium" and "few": the thirds of the classes by their images.
+    """Figures of `judge` on the test part, and "many", "medium" and "few": the thirds of the classes by their images.
 
     Args:
         head: images of the largest class to learn from.
@@ -40,7 +40,7 @@ def run(
     check(method, backbone, from_labels=True)
     support = long_tail(split.train, head, imbalance, seed)
     model, seconds = fit(method, backbone, support)
-    figures, classes, details = judged(model, split.test)
+    figures, classes, details = judge(model, split.test)
     by_size = sorted(classes, key=lambda name: (-support.counts[support.class_names.index(name)], name))
     for name, part in zip(("many", "medium", "few"), np.array_split(by_size, 3), strict=True):
         if len(part):

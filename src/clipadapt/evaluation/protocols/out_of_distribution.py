@@ -19,7 +19,7 @@ from torch import Tensor
 
 from clipadapt.backbones import Backbone
 from clipadapt.data import Split
-from clipadapt.evaluation.protocol import Outcome, fit, judged
+from clipadapt.evaluation.protocol import Outcome, fit, judge
 from clipadapt.evaluation.protocols.base_to_new import base_support
 from clipadapt.methods import Method
 
@@ -46,14 +46,14 @@ def fpr95(known: np.ndarray, unknown: np.ndarray) -> float:
 
 
 def run(method: Method, backbone: Backbone, split: Split, seed: int, *, shots: int = 16) -> Outcome:
-    """Figures of `judged` on the known classes, and "auroc (SCORE)" and "fpr95 (SCORE)" of known against unknown.
+    """Figures of `judge` on the known classes, and "auroc (SCORE)" and "fpr95 (SCORE)" of known against unknown.
 
     Args:
         shots: images of each known class to learn from.
     """
     known, unknown = split.test.base_new_split()
     model, seconds = fit(method, backbone, base_support(split.train, shots, seed))
-    figures, classes, details = judged(model, known)
+    figures, classes, details = judge(model, known)
     inside, outside = (model.image_logits(part)[0][:, : len(known.class_names)] for part in (known, unknown))
     for kind in SCORES:
         pair = scores(inside, kind), scores(outside, kind)

@@ -10,12 +10,12 @@ from typing import Any
 
 from clipadapt.backbones import Backbone
 from clipadapt.data import Split
-from clipadapt.evaluation.protocol import Outcome, fit, judged
+from clipadapt.evaluation.protocol import Outcome, fit, judge
 from clipadapt.methods import Method
 
 
 def run(method: Method, backbone: Backbone, split: Split, seed: int, *, shots: int = 0) -> Outcome:
-    """Figures of `judged` on the test part.
+    """Figures of `judge` on the test part.
 
     Args:
         shots: labelled images of each class to learn from as well; 0 for none.
@@ -25,5 +25,5 @@ def run(method: Method, backbone: Backbone, split: Split, seed: int, *, shots: i
     if method.card.unlabelled:
         more["unlabelled"] = split.test
     model, seconds = fit(method, backbone, support, **more)
-    figures, classes, details = judged(model, split.test)
+    figures, classes, details = judge(model, split.test)
     return Outcome(figures, model, seconds, classes, details)

@@ -69,7 +69,7 @@ def write_report(rows: Sequence[Row], out: Path, *, title: str, command: str, ce
     page = _Page(out, figures, brief=cells_in is not None)
     own = (".yaml", ".yml")  # a user's definition is called by its file's name
     rows = [{**row, "data": Path(row["data"]).stem if row["data"].endswith(own) else row["data"]} for row in rows]
-    groups = _grouped([row for row in rows if "figures" in row])
+    groups = _group([row for row in rows if "figures" in row])
     sections = []
     for (data, backbone, protocol), found in groups.items():
         main = next((name for name in MAIN if name in found[0]["figures"]), next(iter(found[0]["figures"])))
@@ -137,10 +137,12 @@ class _Page:
                 continue
             blocks = sorted(every)
             means = {m: [fmean(s[b]) for b in blocks] for m, s in complete.items()}
-            found.append(self._ranked(protocol, means, len(blocks), partial))
+            found.append(self._ranking(protocol, means, len(blocks), partial))
         return found
 
-    def _ranked(self, protocol: str, scores: dict[str, list[float]], blocks: int, partial: list[str]) -> dict[str, Any]:
+    def _ranking(
+        self, protocol: str, scores: dict[str, list[float]], blocks: int, partial: list[str]
+    ) -> dict[str, Any]:
         ranking = rank(scores)
         base = scores.get("zero-shot")
         body = []
@@ -289,7 +291,7 @@ class _Page:
         if not self.brief:
             figure.savefig(file.with_suffix(".png"), dpi=150)
             file.with_suffix(".svg").write_text(svg, encoding="utf-8")
-        inline = re.sub(r' d="[^"]*"', _rounded, svg[svg.index("<svg") :])
+        inline = re.sub(r' d="[^"]*"', _round, svg[svg.index("<svg") :])
         for mark in ('id="', "url(#", 'href="#'):  # ids must differ between the plots of one page
             inline = inline.replace(mark, f"{mark}{_slug(name)}-")
         return Plot(_slug(name), alt, inline)
@@ -306,7 +308,7 @@ class _Page:
         return Table(_slug(name), caption, head, rows)
 
 
-def _rounded(path: re.Match[str]) -> str:
+def _round(path: re.Match[str]) -> str:
     """An outline to a hundredth of a point, which is not visible."""
     return re.sub(r"(\.\d\d)\d+", r"\1", path[0])
 
@@ -323,7 +325,7 @@ def _latex(caption: str, head: list[str], rows: list[list[str]]) -> str:
     return "\n".join([*lines, rf"\caption{{{escaped(caption)}}}", r"\end{table}", ""])
 
 
-def _grouped(rows: Iterable[Row]) -> dict[tuple[str, str, str], list[Row]]:
+def _group(rows: Iterable[Row]) -> dict[tuple[str, str, str], list[Row]]:
     return _by(rows, lambda row: (row["data"], row["backbone"], row["protocol"]))
 
 

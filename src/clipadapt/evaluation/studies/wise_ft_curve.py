@@ -82,7 +82,7 @@ def wise_ft_curve(
     weights: dict[str, list[float]] = {}
     outputs: dict[str, list[float]] = {}
     for name, images in data.items():
-        labels, heads = _judged(model, walker, images, points)
+        labels, heads = _prepare_heads(model, walker, images, points)
         right = dict.fromkeys(alphas, 0)
         mixed = dict.fromkeys(alphas, 0)
         for rows, features in walker.encoded(images, points, batch_size):
@@ -96,7 +96,7 @@ def wise_ft_curve(
     return WiseFtCurve(alphas, weights, outputs)
 
 
-def _judged(
+def _prepare_heads(
     model: Method, walker: _Walker, data: Dataset, points: Sequence[float]
 ) -> tuple[Tensor, dict[float, Tensor]]:
     """Labels (N,) and, by point, the classifier (C, D) that they point into."""
