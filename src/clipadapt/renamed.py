@@ -88,9 +88,8 @@ RENAMED: Mapping[str, Mapping[str, str]] = {
     "clipadapt.embeddings.listing": {"PART_PICTURES": "PART_IMAGES", "list_pictures": "list_images"},
     "clipadapt.evaluation.protocols.multi_object": {"Picture": "Layout", "pictures": "layouts"},
     "clipadapt.search.images": {"named_picture": "named_image"},
-    "clipadapt.serve.limits": {"check_picture": "check_image", "open_picture": "open_image"},
-    "clipadapt.serve.models": {"EmbedPictures": "EmbedImages", "Picture": "EncodedImage"},
-    "clipadapt.serve.schemas": {"PictureError": "ImageError"},
+    "clipadapt.evaluation.protocol": {"judged": "judge"},
+    "clipadapt.serve.limits": {"hashed": "hash_key", "check_picture": "check_image", "open_picture": "open_image"},
 }
 
 
