@@ -53,7 +53,7 @@ def adapt(
     """Adapt a model to PHOTOS, and say how good it is.
 
     A few images of each class are learned from. With `--method auto`, the methods that fit are compared by
-    cross-validation among these, and the best is taken. The other images (at most 2,000; of a split file its
+    cross-validation among these, and the best is taken. The other images (at most 2,000; for a split file its
     test part) check the result. With `--multi-label` an image can show several classes, and mAP takes the place of
     accuracy. Running the same command again resumes an interrupted training run.
     """

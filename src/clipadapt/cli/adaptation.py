@@ -29,7 +29,7 @@ MAX_HELD_OUT = 2000  # images: the interval of an accuracy is then about two poi
 
 @dataclass(frozen=True)
 class Plan:
-    """What the person asked for."""
+    """What the user asked for."""
 
     target: Path
     shots: int = 16
@@ -213,7 +213,7 @@ def compare(
 def check(
     model: Classifier, backbone: Backbone, support: Dataset | MultiLabelDataset, held_out: Any, templates: str
 ) -> dict[str, Any] | None:
-    """How good zero-shot and `model` are on held-out images; None where there are none."""
+    """How good zero-shot and `model` are on held-out images; None if there are none."""
     from clipadapt.data import MultiLabelDataset
     from clipadapt.methods import create
 

@@ -54,7 +54,7 @@ def clusters(
             )
             for group, title in zip(groups, titles, strict=True)
         ]
-        found = f"{count_of(len(index), 'image')} in {count_of(len(groups), 'group')}; the nearest to each middle."
+        found = f"{count_of(len(index), 'image')} in {count_of(len(groups), 'group')}; those nearest to each centre."
         note(f"wrote {write_sheet(html, 'Groups', sections, found)}")
     if as_json:
         names_of = index.embeddings.names
@@ -69,7 +69,7 @@ def clusters(
         ]
         console.print_json(document)
     elif html is None:
-        drawn = console.table("group", "images", "nearest to its middle", right=("images",))
+        drawn = console.table("group", "images", "nearest to its centre", right=("images",))
         drawn.columns[2].overflow = "fold"
         for group, title in zip(groups, titles, strict=True):
             examples = [hit.name for hit in index.hits(group.rows[:2], group.scores[:2])]

@@ -1,4 +1,4 @@
-"""How the commands talk: results on stdout, everything else on stderr, and figures the way people read them."""
+"""How the commands talk: results on stdout, everything else on stderr, and figures in readable form."""
 
 from __future__ import annotations
 
@@ -54,12 +54,12 @@ def table(*columns: str, right: tuple[str, ...] = (), title: str | None = None) 
 
 
 def percent(share: float | None) -> str:
-    """0.912 -> "91.2 %"; a share that is not defined is a dash."""
+    """0.912 -> "91.2 %"; an undefined share is a dash."""
     return "–" if share is None else f"{100 * share:.1f} %"
 
 
 def interval(bounds: tuple[float, float] | None) -> str:
-    """(0.901, 0.922) -> "90.1–92.2"; of a share that is not defined a dash."""
+    """(0.901, 0.922) -> "90.1–92.2"; for an undefined share, a dash."""
     return "–" if bounds is None else f"{100 * bounds[0]:.1f}–{100 * bounds[1]:.1f}"
 
 

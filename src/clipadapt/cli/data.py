@@ -1,4 +1,4 @@
-"""`clipadapt data`: the public data sets that are known by name, and whether a folder holds one as published."""
+"""`clipadapt data`: public data sets by name, and whether a folder holds one as published."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def check(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Say exactly what of the data set NAME is missing from DIR or differs; exit code 1 if anything does."""
+    """Say exactly what is missing from DIR or differs from the data set NAME; exit code 1 if anything does."""
     from clipadapt.data import definitions
 
     what = definitions.definition(name)

@@ -49,7 +49,7 @@ def dedup(
         write_page(
             html,
             groups,
-            f"{count_of(copies, 'image')} of {len(embeddings):,} could go, at a cosine of {threshold:g} or more.",
+            f"{count_of(copies, 'image')} of {len(embeddings):,} could be removed (cosine of {threshold:g} or more).",
         )
     if as_json:
         console.print_json(
@@ -68,7 +68,7 @@ def dedup(
         show(groups if every else groups[:SHOWN_GROUPS])
         if len(groups) > SHOWN_GROUPS and not every:
             out.print(f"and {count_of(len(groups) - SHOWN_GROUPS, 'group')} more; --all shows them", style="dim")
-        out.print(f"{count_of(copies, 'image')} of {len(embeddings):,} could go; --list prints their paths")
+        out.print(f"{count_of(copies, 'image')} of {len(embeddings):,} could be removed; --list prints their paths")
 
 
 def document(group: Group) -> dict[str, Any]:
@@ -96,7 +96,7 @@ def print_list(groups: list[Group]) -> None:
             if len(copy.name.splitlines()) == 1:
                 typer.echo(copy.name)
             else:
-                note(f"left out, as it holds a line break: {copy.name!r}; --json has it")
+                note(f"omitted, as its name has a line break: {copy.name!r}; --json has it")
 
 
 def show(groups: list[Group]) -> None:

@@ -89,7 +89,7 @@ def embed(
 
 
 def parse_shard(text: str | None) -> tuple[int | None, int | None]:
-    """From I/N the numbers I and N."""
+    """The numbers I and N of I/N."""
     if text is None:
         return None, None
     found = re.fullmatch(r"(\d+)/(\d+)", text)
@@ -104,7 +104,7 @@ def load_tower(backbone: str | None, model: str | None, device: str) -> Any:
 
 
 def load_both(backbone: str | None, model: str | None, device: str) -> tuple[Any, Any]:
-    """What encodes the images, and the backbone that it was adapted from, or is."""
+    """What encodes the images, and its backbone."""
     from clipadapt.backbones import load_backbone
     from clipadapt.features.encoder import in_text_space
     from clipadapt.methods import load

@@ -97,7 +97,7 @@ def what_changes(index: Index, folder: Path) -> str:
     """What an adapted model changes in a search whose images need not be embedded again."""
     if index.adapts_texts:
         return f"images need not be embedded again: {folder} changes texts only"
-    return f"images need not be embedded again: {folder} changes neither them nor texts; --class uses its classifier"
+    return f"images need not be embedded again: {folder} changes neither images nor texts; --class uses its classifier"
 
 
 def answer(

@@ -37,7 +37,7 @@ def serve(
     max_pictures: Annotated[int | None, typer.Option(min=1, hidden=True)] = None,  # its old name
     max_pixels: Annotated[int, typer.Option(min=1, help="Most pixels in an image.")] = 50_000_000,
     api_key_file: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="API keys, one a line; also $CLIPADAPT_API_KEYS.")
+        Path | None, typer.Option(metavar="FILE", help="API keys, one per line; also $CLIPADAPT_API_KEYS.")
     ] = None,
     cors: Annotated[
         list[str] | None,
