@@ -1,4 +1,4 @@
-"""Work of many requests brought together: what may go through the model at once does, in one thread, in turn.
+"""Batches the work of many requests: what can go through the model together does, in one thread.
 
 Pure asyncio, without HTTP. A *task* is a hashable callable that takes items and gives one answer for each; items of
 equal tasks form a batch. The number of items in hand is bounded, so a server under too much load refuses early.

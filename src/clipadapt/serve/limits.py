@@ -102,7 +102,7 @@ def from_data_uri(uri: str, name: str) -> bytes:
 
 
 def read_keys(file: Path | None, environment: Mapping[str, str] = os.environ) -> tuple[bytes, ...]:
-    """The keys of `file` (one a line, # starts a comment) and of $CLIPADAPT_API_KEYS (between commas), hashed."""
+    """The keys of `file` (one per line, # starts a comment) and of $CLIPADAPT_API_KEYS (between commas), hashed."""
     lines = environment.get("CLIPADAPT_API_KEYS", "").split(",")
     if file is not None:
         try:

@@ -79,7 +79,7 @@ class Served:
     id         what requests call it
     model      an adapted model, or a backbone as it is
     revision   SHA-256 of the model's config.json, or the backbone's fingerprint
-    tower      the image tower; None where the method looks at images themselves
+    tower      the image tower; None if the method looks at images themselves
     image_fingerprint  of embeddings that queries of this model may be compared with
     """
 
@@ -91,7 +91,7 @@ class Served:
 
     @property
     def method(self) -> Any:
-        """The adapted model; None where a backbone is served as it is."""
+        """The adapted model; None if a backbone is served as it is."""
         return None if self.model.kind == "backbone" else self.model
 
     @property
@@ -264,7 +264,7 @@ class Explain:
 class Models:
     """The models by id, the first of which answers where none is asked for.
 
-    Raises ClipadaptError where two would have the same id, or one cannot be served.
+    Raises ClipadaptError if two would have the same id, or one cannot be served.
     """
 
     def __init__(self, folders: Iterable[Path | str] = (), backbone: str | None = None) -> None:

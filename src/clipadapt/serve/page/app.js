@@ -12,7 +12,7 @@ const element = (tag, text) => Object.assign(document.createElement(tag), { text
 const copyOf = (template) => $(template).content.firstElementChild.cloneNode(true);
 const count = (number, one, many = `${one}s`) => `${number} ${number === 1 ? one : many}`;
 
-/** What a button does, and its label for those who do not see what it stands beside. */
+/** What a button does, and its label for those who do not see the rest of the page. */
 function arm(button, label, action) {
   button.ariaLabel = label;
   button.addEventListener("click", action);
@@ -24,7 +24,7 @@ let server = { data: [], indexes: [] }; // what /v1/models says
 
 const answerTo = async (path, body, signal) => (await request(path, body, signal)).json();
 
-/** The response to a GET, or to a POST of `body` (a form or an object); throws an Error whose message is for people. */
+/** The response to a GET, or to a POST of `body` (a form or an object); throws an Error whose message is for the user. */
 async function request(path, body, signal) {
   for (let tries = 1; ; tries += 1) {
     const key = sessionStorage.getItem(KEY);
@@ -134,7 +134,7 @@ function fillOther() {
 
 function describeModel({ id, method, classes, revision, multi_label }) {
   const what = method ? `${method}, ${count(classes.length, "class", "classes")}` : "a backbone";
-  return `${id}: ${what}${multi_label ? ", several an image" : ""}, revision ${short(revision)}`;
+  return `${id}: ${what}${multi_label ? ", several per image" : ""}, revision ${short(revision)}`;
 }
 
 const describeIndex = ({ id, images }) => `${id}: an index of ${count(images, "image")}`;
@@ -191,7 +191,7 @@ async function work(mine) {
   mine.workers += 1;
   for (let image; (image = mine.queue.shift()); ) {
     const answers = await Promise.all(askedModels().map((model) => classify(image.file, model, mine.stop.signal)));
-    if (mine !== job) return; // cancelled, cleared, or asked anew
+    if (mine !== job) return; // cancelled, cleared, or asked again
     settle(image, answers);
     mine.done += 1;
     report();
@@ -494,7 +494,7 @@ function paint(canvas, values) {
   context.putImageData(image, 0, 0);
 }
 
-// -- what people do --------------------------------------------------------------------------------------------------
+// -- what users do ----------------------------------------------------------------------------------------------------
 
 /** Files that were chosen, dropped or pasted: to be classified, or to search by, whichever is shown. */
 function take(files) {
