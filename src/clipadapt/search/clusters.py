@@ -100,7 +100,7 @@ def name_clusters(clusters: Sequence[Cluster], model: Any, words: Sequence[str],
 
 
 def read_words(file: str | Path | None = None) -> list[str]:
-    """The words of a text file, one a line ("#" starts a comment line); without a file those that come along."""
+    """The words of a text file, one per line ("#" starts a comment line); without a file those that come along."""
     path = Path(file) if file is not None else _WORDS
     try:
         lines = path.read_text(encoding="utf-8").splitlines()

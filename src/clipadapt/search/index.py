@@ -168,7 +168,7 @@ class Index:
         return self.hits(rows[places], probabilities[rows[places]])
 
     def _class_scores(self, name: str) -> tuple[np.ndarray, np.ndarray]:
-        """Of a class the probabilities (N,), and what orders as they do but tells apart those that round to 0 or 1."""
+        """The probabilities (N,) of a class, and margins (N,) in the same order that also separate 0s and 1s."""
         model = self.model
         if model.kind == "backbone":
             raise ClipadaptError(f"Classes are searched for with an adapted model, and {model.source} is a backbone.")
@@ -298,7 +298,7 @@ def _fill(
 
 
 def _identity(embeddings: Embeddings) -> str:
-    """Of all parts: what they are of and their checksums."""
+    """What all parts were made from, and their checksums."""
     digest = blake2b(digest_size=16)
     for marker in sorted(embeddings.folder.glob("part-*.json")):
         digest.update(marker.read_bytes() + b"\0")

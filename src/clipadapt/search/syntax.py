@@ -101,7 +101,7 @@ class _Parser:
     def _single(self) -> Test | Junction:
         self.depth += 1
         if self.depth > _DEEPEST:
-            raise ClipadaptError(f"The condition is nested more than {_DEEPEST} deep; write it flatter.")
+            raise ClipadaptError(f"The condition is nested more than {_DEEPEST} levels deep; simplify it.")
         tree: Test | Junction
         if self._took("not"):
             tree = self._single().negate()

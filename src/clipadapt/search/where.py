@@ -1,4 +1,4 @@
-"""Conditions on what is known of images, written as `syntax` says, for tables, SQL and Qdrant: for every store."""
+"""Conditions on the facts about images, written as `syntax` says, for tables, SQL and Qdrant: for every store."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def kind_of(type_: pyarrow.DataType) -> str:
 
 
 def _convert(test: Test, type_: pyarrow.DataType) -> tuple[Value, ...]:
-    """The test's values as what the column holds; raises `ClipadaptError` where they cannot be compared."""
+    """The test's values converted to the column's type; raises `ClipadaptError` if they cannot be compared."""
     column, operator, values = test
     kind = kind_of(type_)
     if not values or kind == "null":
@@ -97,7 +97,7 @@ def _convert(test: Test, type_: pyarrow.DataType) -> tuple[Value, ...]:
     if kind == "other":
         raise ClipadaptError(f"The column {column!r} holds {type_}, which can only be tested by is null.")
     if operator.endswith("like") and kind != "text":
-        raise ClipadaptError(f"The column {column!r} holds {_HELD[kind]}, and like needs text.")
+        raise ClipadaptError(f"The column {column!r} holds {_HELD[kind]}, but like needs text.")
     if kind == "truth" and operator[0] in "<>":
         raise ClipadaptError(f"The column {column!r} holds true or false, which {operator} cannot compare.")
     if kind in ("date", "time"):
@@ -105,7 +105,7 @@ def _convert(test: Test, type_: pyarrow.DataType) -> tuple[Value, ...]:
     fitting: Any = {"number": int | float, "text": str, "truth": bool}[kind]
     for value in values:
         if not isinstance(value, fitting) or (kind == "number" and isinstance(value, bool)):
-            raise ClipadaptError(f"The column {column!r} holds {_HELD[kind]}, and {value!r} is something else.")
+            raise ClipadaptError(f"The column {column!r} holds {_HELD[kind]}, and {value!r} is not.")
     return values
 
 

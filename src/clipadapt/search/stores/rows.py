@@ -1,4 +1,4 @@
-"""What every store asks of the rows and queries that it is given, and how it answers."""
+"""Checks of the rows and queries given to every store, and the form of its answers."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def as_ids(ids: Any) -> np.ndarray:
 def as_rows(
     ids: Any, vectors: Any, facts: pyarrow.Table | None, dim: int, known: pyarrow.Schema | None
 ) -> tuple[np.ndarray, np.ndarray, pyarrow.Table | None]:
-    """What `add` is given, checked: ids (n,) int64, vectors (n, dim) float32, facts in the order of `known`'s columns.
+    """`add`'s arguments, checked: ids (n,) int64, vectors (n, dim) float32, facts in the order of `known`'s columns.
 
     `known` is the schema of the facts that the store has so far. Numbers in `facts` that are NaN become null.
     """
