@@ -1,7 +1,7 @@
 """Who makes the parts of an embedding: this process, local processes, or a Ray cluster; all make the same parts.
 
-A worker holds one model and makes one part after another. A part that fails, or whose worker dies, spoils only itself:
-the others are made, and the next run makes those that are missing.
+A worker holds one model and makes one part after another. If a part fails or its worker dies, the
+others are still made, and the next run makes those that are missing.
 """
 
 from __future__ import annotations

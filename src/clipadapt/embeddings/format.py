@@ -59,7 +59,7 @@ def encode_shard(
     """Write the i-th of n stretches of `images` into the folder `out`; any launcher may run the n calls anywhere.
 
     Calling again for a part that is done changes nothing and takes no time, and one that was interrupted continues
-    where it was. `width`, `height`, `taken` (EXIF) and its `year` are noted of each image, null where it does not
+    where it was. `width`, `height`, `taken` (EXIF) and its `year` are noted of each image, null if it does not
     tell.
 
     Args:
@@ -105,7 +105,7 @@ def encode_shard(
 
 
 def describe(backbone: Any, listing: Listing, shards: int, fast_decode: bool = False) -> dict[str, Any]:
-    """What a part is of, besides its number: parts that agree in this belong together."""
+    """What a part was made from, apart from its number: parts that agree in this belong together."""
     return {
         "format": FORMAT,
         "image_fingerprint": backbone.image_fingerprint,
@@ -116,7 +116,7 @@ def describe(backbone: Any, listing: Listing, shards: int, fast_decode: bool = F
 
 
 def check_same(state: Mapping[str, Any], made_of: Mapping[str, Any], where: str) -> None:
-    """Raise `ArtifactError` naming `where` if a part is of something else than `made_of`."""
+    """Raise `ArtifactError` naming `where` if a part was made from something other than `made_of`."""
     for key, other in _COMMON.items():
         if state[key] != made_of[key]:
             raise ArtifactError(f"{where} was made {other}; use a new folder, or the same inputs as before.")
@@ -129,7 +129,7 @@ def parts_in(out: Path | str) -> dict[tuple[int, int], str]:
 
 
 def read_marker(path: Path | str) -> dict[str, Any]:
-    """What a part's `.json` says; raises `ArtifactError` where it is missing, damaged or of a newer version."""
+    """What a part's `.json` says; raises `ArtifactError` if it is missing, damaged or of a newer version."""
     text = remote.read_text(str(path))
     if text is None:
         raise ArtifactError(f"{path} does not exist; embed that shard.")

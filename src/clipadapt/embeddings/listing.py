@@ -38,9 +38,9 @@ _FORMS = "a folder of images, a table (.csv, .tsv, .parquet), .tar shards, or a 
 
 @runtime_checkable
 class Listing(Protocol):
-    """Images to be shared out.
+    """Images to be divided among shards.
 
-    count     how many things there are to share out: images, or tar files
+    count     how many things there are to divide: images, or tar files
     parts     into how many shards they are divided by default
     identity  32 hex digits: of the things' names, in their order
     """
@@ -57,7 +57,7 @@ class Listing(Protocol):
     def stretch(self, start: int, stop: int, work: Path) -> tuple[list[Item], pyarrow.Table]:
         """The images in things `start` to `stop`, and a table of facts about them, one row per image.
 
-        `work` is a folder of this shard's own, for what has to be copied first; it may not exist yet.
+        `work` is a folder for this shard alone, for what has to be copied first; it may not exist yet.
         """
         ...
 

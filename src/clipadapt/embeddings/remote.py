@@ -67,7 +67,7 @@ def parent(path: str) -> str:
 
 @contextmanager
 def open_path(path: str) -> Iterator[IO[bytes]]:
-    """A path or URL to read bytes from; raises DataError naming it where that is impossible."""
+    """A path or URL to read bytes from; raises DataError naming it if that is impossible."""
     with ExitStack() as stack:
         with _plain_errors(path):
             if is_url(path):
