@@ -26,7 +26,7 @@ def encode_memory(
     """The features of a memory, on the CPU; a text that occurs several times is kept once, in the order of first use.
 
     Args:
-        memory: sentences (a list, or a .txt or .jsonl file, one a line); `Pairs`; or another data set, whose texts
+        memory: sentences (a list, or a .txt or .jsonl file, one per line); `Pairs`; or another data set, whose texts
             are the sentences of its classes.
         templates: makes those sentences.
         prefix: put before each caption, but not before sentences of classes.
