@@ -2,7 +2,7 @@
 
     corpus.json   what it was built from: versions, licences, authors, counts
     images.npy    (N, 64, 64, 4) uint8, straight RGBA, memory-mapped
-    pairs.jsonl   one line an image: source, name, texts, keywords, other, split, kind
+    pairs.jsonl   one line per image: source, name, texts, keywords, other, split, kind
 
 Kept out of training, and for evaluation only: one emoji style ("heldout-style"), a tenth of all names in every source
 and a tenth of the playground's kinds ("heldout-name"), and one playground style ("heldout-style").

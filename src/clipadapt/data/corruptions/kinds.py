@@ -17,7 +17,7 @@ ImageNet-C did (its crop is left to the model's own preprocessing).
 What differs from ImageNet-C: its images were kept as JPEG of quality 85, these are not; its random numbers come from
 another generator. Frost there is photographs of ice, which cannot be shipped; here it is drawn needles of ice, whose
 brightness, contrast and tint come from the ranges that those photographs span. Glass blur keeps what the published loop
-does: each pixel is overwritten by a near one, and what it held is lost, since its swap of array views is none.
+does: each pixel is overwritten by a near one, and what it held is lost, since its swap of array views has no effect.
 """
 
 from __future__ import annotations

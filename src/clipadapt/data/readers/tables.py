@@ -51,7 +51,7 @@ def image_table(
     multi_label: bool = False,
     separator: str = ";",
 ) -> Dataset | MultiLabelDataset:
-    """The images that a table lists, one a row.
+    """The images that a table lists, one per row.
 
     Args:
         file: a .csv file (UTF-8, commas, first row = column names), .tsv (tabs) or .parquet; or a folder that holds

@@ -37,7 +37,7 @@ def class_texts(class_names: Sequence[str], templates: Templates = "photo") -> l
               (CoOp's template for that data set) or "prograd/pets" (another code base's);
             - a template with "{}" where the class name goes, or a list of them;
             - a mapping from class name to its own sentences, such as descriptions by a language model;
-            - the path of a file that holds templates (.txt, one a line; .json or .yaml, a list) or such a mapping
+            - the path of a file that holds templates (.txt, one per line; .json or .yaml, a list) or such a mapping
               (.json or .yaml; .txt with a line "class name: sentence" for each sentence).
 
     Raises:
