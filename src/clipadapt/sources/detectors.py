@@ -42,7 +42,7 @@ class Detections(NamedTuple):
     names: Tensor
 
     def of(self, name: int) -> Tensor | None:
-        """The best box (4,) of a name, or None where it was not found."""
+        """The best box (4,) of a name, or None if it was not found."""
         rows = (self.names == name).nonzero()
         return self.boxes[rows[0, 0]] if len(rows) else None
 
