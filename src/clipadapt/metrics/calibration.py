@@ -1,4 +1,4 @@
-"""Is a model as sure as it is right: calibration and selective prediction.
+"""Calibration and selective prediction: is a model as confident as it is accurate?
 
 Guo et al., "On Calibration of Modern Neural Networks" (arXiv 1706.04599); Geifman and El-Yaniv, "Selective
 Classification for Deep Neural Networks" (arXiv 1705.08500).

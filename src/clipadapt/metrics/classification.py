@@ -1,4 +1,4 @@
-"""How good are predictions: accuracy with its interval, per class, and what is taken for what.
+"""How good predictions are: accuracy with its interval, scores per class, and confusions.
 
 Everywhere `labels` and `predicted` are parallel sequences (N,) of integers into the class names.
 """
@@ -31,7 +31,7 @@ class ClassScores:
 
 
 def accuracy(labels: ArrayLike, predicted: ArrayLike) -> float:
-    """Share of right predictions, in [0, 1]; of no image it is not defined and raises ValueError."""
+    """Share of correct predictions, in [0, 1]; raises ValueError if there are no images."""
     hits = np.asarray(labels) == np.asarray(predicted)
     if hits.size == 0:
         raise ValueError("accuracy needs at least one image")

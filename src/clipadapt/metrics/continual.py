@@ -29,7 +29,7 @@ from numpy.typing import ArrayLike
 def accuracy_matrix(
     labels: Sequence[ArrayLike], predicted: Sequence[ArrayLike], tasks: Sequence[ArrayLike]
 ) -> np.ndarray:
-    """(T, T) accuracies in [0, 1] from the predictions after each task; NaN where a task was not tested.
+    """(T, T) accuracies in [0, 1] from the predictions after each task; NaN if a task was not tested.
 
     Args:
         labels: T arrays, the t-th with the true classes of the images tested after task t, (N_t,).
