@@ -38,7 +38,7 @@ UNJUDGED = "tip-adapter"
 class Trial:
     """A method with its best setting, judged on images of the support set that it had not seen.
 
-    `accuracy` is in [0, 1] with its 95 % `interval`; both are None where one image of each class allows no judgement.
+    `accuracy` is in [0, 1] with its 95 % `interval`; both are None if one image of each class allows no judgement.
     Where images have several labels, it is the mean of the folds' average precisions, without an interval. `seconds` is
     the time of all its fits and predictions.
     """
@@ -124,7 +124,9 @@ def select(
         k, measure, best_is = min(folds, max(support.counts)), "", "is best"
         if k < 2:
             trials = [Trial(key, {"templates": templates}, None, None, 0.0, 0) for key in ("zero-shot", UNJUDGED)]
-            reason = f"one image of each class leaves none to judge by, so {UNJUDGED} runs with its published setting"
+            reason = (
+                f"with one image per class none is left for validation, so {UNJUDGED} runs with its published setting"
+            )
             return Selection(trials, trials[-1], reason, [])
 
     end = time.perf_counter() + budget
@@ -163,7 +165,7 @@ def select(
     if best is zero_shot:
         reason = f"no method did better than zero-shot on {len(support):,} images of the support set"
     elif best.interval and zero_shot.interval and best.interval[0] <= zero_shot.interval[1]:
-        reason += "; its lead over zero-shot may be chance, so few images tell little"
+        reason += "; its lead over zero-shot may be chance, as there are few images"
     return Selection(trials, best, reason, [(key, skipped[key]) for key in order if key in skipped])
 
 

@@ -1,4 +1,4 @@
-"""Is a difference more than noise: bootstrap intervals, paired tests, ranks over data sets.
+"""Is a difference more than noise? Bootstrap intervals, paired tests, ranks over data sets.
 
 Demšar, "Statistical Comparisons of Classifiers over Multiple Data Sets" (JMLR 7, 2006); Benavoli, Corani and Mangili,
 "Should We Really Use Post-Hoc Tests Based on Mean-Ranks?" (JMLR 17, 2016): pairs are compared by Wilcoxon's

@@ -57,7 +57,7 @@ class Published:
         method: as its source calls it.
         key: the method of ours that it is comparable with, or the name in lower case.
         data: the definition's name, or the source's word.
-        shots: None where the source does not say.
+        shots: None if the source does not say.
         metric: "top1", "base", "new" or "H".
         value: in %.
         caveat: what makes it no fair comparison; empty if nothing is known.

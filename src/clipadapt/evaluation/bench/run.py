@@ -3,7 +3,7 @@
 `results.jsonl` in the output folder has a line for each cell: what was run (data, backbone, protocol, options, method,
 hyper-parameters, seed), with which versions and revision, and either the figures, or `error` (it failed; it is tried
 again next time), or `skipped` (it cannot be: the method needs what the backbone lacks). Features are encoded once and
-shared through the cache. A cell that fails, hangs or runs out of memory spoils only itself: its worker is replaced.
+shared through the cache. A cell that fails, hangs or runs out of memory affects no other: its worker is replaced.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ def run_suite(
     if only is not None:
         plan = [(identity, cell, None) for identity, cell, _ in plan if identity.startswith(only)]
         if not plan:
-            raise ClipadaptError(f"{suite.name} has no cell {only!r}; results.jsonl and the report name them.")
+            raise ClipadaptError(f"{suite.name} has no cell {only!r}; results.jsonl and the report list the names.")
     rows = {identity: known for identity, _, known in plan if known is not None}
     waiting: dict[str, dict[str, Cell]] = {}  # cells with one result between them, by the identity of the one to run
     for identity, cell, known in plan:

@@ -2,7 +2,7 @@
 
 After Agarwal et al., "Evaluating CLIP: Towards Characterization of Broader Capabilities and Downstream Implications"
 (arXiv 2108.02818): the names that a user lets a model choose among, its class design, shift which groups are given
-which labels. There is no official code, and only the abstract could be read; the measures here are ours.
+which labels. There is no official code, and only the abstract was available; the measures here are ours.
 
 An image's group is its domain in the data set. Images are classified among several lists of candidate labels:
 
@@ -63,7 +63,7 @@ def candidate_lists(classes: Sequence[str], sets: Mapping[str, Sequence[str]]) -
 
 
 def disparity(by_group: Mapping[str, float]) -> dict[str, Any]:
-    """The largest difference and ratio between two groups; the ratio is None where the lowest value is 0."""
+    """The largest difference and ratio between two groups; the ratio is None if the lowest value is 0."""
     high, low = (choose(by_group, key=by_group.__getitem__) for choose in (max, min))
     top, bottom = by_group[high], by_group[low]
     return {"highest": high, "lowest": low, "difference": top - bottom, "ratio": top / bottom if bottom else None}

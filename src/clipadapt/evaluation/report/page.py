@@ -103,7 +103,7 @@ def write_report(rows: Sequence[Row], out: Path, *, title: str, command: str, ce
 
 
 def check_installed() -> None:
-    """Raise ClipadaptError where what a report needs is not installed."""
+    """Raise ClipadaptError if what a report needs is not installed."""
     for module in ("jinja2", "matplotlib"):
         if find_spec(module) is None:
             raise ClipadaptError(f"A report needs {module}: pip install 'clipadapt[bench]', or give --no-report.")
@@ -168,7 +168,9 @@ class _Page:
         table = self._table(f"ranks {protocol}", caption, head, body)
         plots = []
         if len(ranking.ranks) <= 40:
-            alt = f"Mean ranks of {len(scores)} methods, {next(iter(ranking.ranks))} first; joined ones do not differ."
+            alt = (
+                f"Mean ranks of {len(scores)} methods, {next(iter(ranking.ranks))} first; connected ones do not differ."
+            )
             title = f"{protocol}: mean ranks over {blocks} blocks"
             plots.append(self._plot(f"ranks {protocol}", alt, self.figures.ranks(ranking, title=title)))
         return {
@@ -265,7 +267,7 @@ class _Page:
         if not body:
             return None
         head = ["method", "shots", "metric", "ours", "published", "as", "source", "caveat"]
-        caption = f"{data}: figures that others published, on the backbones that they used; not ours, and not averaged."
+        caption = f"{data}: figures published by others, on their own backbones; not ours, and not averaged."
         return self._table(f"published {data} {protocol}", caption, head, body)
 
     def cells(self, rows: Sequence[Row]) -> Table:

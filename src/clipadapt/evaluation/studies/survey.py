@@ -2,7 +2,7 @@
 
 Liu et al., "Few-shot Adaptation of Multi-modal Foundation Models: A Survey" (arXiv 2401.01736): methods fall into
 prompts, adapters and external knowledge; a bound on the error on the target data has terms for the gap between the
-domains, the capacity of what is trained, and the number of samples. Only the abstract could be read, so the bound's
+domains, the capacity of what is trained, and the number of samples. Only the abstract was available, so the bound's
 terms are approximated:
 
     error      1 - accuracy on the test part
@@ -14,7 +14,7 @@ terms are approximated:
 Each factor is looked at where nothing else changes: shots along the curve of one method on one data set and backbone,
 the gap over data sets for one method and number of shots on one backbone, capacity over methods for one data set,
 backbone and number of shots. In each such block the rank correlation (Spearman) with the error is taken, and averaged
-over the blocks. A correlation over a handful of data sets or methods is weak evidence; a cause it is not.
+over the blocks. A correlation over a handful of data sets or methods is weak evidence, and does not show a cause.
 
     clipadapt bench survey --out survey
     python -m clipadapt.evaluation.studies.survey survey/results.jsonl
