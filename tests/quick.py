@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from clipadapt.methods import create, list_methods
+from clipadapt.methods import create, list_methods, method_class
+from clipadapt.methods.card import settings_of
+from clipadapt.methods.registry import card
 
 QUICK: dict[str, dict[str, Any]] = {
     "backbone-effects-study": {"method": "gda-clip"},
@@ -80,17 +82,36 @@ QUICK: dict[str, dict[str, Any]] = {
 }
 
 
+# The length of a run that has to run and need not learn anything; for methods that have these hyper-parameters.
+SHORT = {"epochs": 2, "steps": 4, "steps_per_shot": 1, "attack_steps": 1}
+WHOLE = {"linear-probe": {"steps": 1000}}  # of a solver that complains where it stops earlier
+# What `fit_features` needs of a method besides images, labels and texts; rows of features do.
+NEEDED = {"x-more": ("memory",)}
+
+
 def quick(key: str, **more: Any) -> Any:
-    """The method called `key` with quick settings, and `more`; not fitted."""
-    settings = QUICK.get(key, {}) | more
+    """The method called `key` with settings that learn something, and `more`; not fitted."""
+    return _created(key, QUICK.get(key, {}) | more, {})
+
+
+def brief(key: str, **more: Any) -> Any:
+    """The method called `key` as `quick` makes it, but with the fewest steps, and `more`; not fitted.
+
+    For tests of anything but what was learned.
+    """
+    more = WHOLE.get(key, {}) | more
+    return _created(key, QUICK.get(key, {}) | more, {name: n for name, n in SHORT.items() if name not in more})
+
+
+def _created(key: str, settings: dict[str, Any], short: dict[str, int]) -> Any:
+    known = settings_of(method_class(key))
+    settings = settings | {name: n for name, n in short.items() if name in known}
     if isinstance(settings.get("method"), tuple):
         inner, values = settings["method"]
-        settings = settings | {"method": create(inner, **values)}
+        settings["method"] = _created(inner, values, short)
     return create(key, **settings)
 
 
 def keys(**facts: Any) -> list[str]:
     """The keys of the methods whose card has these facts."""
-    from clipadapt.methods.registry import card
-
     return [key for key in list_methods() if all(getattr(card(key), name) == value for name, value in facts.items())]

@@ -25,7 +25,7 @@ _FOLDERS = {
     "data": {"data.readers": "coop folders hub lists shards tables"},
     "evaluation": {
         "evaluation.bench": "published suite",
-        "evaluation.studies": "pretraining robustness survey wise_ft_curve",
+        "evaluation.studies": "pretraining survey wise_ft_curve",
         "metrics": "calibration multilabel retrieval",
     },
     "features": {"embeddings": "executors listing remote"},

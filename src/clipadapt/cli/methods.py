@@ -15,7 +15,7 @@ from clipadapt.cli import console
 from clipadapt.cli.console import AsJson, count_of, out
 from clipadapt.errors import ClipadaptError
 
-SIGNALS = {"none": "class names", "labels": "labels", "unlabelled": "unlabelled images"}
+SIGNALS = {"none": "class names", "labels": "labels", "unlabelled": "unlabelled images", "pairs": "captions"}
 
 
 def methods(

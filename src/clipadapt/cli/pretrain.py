@@ -37,7 +37,7 @@ def run(
     ] = False,
 ) -> None:
     """Train a CLIP on CORPUS by a recipe; the weights are in OUT/model at any time (a plain transformers folder)."""
-    from clipadapt.backbones.scratch import scratch_backbone
+    from clipadapt.backbones.scratch import new_backbone
     from clipadapt.backbones.vocabulary import train_tokenizer
     from clipadapt.data.corpus.pairs import Corpus
     from clipadapt.evaluation.studies.pretraining import corpus_hooks
@@ -51,7 +51,7 @@ def run(
         values["steps"] = steps
     source = Corpus.open(corpus)
     tokenizer = train_tokenizer(source.training_texts(), vocabulary)
-    backbone = scratch_backbone(tokenizer, **sizes)
+    backbone = new_backbone(sizes["preset"], tokenizer=tokenizer, seed=sizes["seed"])
     hooks = corpus_hooks(source, backbone.image_size[0])
     plan = Recipe.from_dict(values)
     train_contrastive(

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,6 @@ from torch import Tensor
 from clipadapt.backbones import Backbone
 from clipadapt.data import Dataset
 from clipadapt.errors import ClipadaptError, unknown_name
-from clipadapt.evaluation import protocols as package
 from clipadapt.methods import Method, TrainingData
 from clipadapt.metrics.calibration import confidences, expected_calibration_error, risk_coverage
 from clipadapt.metrics.classification import accuracy, macro_accuracy, per_class
@@ -52,18 +52,19 @@ class Outcome:
 
 
 Protocol = Callable[..., Outcome]
+_FOLDER = Path(__file__).parent / "protocols"
 
 
 def protocols() -> list[str]:
     """The keys of all protocols, sorted."""
-    return sorted(module.name.replace("_", "-") for module in pkgutil.iter_modules(package.__path__))
+    return sorted(module.name.replace("_", "-") for module in pkgutil.iter_modules([str(_FOLDER)]))
 
 
 def protocol(key: str) -> Protocol:
     """The protocol's function `run`."""
     if key not in protocols():
         raise unknown_name("protocol", key, protocols())
-    return import_module(f"{package.__name__}.{key.replace('-', '_')}").run
+    return import_module(f"clipadapt.evaluation.protocols.{key.replace('-', '_')}").run
 
 
 def options(key: str) -> dict[str, Any]:

@@ -17,8 +17,10 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
+import safetensors.torch
+
 from clipadapt.errors import ClipadaptError
-from clipadapt.methods.artifact import save
+from clipadapt.methods.artifact import learned, save
 from clipadapt.methods.card import Card, check_hyperparameter, hyper, settings_of
 from clipadapt.methods.recipe import recipe
 from clipadapt.methods.training_data import TrainingData, why_not
@@ -87,6 +89,8 @@ class Method:
             ClipadaptError: the backbone lacks what the method requires, or the data do not suit it.
         """
         data = TrainingData.of(support, val, unlabelled, class_names, task)
+        if task is not None:
+            data = data.after(getattr(self, "class_names_", []))
         self._open(backbone, data)
         data = self._prepare(backbone, data)
         folder = Path(resume) / self._identity(backbone, data) if resume is not None else None
@@ -103,10 +107,17 @@ class Method:
         reason = self.why_not(model, data)
         if reason is not None:
             raise ClipadaptError(reason)
+        if data.task is None:
+            self._forget()
         self.backbone_: Any = model
         self.origin_: dict[str, str] | None = None
         if model is not None:
             self.origin_ = {"source": model.source, "fingerprint": model.fingerprint}
+
+    def _forget(self) -> None:
+        """Drop what an earlier fit learned: only a step of a stream goes on from it."""
+        for name in [name for name in vars(self) if name.endswith("_")]:
+            delattr(self, name)
 
     def why_not(self, model: Any = None, data: TrainingData | None = None, **needs: bool) -> str | None:
         """Why this method cannot run here, as one sentence, or None; see `training_data.why_not`."""
@@ -130,9 +141,12 @@ class Method:
 
     def _identity(self, model: Any, data: TrainingData) -> str:
         """What a training run depends on, as 32 hex digits."""
-        labels = None if data.support is None else data.support.labels
-        facts = [recipe(self), model.fingerprint, data.contents, labels, data.class_names, data.task]
-        return blake2b(json.dumps(facts, default=sorted).encode(), digest_size=16).hexdigest()
+        facts = [recipe(self), model.fingerprint, data.contents, data.targets, data.class_names, data.task]
+        digest = blake2b(json.dumps(facts, default=sorted).encode(), digest_size=16)
+        if data.task is not None:
+            tensors, plain = learned(self)
+            digest.update(json.dumps(plain, default=sorted).encode() + safetensors.torch.save(tensors))
+        return digest.hexdigest()
 
     # -- what it is -------------------------------------------------------------------------------------------------
 

@@ -24,8 +24,8 @@ class Card:
         kind: how it learns: "features", "prompts", "weights", "images", "wrapper", "test-time" or "pretraining".
         problem: what the paper sets out to do, in its own words.
         trains: what is trained; empty where nothing is.
-        signal: what `fit` learns from: "none" (class names only), "labels" (a labelled support set) or "unlabelled"
-            (images without labels; labelled ones are welcome).
+        signal: what `fit` learns from: "none" (class names only), "labels" (a labelled support set), "unlabelled"
+            (images without labels; labelled ones are welcome) or "pairs" (images with captions).
         requires: the capabilities without which a backbone is refused.
         new_classes: a fitted one can be used for classes that it has not learned (`with_classes`).
         multi_label: it also takes images that each show any number of classes, and then says of each class if it is
@@ -70,7 +70,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "ImageMethod": {"kind": "images", "signal": "none", "requires": frozenset({"texts"})},
     "Wrapper": {"kind": "wrapper"},
     "TestTimeMethod": {"kind": "test-time", "signal": "none"},
-    "Pretraining": {"kind": "pretraining", "requires": frozenset({"texts", "weights"})},
+    "Pretraining": {"kind": "pretraining", "signal": "pairs", "requires": frozenset({"texts", "weights"})},
 }
 
 

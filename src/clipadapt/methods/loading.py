@@ -42,6 +42,7 @@ def _restored(
     for name, value in config["learned"].items():
         if isinstance(value, dict) and value.keys() == {NESTED}:
             nested[name] = value[NESTED]
+            setattr(method, name, [])  # its place among the others
         else:
             setattr(method, name, value)
     for path, tensor in tensors.items():

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any
 
-from clipadapt.data import Dataset, MultiLabelDataset, as_items
+from clipadapt.data import Dataset, MultiLabelDataset, Pairs, as_items
 from clipadapt.errors import ClipadaptError
 from clipadapt.methods.card import Card
 
@@ -52,6 +52,18 @@ class TrainingData:
         items, labels = [*self.support.items, *more.items], [*self.support.labels, *more.labels]
         return replace(self, support=replace(self.support, items=items, labels=labels, domains=None))
 
+    def after(self, known: Sequence[str]) -> TrainingData:
+        """The same as a later step of a stream: the classes `known` before come first, and labels count from there."""
+        names = [*known, *(name for name in self.class_names or () if name not in known)]
+
+        def renumbered(data: Any) -> Any:
+            if data is None:
+                return None
+            labels = [names.index(data.class_names[label]) for label in data.labels]
+            return replace(data, labels=labels, class_names=names)
+
+        return replace(self, support=renumbered(self.support), val=renumbered(self.val), class_names=names)
+
     @property
     def labelled(self) -> int:
         """The number of labelled examples to learn from."""
@@ -61,8 +73,14 @@ class TrainingData:
     def contents(self) -> list[str]:
         """A digest of every image to learn from."""
         more = [value for value in self.extras.values() if isinstance(value, Dataset)]
-        given = [images for images in (self.support, self.unlabelled, *more) if images is not None]
+        support = self.support.items if isinstance(self.support, Pairs) else self.support
+        given = [images for images in (support, self.unlabelled, *more) if images is not None]
         return [item.digest() for images in given for item in as_items(images)]
+
+    @property
+    def targets(self) -> Any:
+        """What the support set says of its items: labels or captions; None without a support set."""
+        return getattr(self.support, "captions" if isinstance(self.support, Pairs) else "labels", None)
 
 
 def why_not(
@@ -105,6 +123,9 @@ def _why_not_data(card: Card, data: TrainingData) -> str | None:
         return f"{key} does not use unlabelled images."
     if card.signal == "unlabelled" and not unlabelled:
         return f"{key} learns from unlabelled images: give fit(..., unlabelled=)."
+    pairs = isinstance(data.support, Pairs) and data.labelled and not isinstance(data.support.items[0], str)
+    if card.signal == "pairs" and not pairs:
+        return f"{key} learns from images with captions: give fit(backbone, pairs)."
     if card.signal == "labels" and not (data.labelled or unlabelled):
         return f"{key} learns from labelled images, and the support set has none."
     return None

@@ -56,7 +56,7 @@ class _Text(nn.Module):
     def __init__(self, method: Classifier) -> None:
         super().__init__()
         backbone: Any = method.backbone_
-        self.model, self.pad, self.padding = backbone.model, backbone._pad_id, backbone._family.padding
+        self.model, self.pad, self.padding = backbone.model, backbone.pad_id, FAMILIES[backbone.family].padding
 
     def forward(self, ids: Tensor) -> Tensor:
         columns = torch.arange(ids.shape[1], device=ids.device)
@@ -98,7 +98,7 @@ def export_onnx(method: Classifier, folder: Path | str, *, int8: bool = False) -
     _compare(folder / "image.onnx", pixels, expected, key)
     names = ["image"]
     if _texts_are_plain(method):
-        causal = backbone._family.padding == "causal"
+        causal = "causal-text" in backbone.capabilities
         ids = backbone.tokenize(list(_TEXTS))
         if not causal:
             ids = nn.functional.pad(ids, (0, backbone.context_length - ids.shape[1]))
@@ -123,7 +123,7 @@ def export_onnx(method: Classifier, folder: Path | str, *, int8: bool = False) -
         "preprocess": backbone.preprocess.to_config() if isinstance(backbone.preprocess, Preprocess) else None,
         "texts": {
             "context_length": backbone.context_length,
-            "fixed_length": backbone._family.padding != "causal",
+            "fixed_length": "causal-text" not in backbone.capabilities,
             "specials": backbone.tokenizer.all_special_tokens,
         }
         if "text" in names

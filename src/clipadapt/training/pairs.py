@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from clipadapt.backbones.preprocess import OPENAI_MEAN, OPENAI_STD
 from clipadapt.backbones.text import clean
+from clipadapt.data import Pairs
 from clipadapt.errors import ClipadaptError
 from clipadapt.training.loop import stream
 from clipadapt.training.recipe import Recipe
@@ -36,6 +37,30 @@ class PairSource(Protocol):
         Names are those of `training.objective`. A pair (images, texts) stands for {"image": images, "text": texts}.
         Arrays are numpy's or torch's. Called in a background process.
         """
+
+
+class DrawnPairs:
+    """The batches of a set of images with captions: each epoch in a fresh order, and of several captions one is drawn.
+
+    What is left of an epoch after its last whole batch is not seen in it.
+    """
+
+    def __init__(self, pairs: Pairs, preprocess: Callable[[Any], Tensor]) -> None:
+        self._pairs, self._preprocess = pairs, preprocess
+
+    def batch(self, step: int, batch_size: int, image_size: int, seed: int) -> tuple[Tensor, list[str]]:
+        """See `PairSource`; images have the size that `preprocess` gives them."""
+        a_pass = len(self._pairs) // batch_size
+        if not a_pass:
+            raise ClipadaptError(f"{self._pairs!r} are fewer than the {batch_size} of a batch; lower batch_size.")
+        epoch, place = divmod(step, a_pass)
+        order = torch.randperm(len(self._pairs), generator=stream(seed, epoch))
+        rows = order[place * batch_size : (place + 1) * batch_size].tolist()
+        shares = torch.rand(batch_size, generator=stream(seed + 1, step)).tolist()
+        captions = [self._pairs.captions[row] for row in rows]
+        texts = [several[int(share * len(several))] for several, share in zip(captions, shares, strict=True)]
+        items: list[Any] = [self._pairs.items[row] for row in rows]
+        return torch.stack([self._preprocess(item.open()) for item in items]), texts
 
 
 class Batch(NamedTuple):

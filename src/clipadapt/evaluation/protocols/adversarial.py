@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from clipadapt.backbones import Backbone
 from clipadapt.data import Split
 from clipadapt.evaluation.protocol import NotApplicable, Outcome, fit, judge
-from clipadapt.evaluation.studies.robustness import NotAttackable, adversarial_accuracy
+from clipadapt.evaluation.robustness import NotAttackable, adversarial_accuracy
 from clipadapt.methods import Method
 
 

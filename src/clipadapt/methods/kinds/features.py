@@ -118,6 +118,7 @@ class FeatureMethod(Method):
             if name not in self.extras:
                 raise unknown_name(f"input of {self.card.key}.fit_features", name, self.extras)
         extras = {name: value for name, value in extras.items() if value is not None}
+        self._forget()
         self.backbone_, self.origin_ = None, None
         self.class_names_ = [str(c) for c in range(len(text_features))]
         self._start(np.ndim(labels) == 2)

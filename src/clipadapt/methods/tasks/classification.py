@@ -68,9 +68,6 @@ class Classifier(Method):
         names = data.class_names
         if names is None:
             raise ClipadaptError(f"{self.card.key}.fit needs a support set or class_names.")
-        if data.task is not None:  # a step of a stream adds to what was learned before
-            known = getattr(self, "class_names_", [])
-            names = [*known, *(name for name in names if name not in known)]
         self._check_classes(names)
         self.class_names_, self.dim_ = names, model.dim
         self._start(several(data.support))
