@@ -46,7 +46,7 @@ def test_tables_name_the_figures_the_place_and_the_next_command(adapt, tmp_path,
     result = adapt("--shots", 5)
     assert "Check on 12 held-out images" in result.stdout
     assert "adapted (tip-adapter)" in result.stdout
-    assert f"The model lies in {tmp_path / 'model'} (" in result.stdout
+    assert f"Model saved to {tmp_path / 'model'} (" in result.stdout
     assert f"clipadapt predict {tmp_path / 'model'} photo.jpg" in result.stdout
 
 

@@ -149,6 +149,6 @@ def test_clusters(run, emb, tmp_path):
     assert sorted(name for group in document["clusters"] for name in group["images"]) == sorted(Embeddings(emb).names)
     assert all(set(group["words"]) == {"red", "blue"} for group in document["clusters"])
     assert json.loads(run("clusters", emb, "--k", 3, "--names", words, "--json").stdout) == document
-    assert "nearest to its middle" in run("clusters", emb).stdout
+    assert "nearest to its centre" in run("clusters", emb).stdout
     run("clusters", emb, "--html", tmp_path / "c.html")
     assert (tmp_path / "c.html").read_text().count("<h2>") == 4
