@@ -18,6 +18,7 @@ from clipadapt.search.index import Index
 from clipadapt.search.query import query_vector
 from clipadapt.serve.models import EncodedImage, Explain, Models, Why
 from tests.pictures import colours
+from tests.quick import quick
 from tests.serve.conftest import files, png, serving, together
 from tests.tiny import tiny_clip
 
@@ -85,8 +86,7 @@ def test_requests_are_batched_and_models_on_one_tower_share_its_call(app, folder
 @pytest.mark.parametrize("key", ["clip-lora", "vpt", "falip"])
 def test_models_with_another_way_to_see_are_served_as_they_predict(key, tmp_path, folders):
     backbone, data = clipadapt.load_backbone(tiny_clip()), colours(4, seed=1)
-    method = clipadapt.create(key)
-    method = clipadapt.create(key, **method.tiny).fit(backbone, data)
+    method = quick(key).fit(backbone, data)
     method.save(tmp_path / key)
 
     models = Models([tmp_path / key, folders.pets])
@@ -114,7 +114,7 @@ def test_embeddings_of_texts_and_images_in_openais_form(ask, folders):
     vectors = torch.tensor([entry["embedding"] for entry in answer["data"]])
     assert torch.allclose(vectors[[0, 2]], model.encode_texts(["a cat", "a red house"]), atol=1e-6)
     pixels = model.backbone_.preprocess(Image.open(BytesIO(folders.images[3])))[None]
-    assert torch.allclose(vectors[1], model.encode_pixels(pixels)[0], atol=1e-6)
+    assert torch.allclose(vectors[1], model.encoder.encode(pixels)[0], atol=1e-6)
     assert answer["usage"]["prompt_tokens"] == 4 + 5  # start and end count
 
     packed = ask("POST", "/v1/embeddings", json={"input": "a cat", "encoding_format": "base64"}).json()
@@ -350,7 +350,7 @@ def test_a_damaged_new_model_leaves_the_old_one_and_says_so_once(app, changing, 
         answer, complaints = asyncio.run(scenario())
     assert answer.json()["revision"] == before
     assert len(complaints) == 1
-    assert complaints[0].startswith("pets changed but cannot be loaded, so the older one stays:")
+    assert complaints[0].startswith("pets changed but cannot be loaded, so the previous version stays:")
 
 
 def test_two_models_of_one_name_are_refused(folders, tmp_path):

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 import clipadapt
+from clipadapt.backbones.families import FAMILIES
 from clipadapt.backbones.preprocess import Preprocess
 from clipadapt.backbones.text import clean
 from clipadapt.data import as_items
@@ -85,7 +86,8 @@ def export_onnx(method: Classifier, folder: Path | str, *, int8: bool = False) -
     backbone = method._model("it has no towers to export")
     if method.head is None:
         raise ClipadaptError(
-            f"{method.card.key} looks at images, not at features: its prediction is not a graph from pixels to logits."
+            f"{method.card.key} cannot be exported: it looks at images, not at features, so its prediction is not a "
+            "graph from pixels to logits."
         )
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").unlink(missing_ok=True)  # an older model does not count any more
