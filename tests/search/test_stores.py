@@ -270,7 +270,7 @@ def test_rows_that_do_not_fit_are_refused(opened, ids, vectors, facts, message):
     store = opened()
     with pytest.raises(ClipadaptError, match=message):
         store.add(np.array(ids), vectors, facts)
-    with pytest.raises(ClipadaptError, match="k = 0"):
+    with pytest.raises(ClipadaptError, match="k must be at least 1, not 0"):
         store.search(QUERIES, 0)
     assert store.count() == 0
 
