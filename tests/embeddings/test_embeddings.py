@@ -164,7 +164,7 @@ def test_shard_numbers_out_of_range(backbone, paths, tmp_path, shard):
 
 @pytest.mark.parametrize("columns", [{"year": [2020]}, {"name": ["x"] * 30}])
 def test_columns_that_do_not_fit_are_refused(backbone, paths, tmp_path, columns):
-    with pytest.raises(ClipadaptError, match="one value an image"):
+    with pytest.raises(ClipadaptError, match="one value per image"):
         encode_shard(backbone, paths, tmp_path, columns=columns)
 
 

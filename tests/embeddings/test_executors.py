@@ -116,7 +116,7 @@ def test_a_killed_worker_and_an_unreadable_image_spoil_only_their_parts(job, pat
     rows = encode_shards(doomed, jobs=2)
     failed = {row["error"]: row["shard"] for row in rows if "error" in row}
     unreadable = f"{tmp_path / 'missing.png'} cannot be read: No such file or directory."
-    assert failed.keys() == {"its process ended (exit code -9), perhaps for lack of memory", unreadable}
+    assert failed.keys() == {"its process ended (exit code -9), perhaps out of memory", unreadable}
     assert failed[unreadable] == 4
     assert sum("rows" in row for row in rows) == 3
     with pytest.raises(ArtifactError, match=rf"part {min(failed.values())}, 4 of 5 is not done yet"):

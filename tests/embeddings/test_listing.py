@@ -173,8 +173,8 @@ def test_a_changed_list_has_another_identity(folder):
     ("name", "content", "message"),
     [
         ("none", None, "none does not exist; give a folder"),
-        ("none-*.tar", None, r"none-\*\.tar names no \.tar file"),
-        ("a.pdf", b"", r"a\.pdf is none of what can be embedded"),
+        ("none-*.tar", None, r"none-\*\.tar matches no \.tar file"),
+        ("a.pdf", b"", r"a\.pdf cannot be embedded"),
         ("a.txt", b"\n", r"a\.txt is empty"),
         ("a.txt", b"\xff", r"a\.txt is not UTF-8"),
         ("a.csv", b"file,x\na,b\n", r"a\.csv needs one column 'image' .* its columns are: file, x"),
