@@ -63,7 +63,7 @@ def test_nothing_to_search():
 
 
 def test_what_cannot_be_searched_is_refused():
-    with pytest.raises(ClipadaptError, match="k = 0"):
+    with pytest.raises(ClipadaptError, match="k must be at least 1, not 0"):
         nearest(torch.ones(1, 2), torch.ones(1, 2), 0)
     with pytest.raises(ClipadaptError, match="must be"):
         nearest(torch.ones(1, 2), torch.ones(1, 3), 1)
