@@ -134,7 +134,7 @@ def test_methods_that_take_new_classes_and_those_that_do_not(drawn):
     backbone, run = clipadapt.load_backbone(), protocol("bias-audit")
     found = run(create("kgcoop", epochs=150, lr=0.01), backbone, drawn, 1, shots=2, sets={"x": ["paper"]})
     assert {"gap", "gap (+ x)", "x (+ x)", "gap of x (+ x)"} <= found.figures.keys()
-    with pytest.raises(NotApplicable, match="tip-adapter ties"):
+    with pytest.raises(NotApplicable, match="tip-adapter cannot be applied"):
         run(create("tip-adapter"), backbone, drawn, 1)
 
 

@@ -119,7 +119,7 @@ def test_what_cannot_be_probed():
     run = protocol("multi-object")
     with pytest.raises(NotApplicable, match="texts"):
         run(create("zero-shot"), points, None, 1)
-    with pytest.raises(NotApplicable, match="tip-adapter ties"):
+    with pytest.raises(NotApplicable, match="tip-adapter cannot be applied"):
         run(create("tip-adapter"), points, None, 1)
     backbone = clipadapt.load_backbone()
     for more in ({"objects": 1}, {"objects": 5}, {"objects": 3, "kinds": KINDS[:3]}):
