@@ -26,13 +26,13 @@ def measure(precision: str, attention: str, tokens: int, dropped: float, chunk: 
     import torch
     from transformers import CLIPTokenizer
 
-    from clipadapt.backbones.scratch import scratch_backbone
+    from clipadapt.backbones.scratch import new_backbone
     from clipadapt.training.pairs import Batch
     from clipadapt.training.towers import Towers, backward
 
     torch.set_num_threads(1)
     vocabulary = {f"word{index}": index for index in range(8000)} | {"<|startoftext|>": 8000, "<|endoftext|>": 8001}
-    backbone = scratch_backbone(CLIPTokenizer(vocab=vocabulary, merges=[]))
+    backbone = new_backbone(tokenizer=CLIPTokenizer(vocab=vocabulary, merges=[]))
     backbone.model.set_attn_implementation(attention)
     towers = Towers(backbone, precision).train()
     generator = torch.Generator().manual_seed(0)

@@ -24,12 +24,21 @@ Each method is one published way to adapt a CLIP-like model. `clipadapt methods`
 `clipadapt methods KEY` one entry. [Using the library from Python](python.md) shows how a method is run, and
 [Which method?](choosing.md) how `--method auto` decides.
 
-*Learns from* says what `fit` needs: class names alone, or labelled pictures. *Needs* names the
-[capabilities](backbones.md#capabilities) without which a method refuses a backbone.
+*Learns from* says what `fit` needs: class names alone, or labelled images. *Needs* names the
+[capabilities](backbones.md#capabilities) without which a method refuses a backbone. *Answers as* is the task of a
+fitted method and the kind of learning, see [How the library is built](design.md#methods).
 
 Every method also takes `templates` (default `photo`): the sentences made of the class names, see
-[Templates](pictures.md#templates).
+[Templates](images.md#templates).
 """
+
+# What a card may say in addition, in words.
+ABILITIES = {
+    "new_classes": "classes that it has not learned, by their names",
+    "multi_label": "several labels an image",
+    "unlabelled": "unlabelled images",
+    "streams": "streams of tasks",
+}
 
 
 def catalogue() -> str:
@@ -54,11 +63,14 @@ def section(card: dict[str, Any]) -> str:
         f"### {card['key']}\n",
         f"{card['summary']}\n",
         f"- Paper: {paper}",
-        f"- Task: {card['task']}",
-        f"- Trains: {card['trains']}",
+        f"- Problem: {card['problem']}",
+        f"- Answers as: {card['task']}, kind: {card['kind']}",
+        f"- Trains: {card['trains'] or 'nothing'}",
         f"- Learns from: {SIGNALS.get(card['signal'], card['signal'])}",
         f"- Needs: {needs}",
     ]
+    if more := [words for fact, words in ABILITIES.items() if card[fact]]:
+        lines.append(f"- Also takes: {', '.join(more)}")
     own = [p for p in card["hyperparameters"] if p["name"] != "templates"]
     if own:
         lines += ["", "| hyper-parameter | default | values | meaning |", "|---|---|---|---|"]

@@ -49,7 +49,7 @@ def sheet() -> Image.Image:
 
 
 def main(file: Path) -> None:
-    # 256 colours keep the file small; the playground's own pictures have all of theirs.
+    # 256 colours keep the file small; the playground's own images have all of theirs.
     sheet().quantize(256, kmeans=3, dither=Image.Dither.NONE).save(file, optimize=True)
 
 

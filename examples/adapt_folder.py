@@ -1,8 +1,8 @@
-"""Adapt a model to a folder of pictures, see how good it became, keep it, and use it.
+"""Adapt a model to a folder of images, see how good it became, keep it, and use it.
 
     python examples/adapt_folder.py photos/        # one sub-folder per class
 
-Without an argument it draws itself a folder of pictures, so that it runs as it is.
+Without an argument it draws itself a folder of images, so that it runs as it is.
 """
 
 import sys
@@ -13,7 +13,7 @@ import clipadapt
 
 
 def drawn_folder(root: Path) -> Path:
-    """A folder per class, with pictures from the playground."""
+    """A folder per class, with images from the playground."""
     data = clipadapt.Playground(styles=("sketch", "photo")).dataset(20, kinds=("cat", "fish", "house", "key", "anchor"))
     for number, (item, label) in enumerate(zip(data.items, data.labels, strict=True)):
         folder = root / data.class_names[label]
@@ -29,14 +29,14 @@ def main(photos: Path, out: Path) -> None:
 
     for key in ("zero-shot", "gda-clip"):
         model = clipadapt.create(key).fit(backbone, support)
-        print(f"{key:10} {100 * model.score(test):5.1f} % of {len(test)} pictures that it has not seen")
+        print(f"{key:10} {100 * model.score(test):5.1f} % of {len(test)} images that it has not seen")
 
     model.save(out)
     loaded = clipadapt.load(out)
-    picture = test.paths[0]
-    probabilities = loaded.predict_proba([picture])[0]  # (C,)
+    image = test.paths[0]
+    probabilities = loaded.predict_proba([image])[0]  # (C,)
     for label in probabilities.argsort()[::-1][:3]:
-        print(f"{picture}: {loaded.class_names_[label]} {probabilities[label]:.3f}")
+        print(f"{image}: {loaded.class_names_[label]} {probabilities[label]:.3f}")
 
 
 if __name__ == "__main__":

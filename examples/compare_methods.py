@@ -1,8 +1,8 @@
-"""Which method suits my pictures? Compare several inside the support set, then check the winner on held-out pictures.
+"""Which method suits my images? Compare several inside the support set, then check the winner on held-out images.
 
     python examples/compare_methods.py
 
-The pictures are scikit-learn's handwritten digits, 16 of each. `clipadapt adapt` does the same for a folder.
+The images are scikit-learn's handwritten digits, 16 of each. `clipadapt adapt` does the same for a folder.
 """
 
 from sklearn.datasets import load_digits
@@ -21,7 +21,7 @@ def main() -> None:
     support = train.few_shot(16, seed=1)
     backbone = clipadapt.load_backbone()
 
-    # Cross-validation within the 160 pictures of the support set; nothing else is looked at. The methods that see
+    # Cross-validation within the 160 images of the support set; nothing else is looked at. The methods that see
     # only features take a second; leave out `keys` to let prompts and weights compete too, within the budget.
     keys = ["gda-clip", "linear-probe", "tip-adapter"]
     selection = select(backbone, support, keys=keys, budget=30, templates=TEMPLATE)
@@ -33,7 +33,7 @@ def main() -> None:
     print(f"Chosen: {selection.reason}.")
 
     model = selection.best.create().fit(backbone, support)
-    print(f"On {len(test)} held-out pictures: {100 * model.score(test):.1f} %")
+    print(f"On {len(test)} held-out images: {100 * model.score(test):.1f} %")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""Adapt without any model or picture: on features that you already have, as numpy arrays.
+"""Adapt without any model or image: on features that you already have, as numpy arrays.
 
     python examples/features_only.py
 
-The features here are made up. Yours come from any two-tower model: image features of labelled pictures, and one
+The features here are made up. Yours come from any two-tower model: image features of labelled images, and one
 text feature per class (the mean over its prompts). They need not have unit length.
 """
 

@@ -20,7 +20,7 @@ def main(source: str, scratch: Path) -> None:
     print(backbone)
     print("can:", ", ".join(sorted(backbone.capabilities)))
 
-    # Patch features lie in the same space as texts: where in the picture is what the text says?
+    # Patch features are in the same space as texts: where in the image is what the text says?
     scene = clipadapt.Playground(size=96).scene(5, kind="cat")
     pixels = backbone.preprocess(scene.image).unsqueeze(0)  # (1, 3, H, W)
     with torch.no_grad():

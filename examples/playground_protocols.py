@@ -1,4 +1,4 @@
-"""Two protocols of the field, tried on drawn pictures: new classes, and a domain that was never learned from.
+"""Two protocols of the field, tried on drawn images: new classes, and a domain that was never learned from.
 
     python examples/playground_protocols.py
 
@@ -34,7 +34,7 @@ def base_to_new(backbone: Backbone) -> None:
 
 
 def domains(backbone: Backbone) -> None:
-    """Learn from some styles; be judged on new pictures of each of them, and of a style that was not there."""
+    """Learn from some styles; be judged on new images of each of them, and of a style that was not there."""
     world = clipadapt.Playground(kinds=KINDS)
     support = world.dataset(12, styles=STYLES, seed=1)
     print("domains:")

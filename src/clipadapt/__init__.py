@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 from clipadapt import renamed
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # The public names and where they live; imported on first use, so that `import clipadapt` stays light.
 _HOMES = {
     "load_backbone": "clipadapt.backbones",
+    "new_backbone": "clipadapt.backbones.scratch",
     "image_folder": "clipadapt.data",
     "image_table": "clipadapt.data",
     "image_list": "clipadapt.data",
@@ -29,6 +30,7 @@ __all__ = ["__version__", *sorted(_HOMES)]
 
 if TYPE_CHECKING:
     from clipadapt.backbones import load_backbone as load_backbone
+    from clipadapt.backbones.scratch import new_backbone as new_backbone
     from clipadapt.data import Playground as Playground
     from clipadapt.data import coop_split as coop_split
     from clipadapt.data import hub_dataset as hub_dataset

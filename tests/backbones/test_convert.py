@@ -135,7 +135,7 @@ class Evil:
 
 def test_pickled_objects_are_never_run(tmp_path):
     torch.save({"weight": Evil(tmp_path / "ran")}, tmp_path / "evil.pt")
-    with pytest.raises(BackboneError, match=r"evil\.pt holds pickled objects beside tensors, which are never loaded"):
+    with pytest.raises(BackboneError, match=r"evil\.pt holds pickled objects in addition to tensors, which are never loaded"):
         load_backbone(tmp_path / "evil.pt")
     assert not (tmp_path / "ran").exists()
 
@@ -147,7 +147,7 @@ def test_clear_errors(weights, tmp_path):
 
     cases = {
         "resnet": ({"visual.layer1.0.conv1.weight": torch.zeros(1)}, r"is a ResNet CLIP, .*clipadapt\[open-clip\]"),
-        "other": ({"encoder.weight": torch.zeros(1)}, "is no CLIP in .* it lacks 'visual.conv1.weight'"),
+        "other": ({"encoder.weight": torch.zeros(1)}, "is not a CLIP in .* it lacks 'visual.conv1.weight'"),
         "more": (
             {**weights, "visual.transformer.resblocks.0.ls_1.gamma": torch.zeros(1)},
             "has weights that CLIP has no place for: 'visual",
@@ -201,7 +201,7 @@ def test_tokenizer_from_a_merges_file(weights, merges, tmp_path):
 
 
 def test_tokenizer_must_fit_the_weights(golden, merges, tmp_path):
-    with pytest.raises(BackboneError, match="is no merges file for 512 tokens"):
+    with pytest.raises(BackboneError, match="is not a merges file for 512 tokens"):
         convert_checkpoint(golden / "tiny_clip.safetensors", tmp_path / "out", activation="gelu", tokenizer=merges)
     with pytest.raises(BackboneError, match="has 554 entries and end token 553, but the weights have 512 and 511"):
         convert_checkpoint(golden / "tiny_clip.safetensors", tmp_path / "out", activation="gelu", tokenizer=tiny_clip())

@@ -334,7 +334,7 @@ def test_clear_errors_for_sources_that_are_none(tmp_path):
         with pytest.raises(BackboneError, match="There is no backbone at"):
             load_backbone(nowhere)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(BackboneError, match="empty is no complete backbone"):
+    with pytest.raises(BackboneError, match="empty is not a complete backbone"):
         load_backbone(tmp_path / "empty")
     other = tmp_path / "bert"
     other.mkdir()
@@ -343,10 +343,10 @@ def test_clear_errors_for_sources_that_are_none(tmp_path):
         load_backbone(other)
     torn = shutil.copytree(tiny("clip"), tmp_path / "torn")
     (torn / "model.safetensors").write_bytes((torn / "model.safetensors").read_bytes()[:1000])
-    with pytest.raises(BackboneError, match="torn is no complete backbone"):
+    with pytest.raises(BackboneError, match="torn is not a complete backbone"):
         load_backbone(torn)
     (torn / "config.json").write_text("{")
-    with pytest.raises(BackboneError, match="torn is no complete backbone"):
+    with pytest.raises(BackboneError, match="torn is not a complete backbone"):
         load_backbone(torn)
 
 

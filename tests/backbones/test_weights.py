@@ -9,7 +9,15 @@ import torch
 from torch import Tensor, nn
 
 from clipadapt.backbones import Backbone, Insertion, load_backbone
-from clipadapt.backbones.weights import replace_weights, shared_copy, state
+from clipadapt.backbones.weights import (
+    own_copy,
+    read_through,
+    replace_weights,
+    shared_copy,
+    state,
+    weight_names,
+    weight_of,
+)
 from clipadapt.errors import BackboneError
 
 Q = "vision_model.encoder.layers.1.self_attn.q_proj.weight"
@@ -182,3 +190,22 @@ def test_a_weight_with_two_names_is_replaced_under_both():
         assert torch.equal(state(other)["0.weight"], torch.eye(3))
         assert torch.equal(state(other)["1.weight"], torch.eye(3))
     assert not torch.equal(tied[0].weight, torch.eye(3))
+
+
+def test_functions_of_a_weight_with_two_names_pile_up_under_both():
+    tied = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    tied[1].weight = tied[0].weight
+    before = tied[0].weight.detach().clone()
+    other = shared_copy(tied)
+    replace_weights(other, {"0.weight": lambda old: 2 * old}, "a model")
+    again = shared_copy(other)
+    replace_weights(again, {"1.weight": lambda old: old + 1}, "a model")
+    for model, expected in ((tied, before), (other, 2 * before), (again, 2 * before + 1)):
+        assert all(torch.equal(state(model)[name], expected) for name in ("0.weight", "1.weight"))
+    assert weight_names(again) == weight_names(tied) == [name for name, _ in tied.named_parameters()]
+    with read_through(again, {"1.weight": lambda old: old * 3}):
+        assert torch.equal(again[0].weight, (2 * before + 1) * 3)
+        assert torch.equal(state(again)["0.weight"], weight_of(again, "0.weight")), "what it holds stays"
+    assert torch.equal(again[0].weight, 2 * before + 1)
+    whole = own_copy(again)
+    assert whole[0].weight is whole[1].weight

@@ -32,9 +32,9 @@ OTHERS = {"add-a-method.md"}  # its code is a method's file, which test_add_a_me
 
 CLASSES = ("cat", "fish", "house", "star")
 
-# What a page's reader is taken to have, besides photos/.
+# What a page's reader is taken to have in addition to photos/.
 AT_HAND = {
-    "README.md": "import numpy; labels = [0, 1, 2, 3]; "
+    "README.md": "import numpy, shutil; shutil.copytree('photos', 'more-photos'); labels = [0, 1, 2, 3]; "
     "image_features = text_features = other_features = numpy.random.default_rng(0).normal(size=(4, 8))"
 }
 
@@ -59,7 +59,7 @@ def name_of(path: Path) -> str:
 
 @pytest.fixture(scope="session")
 def photos(tmp_path_factory) -> Path:
-    """A folder with what the pages take for granted: photos/, and the same pictures listed or packed in other forms."""
+    """A folder with what the pages take for granted: photos/, and the same images listed or packed in other forms."""
     folder = tmp_path_factory.mktemp("pages")
     data = Playground().dataset(12, kinds=CLASSES)
     paths, labels = [], [CLASSES[label] for label in data.labels]

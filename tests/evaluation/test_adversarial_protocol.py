@@ -1,4 +1,4 @@
-"""The protocol of adversarial pictures: the figures are those of the attack itself; what has no gradient is skipped."""
+"""The protocol of adversarial images: the figures are those of the attack itself; what has no gradient is skipped."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from clipadapt.data.items import FeatureItem
 from clipadapt.errors import ClipadaptError
 from clipadapt.evaluation.protocol import NotApplicable, options, protocol
 from clipadapt.evaluation.protocols import adversarial
-from clipadapt.evaluation.studies.robustness import NotAttackable, adversarial_accuracy
+from clipadapt.evaluation.robustness import NotAttackable, adversarial_accuracy
 from clipadapt.methods import create
 from tests.pictures import colours
 from tests.tiny import tiny_clip

@@ -11,7 +11,7 @@ import torch
 
 from clipadapt.backbones import load_backbone
 from clipadapt.errors import ClipadaptError
-from clipadapt.evaluation.studies.robustness import adversarial_accuracy
+from clipadapt.evaluation.robustness import adversarial_accuracy
 from clipadapt.methods import create
 from clipadapt.training.attacks import LEVEL, PixelSpace, pgd
 from tests.pictures import colours
@@ -89,13 +89,13 @@ def test_what_cannot_be_attacked(backbone, queries, monkeypatch):
             adversarial_accuracy(model, queries, **wrong)
     with pytest.raises(ClipadaptError, match="Unknown attack 'fgsm'"):
         adversarial_accuracy(model, queries, attack="fgsm")
-    with pytest.raises(ClipadaptError, match="labelled picture"):
+    with pytest.raises(ClipadaptError, match="labelled image"):
         adversarial_accuracy(model, queries.select([]))
     monkeypatch.setattr(model, "_logits", lambda images: (images @ model.weight_.T).detach())
     with pytest.raises(ClipadaptError, match="not differentiable"):
         adversarial_accuracy(model, queries)
-    monkeypatch.setattr(model, "image_logits", lambda images: (torch.tensor([[9.0, 0, 0, 0]]), [0]))
-    with pytest.raises(ClipadaptError, match="in a way of its own"):
+    monkeypatch.setattr(type(model), "head", None)
+    with pytest.raises(ClipadaptError, match="custom prediction path"):
         adversarial_accuracy(model, queries)
 
 

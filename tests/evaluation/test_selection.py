@@ -97,7 +97,7 @@ def test_a_long_training_is_stopped_when_its_own_pace_shows_it(backbone, support
     assert "it needs about" in reason
 
 
-def test_one_picture_a_class_cannot_be_judged(backbone, support):
+def test_one_image_a_class_cannot_be_judged(backbone, support):
     selection = select(backbone, support.few_shot(1))
     assert selection.best.key == "tip-adapter"
     assert selection.best.accuracy is None

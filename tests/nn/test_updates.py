@@ -1,27 +1,27 @@
 """Updates of every kind: attached they leave no trace, merged they are the same, and they keep what was trained.
 
-Each is compared with the plain computation, and with what the methods do: peft, a trained copy, `functional_call`.
+Each is compared with the plain computation: with peft, a trained copy, `functional_call`, and what methods save.
 """
 
 from __future__ import annotations
 
 import re
 
-import peft
 import pytest
 import torch
-from clipadapt.methods.tower_method import class_encoder, tower_parameters
 from torch import nn
 from torch.func import functional_call
 from torch.nn.functional import cross_entropy, linear
 
 from clipadapt.backbones import load_backbone
+from clipadapt.backbones.weights import weight_names
 from clipadapt.errors import ClipadaptError
 from clipadapt.methods import create
-from clipadapt.methods.peft_weights import clip_lora, saft
+from clipadapt.methods.kinds.weights import class_encoder, tower_weights
 from clipadapt.methods.robust_fine_tuning.wise_ft import interpolate
 from clipadapt.nn.updates import Bottlenecks, Full, LinearAdapters, LowRank, Sparse
 from clipadapt.training.loop import seeded
+from tests.pairs import inject, merged
 from tests.pictures import colours
 from tests.tiny import tiny, tiny_clip
 
@@ -46,12 +46,12 @@ def support():
 
 
 def tower_names(backbone) -> list[str]:
-    return [name for name, _ in backbone.model.named_parameters() if name != "logit_scale"]
+    return [name for name in weight_names(backbone.model) if name != "logit_scale"]
 
 
 def some_places(backbone) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(1)
-    state = dict(backbone.model.named_parameters())
+    state = backbone.weights()
     return {n: torch.randperm(state[n].numel(), generator=generator)[:3].sort().values for n in tower_names(backbone)}
 
 
@@ -256,6 +256,53 @@ def test_nested_updates(outer, inner, pixels):
     assert traces(backbone.model) == before
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_on_a_backbone_that_makes_weights_at_each_use(kind, pixels):
+    """A LoRA of a LoRA, and so on: as on a copy in which the first one is plain weights."""
+    backbone = load_backbone(tiny_clip()).copy()
+    first = move(make("low-rank", backbone)[0])
+    lazy = backbone.with_weights(first.changes())
+    plain = lazy.copy()
+    before, features = traces(lazy.model), encode(lazy, pixels)
+    assert torch.equal(features, encode(plain, pixels))
+    made = []
+    for one in (lazy, plain):
+        with seeded(5):
+            made.append(move(make(kind, one)[0], 0.1).eval())
+    (ours, theirs), results = made, []
+    for update, one in ((ours, lazy), (theirs, plain)):
+        with update.attached(one.model):
+            found = encode(one, pixels)
+            found[:, 0].sum().backward()
+            assert torch.equal(one.copy().encode_images(pixels), features[: len(pixels)]), "copies are not attached"
+            assert torch.equal(one.with_weights({}).encode_images(pixels), features[: len(pixels)])
+            assert one.fingerprint == plain.fingerprint
+        results.append(found.detach())
+    assert torch.equal(*results)
+    assert (results[0] - features).abs().max() > 1e-3
+    for mine, other in zip(ours.parameters(), theirs.parameters(), strict=True):
+        assert (mine.grad is None) == (other.grad is None)
+        assert mine.grad is None or torch.equal(mine.grad, other.grad)
+    assert traces(lazy.model) == before
+    assert torch.equal(encode(lazy, pixels), features)
+    if ours.mergeable:
+        merged_weights = theirs.merged(plain.model)
+        assert all(torch.equal(tensor, merged_weights[name]) for name, tensor in ours.merged(lazy.model).items())
+        both, dense = lazy.with_weights(ours.changes()), plain.with_weights(merged_weights)
+        assert torch.equal(encode(both, pixels), encode(dense, pixels))
+        assert both.fingerprint == dense.fingerprint
+        lost = {name for name, _ in plain.model.named_parameters()} - {n for n, _ in both.model.named_parameters()}
+        assert lost == {*first.changes(), *ours.changes()}, "they pile up"
+
+
+def test_weights_made_at_each_use_are_among_those_of_the_towers():
+    backbone = load_backbone(tiny_clip())
+    lazy = backbone.with_weights(make("low-rank", backbone)[0].changes())
+    for tower in ("vision", "text", "both"):
+        assert tower_weights(lazy, tower) == tower_weights(backbone, tower)
+    assert tower_weights(backbone, "both") == [n for n, _ in backbone.model.named_parameters() if n != "logit_scale"]
+
+
 def test_an_update_is_attached_once(backbone):
     for kind in ("low-rank", "full"):
         update, _ = make(kind, backbone)
@@ -339,12 +386,7 @@ def test_low_rank_is_pefts_number_for_number(backbone, pixels, kinds, dropout):
     sites = backbone.target_modules("both", kinds)
     with seeded(5):
         adapted = backbone.copy()
-        config = peft.LoraConfig(r=2, lora_alpha=3.0, use_rslora=True, lora_dropout=dropout, target_modules=list(sites))
-        peft.inject_adapter_in_model(config, adapted.model)
-        layers = [adapted.model.get_submodule(site) for site in sites]
-        for layer in layers:
-            layer.lora_dropout.train()
-        pairs = [p for layer in layers for p in (layer.lora_A["default"].weight, layer.lora_B["default"].weight)]
+        pairs = [*inject(adapted.model, sites, 2, 3.0, dropout).values()]
         start = [p.detach().clone() for p in pairs]
         end = train(adapted, pixels, pairs, task_loss(adapted, pixels), weight_decay=1e-2)
         drawn = torch.rand(4)
@@ -360,23 +402,22 @@ def test_low_rank_is_pefts_number_for_number(backbone, pixels, kinds, dropout):
     assert any((a - b).abs().max() > 1e-3 for a, b in zip(start, end, strict=True))
     with update.eval().attached(backbone.model), torch.no_grad():
         attached = encode(backbone, pixels)
-    for layer in layers:
-        layer.eval()
+    adapted.model.eval()
     with torch.no_grad():
         assert torch.equal(encode(adapted, pixels), attached)
     by_name = dict(zip(update.tensors(), end, strict=True))
-    for name, tensor in clip_lora.merged(backbone, by_name, 3.0 / 2**0.5).items():
+    for name, tensor in merged(backbone.weights(), by_name, 3.0 / 2**0.5).items():
         assert torch.equal(update.merged(backbone.model)[name], tensor)
 
 
 def test_what_clip_lora_saved_is_restored(backbone, support, pixels):
     model = create("clip-lora", steps_per_shot=1, lr=1e-2, min_scale=1.0).fit(backbone, support)
-    sites = [name.removesuffix(".A") for name in model.lora_ if name.endswith(".A")]
-    update = LowRank.restore(model.lora_, backbone.model, sites, rank=2, scaling=1.0 / 2**0.5)
+    sites = [name.removesuffix(".A") for name in model.update_ if name.endswith(".A")]
+    update = LowRank.restore(model.update_, backbone.model, sites, rank=2, scaling=1.0 / 2**0.5)
     assert update.count == model.trained_parameters
-    merged = update.merged(backbone.model)
-    assert merged.keys() == model.changed().keys()
-    assert all(torch.equal(tensor, model.changed()[name]) for name, tensor in merged.items())
+    weights = update.merged(backbone.model)
+    assert weights.keys() == model.changed().keys()
+    assert all(torch.equal(tensor, model.changed()[name]) for name, tensor in weights.items())
 
 
 def test_the_pairs_of_omniview_tuning(backbone, pixels):
@@ -384,7 +425,7 @@ def test_the_pairs_of_omniview_tuning(backbone, pixels):
     sites = [*backbone.target_modules("vision"), "visual_projection"]
     adapted = backbone.copy()
     with seeded(2):
-        pairs = clip_lora.inject(adapted, sites, 8, 8**0.5, 0.0)
+        pairs = inject(adapted.model, sites, 8, 8**0.5)
     with seeded(2):
         update = LowRank(backbone.model, sites, 8)
     assert all(torch.equal(p, pairs[name]) for name, p in update.by_name().items())
@@ -394,16 +435,16 @@ def test_the_pairs_of_omniview_tuning(backbone, pixels):
         ours = train(backbone, pixels, update.parameters(), loss, clip=1.0)
     assert all(torch.equal(a, b) for a, b in zip(ours, end, strict=True))
     kept = update.tensors()
-    for name, tensor in clip_lora.merged(backbone, kept, 1.0).items():
+    for name, tensor in merged(backbone.weights(), kept, 1.0).items():
         assert torch.equal(update.merged(backbone.model)[name], tensor)
 
 
 @pytest.mark.parametrize("tower", ["vision", "both"])
 def test_full_is_training_a_copy_number_for_number(backbone, pixels, tower):
-    adapted = backbone.copy()
-    parameters = tower_parameters(adapted, tower)
+    adapted, names = backbone.copy(), tower_weights(backbone, tower)
     if tower == "both":  # flyp trains the logit scale as well
-        parameters["logit_scale"] = adapted.model.logit_scale.requires_grad_()
+        names.append("logit_scale")
+    parameters = {name: adapted.model.get_parameter(name).requires_grad_() for name in names}
     update = Full(backbone.model, parameters)
     assert [*update.by_name()] == [*parameters]
 
@@ -424,7 +465,7 @@ def test_full_is_training_a_copy_number_for_number(backbone, pixels, tower):
 
 def test_what_fine_tune_saved_is_restored(backbone, support):
     model = create("fine-tune", lr=1e-3, epochs=1, min_scale=1.0).fit(backbone, support)
-    update = Full.restore(model.tower_, backbone.model)
+    update = Full.restore(model.update_, backbone.model)
     assert update.count + model.weight_.numel() == model.trained_parameters
     pixels = torch.stack([backbone.preprocess(item.open()) for item in support.items])
     with update.attached(backbone.model), torch.no_grad():
@@ -432,42 +473,49 @@ def test_what_fine_tune_saved_is_restored(backbone, support):
 
 
 def test_sparse_is_functional_call_number_for_number(backbone, pixels):
-    places = some_places(backbone)
-    adapted = backbone.copy()
-    tower = tower_parameters(adapted, "both")
+    places, adapted = some_places(backbone), backbone.copy()
     texts = class_encoder(adapted, NAMES, "photo")
-    logits = saft._Logits(adapted.model, lambda x: adapted.logit_scale * adapted.encode_images(x) @ texts().T)
-    adapted.model.requires_grad_(False)
-    values = {name: tower[name].flatten()[where].requires_grad_() for name, where in places.items()}
+    original = adapted.weights()
+    values = {name: original[name].flatten()[where].requires_grad_() for name, where in places.items()}
 
-    def today():
-        weights = {f"model.{name}": weight for name, weight in saft.put_in(tower, places, values).items()}
-        return cross_entropy(functional_call(logits, weights, (pixels,)), LABELS)
+    class Logits(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = adapted.model
 
-    end = train(adapted, pixels, values.values(), today, clip=1.0, weight_decay=0.0)
+        def forward(self, x):
+            return adapted.logit_scale * adapted.encode_images(x) @ texts().T
+
+    def put_in() -> dict[str, torch.Tensor]:
+        flat = {name: original[name].flatten().index_put((where,), values[name]) for name, where in places.items()}
+        return {name: weight.view_as(original[name]) for name, weight in flat.items()}
+
+    def plain():
+        weights = {f"model.{name}": weight for name, weight in put_in().items()}
+        return cross_entropy(functional_call(Logits(), weights, (pixels,)), LABELS)
+
+    end = train(adapted, pixels, values.values(), plain, clip=1.0, weight_decay=0.0)
     update = Sparse(backbone.model, places)
     with update.attached(backbone.model):
         loss = task_loss(backbone, pixels)
         ours = train(backbone, pixels, update.parameters(), loss, clip=1.0, weight_decay=0.0)
     assert all(torch.equal(a, b) for a, b in zip(ours, end, strict=True))
-    expected = saft.put_in(dict(backbone.model.named_parameters()), places, dict(zip(places, end, strict=True)))
-    merged = update.merged(backbone.model)
-    assert merged.keys() == expected.keys()
-    assert all(torch.equal(merged[name], tensor) for name, tensor in expected.items())
+    expected, weights = put_in(), update.merged(backbone.model)
+    assert weights.keys() == expected.keys()
+    assert all(torch.equal(weights[name], tensor) for name, tensor in expected.items())
 
 
 def test_what_saft_saved_is_restored(backbone, support):
     model = create("saft", share=0.01, epochs=1, lr=1e-2, min_scale=1.0).fit(backbone, support)
-    update = Sparse(backbone.model, model.places_, model.values_).frozen()
+    update = Sparse.restore(model.update_, backbone.model)
     assert update.count == model.trained_parameters
     kept = update.tensors()
-    for name, where in model.places_.items():
-        assert torch.equal(kept[f"{name}.places"], where)
-        assert kept[f"{name}.places"].dtype == torch.int32
-        assert torch.equal(kept[f"{name}.values"], model.values_[name])
-    merged = Sparse.restore(kept, backbone.model).merged(backbone.model)
-    assert merged.keys() == model.changed().keys()
-    assert all(torch.equal(tensor, model.changed()[name]) for name, tensor in merged.items())
+    assert kept.keys() == model.update_.keys()
+    assert all(torch.equal(kept[name], tensor) for name, tensor in model.update_.items())
+    assert {kept[name].dtype for name in kept if name.endswith(".places")} == {torch.int32}
+    weights = update.merged(backbone.model)
+    assert weights.keys() == model.changed().keys()
+    assert all(torch.equal(tensor, model.changed()[name]) for name, tensor in weights.items())
 
 
 @pytest.mark.parametrize("rank", [4, None])
@@ -475,16 +523,16 @@ def test_linear_adapters_are_those_of_r_adapter(backbone, support, rank):
     settings = {"lr": 3e-2, "epochs": 2, "batch_size": 6, "min_scale": 1.0, "rank": rank, "seed": 3}
     model = create("r-adapter", **settings).fit(backbone, support)
     sites = backbone.target_modules(kinds=("o", "fc2"))
-    with seeded(3):
-        start = create("r-adapter", **settings)._adapters(backbone)
+    still = create("r-adapter", **{**settings, "lr": 0.0}).fit(backbone, support)  # saves what it starts with
     with seeded(3):
         update = LinearAdapters(backbone.model, sites, rank, scale=0.1, drop=0.2)
-    assert [*update.by_name()] == [*dict(start.named_parameters())] == [*model.adapters_]
-    assert all(torch.equal(a, b) for a, b in zip(update.parameters(), start.parameters(), strict=True))
-    restored = LinearAdapters.restore(model.adapters_, backbone.model, sites, rank, scale=0.1, drop=0.2)
-    merged = restored.merged(backbone.model, model.scale)
-    assert merged.keys() == model.changed().keys()
-    assert all(torch.equal(tensor, model.changed()[name]) for name, tensor in merged.items())
+    assert [*update.by_name()] == [*still.update_] == [*model.update_]
+    for ours, theirs in zip(update.parameters(), still.update_.values(), strict=True):
+        torch.testing.assert_close(ours.detach(), theirs, rtol=0, atol=1e-7)  # the mean of equal numbers is rounded
+    restored = LinearAdapters.restore(model.update_, backbone.model, sites, rank, scale=0.1, drop=0.2)
+    weights = restored.merged(backbone.model, model.scale)
+    assert weights.keys() == model.changed().keys()
+    assert all(torch.equal(tensor, model.changed()[name]) for name, tensor in weights.items())
     assert restored.count == model.trained_parameters
 
 
@@ -493,16 +541,15 @@ def test_bottlenecks_are_those_of_vl_adapter(backbone, support, share):
     settings = {"lr": 1e-2, "epochs": 2, "sites": share, "seed": 3}
     model = create("vl-adapter", **settings).fit(backbone, support)
     sites = backbone.target_modules("both", ("o", "fc2"))
-    with seeded(3):
-        start = create("vl-adapter", **settings)._adapters(backbone)
+    still = create("vl-adapter", **{**settings, "lr": 0.0}).fit(backbone, support)  # saves what it starts with
     with seeded(3):
         update = Bottlenecks(backbone.model, sites, reduction=8, share=share)
-    assert [*update.by_name()] == [*model.adapters_]
-    assert all(torch.equal(a, b) for a, b in zip(update.parameters(), start.parameters(), strict=True))
-    restored = Bottlenecks.restore(model.adapters_, backbone.model, sites, reduction=8, share=share)
+    assert [*update.by_name()] == [*still.update_] == [*model.update_]
+    assert all(torch.equal(a, b) for a, b in zip(update.parameters(), still.update_.values(), strict=True))
+    restored = Bottlenecks.restore(model.update_, backbone.model, sites, reduction=8, share=share)
     assert restored.count == model.trained_parameters
     pixels = torch.stack([backbone.preprocess(item.open()) for item in support.items])
-    expected = model.encode_pixels(pixels)
+    expected = model.encoder.encode(pixels)
     with restored.attached(backbone.model):
         assert torch.equal(backbone.encode_images(pixels), expected)
 

@@ -187,7 +187,7 @@ def test_the_place_of_a_mistake_is_named(condition, place, what):
     [
         ("yeer > 2020", "Unknown column 'yeer'; did you mean 'year'"),
         ("seen = true and nothing = 1", "Unknown column 'nothing'"),
-        ("year = '2020'", "'year' holds numbers, and '2020' is something else"),
+        ("year = '2020'", "'year' holds numbers, and '2020' is not"),
         ("year = true", "'year' holds numbers"),
         ("folder = 5", "'folder' holds text"),
         ("seen = 1", "'seen' holds true or false"),

@@ -23,7 +23,7 @@ def backbone():
 
 @pytest.fixture(scope="module")
 def task(backbone):
-    """Scores of plain pictures, 8 plain pictures, their labels."""
+    """Scores of plain images, 8 plain images, their labels."""
     data = colours(2, seed=1)
     space = PixelSpace.of(backbone)
     texts = backbone.encode_texts([f"a photo of a {name}." for name in data.class_names]).detach()
@@ -46,7 +46,7 @@ def test_pixel_space(backbone):
     unscaled.preprocess = replace(backbone.preprocess, rescale=1.0, mean=(0.0,) * 3, std=(1.0,) * 3)
     pixels = unscaled.preprocess(image)[None]
     torch.testing.assert_close(PixelSpace.of(unscaled).plain(pixels), plain, atol=1e-6, rtol=0)
-    unscaled.preprocess = lambda picture: backbone.preprocess(picture)
+    unscaled.preprocess = lambda image: backbone.preprocess(image)
     with pytest.raises(BackboneError, match="does not say how it normalises"):
         PixelSpace.of(unscaled)
 

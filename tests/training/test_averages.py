@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from clipadapt.training.averages import Average, gaussian_weights
-from clipadapt.training.averaging import BetaAverage
 
 
 def path(steps: int, seed: int = 0) -> torch.Tensor:
@@ -97,16 +96,6 @@ def test_beta_is_the_plain_weighted_mean(sharpness):
     assert not average.averages[0].requires_grad
     if sharpness == 1.0:
         torch.testing.assert_close(average.averages[0], points.mean(0))
-
-
-def test_the_old_name_counts_steps_from_one():
-    points = path(8)
-    new, old = Average.beta([points[0].clone()], 0.5, 8), BetaAverage([points[0].clone()], beta=0.5, steps=8)
-    follow(new, points, range(8))
-    for step in range(1, 9):
-        old.parameters[0].copy_(points[step])
-        old.update(step)
-    assert torch.equal(old.averages[0], new.averages[0])
 
 
 def test_gaussian_is_the_weighted_sum_over_the_ends_of_epochs():

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from transformers import CLIPTokenizer
 
 from clipadapt.backbones import Backbone, load_backbone
-from clipadapt.backbones.scratch import scratch_backbone
+from clipadapt.backbones.scratch import new_backbone
 from clipadapt.errors import ArtifactError, ClipadaptError
 from clipadapt.training.contrastive import adamw, train_contrastive
 from clipadapt.training.pairs import Batch, Batches
@@ -53,7 +53,7 @@ def one_thread():
 
 
 def fresh() -> Backbone:
-    return scratch_backbone(letters_tokenizer(), "tiny", seed=1)
+    return new_backbone("tiny", tokenizer=letters_tokenizer(), seed=1)
 
 
 def some_batch(recipe: Recipe = RECIPE, step: int = 0, **shares: int) -> Batch:
@@ -321,7 +321,7 @@ def test_a_damaged_or_foreign_checkpoint_is_named(tmp_path):
     train_contrastive(fresh(), Squares(), replace(RECIPE, steps=1), tmp_path)
     tokenizer = letters_tokenizer()
     with pytest.raises(ArtifactError, match=r"checkpoint\.safetensors .* another run"):
-        train_contrastive(scratch_backbone(tokenizer, "tiny", text_width=64), Squares(), RECIPE, tmp_path)
+        train_contrastive(new_backbone("tiny", tokenizer=tokenizer, text_width=64), Squares(), RECIPE, tmp_path)
     file = tmp_path / "checkpoint.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
     with pytest.raises(ArtifactError, match=r"checkpoint\.safetensors is damaged"):

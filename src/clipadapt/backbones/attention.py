@@ -73,7 +73,7 @@ register_attention(ATTENTION, _attend)
 
 
 def attention_pairs(mode: str) -> tuple[tuple[str, str], ...]:
-    """ "vv" -> (("v", "v"),), and so on; refuses what is no mode."""
+    """ "vv" -> (("v", "v"),), and so on; refuses anything else."""
     if mode == "identity":
         return ()
     pairs = [re.fullmatch("([qkv])([qkv])", pair) for pair in mode.split("+")]

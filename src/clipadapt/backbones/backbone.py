@@ -37,7 +37,6 @@ class Backbone(TwoTowers):
     def __init__(self, source: str, pretrained: Pretrained, device: str | torch.device = "cpu") -> None:
         model: Any = pretrained.model
         config, self.family, self.processor = model.config, pretrained.family, pretrained.processor
-        self._family = FAMILIES[self.family]
         self.dim = getattr(config.text_config, "projection_size", None) or config.projection_dim
         text = TextTower(model, self.family, pretrained.tokenizer, self.dim)
         super().__init__(source, model, [text, ImageTower(model, self.family, self.dim)], device)
@@ -90,8 +89,8 @@ class Backbone(TwoTowers):
             "attention": True,
             "gradients": True,
             "weights": True,
-            "causal-text": self._family.padding == "causal",
-            "class-token": self._family.class_token,
+            "causal-text": FAMILIES[self.family].padding == "causal",
+            "class-token": FAMILIES[self.family].class_token,
         }
         return frozenset(name for name, present in has.items() if present)
 
@@ -161,7 +160,8 @@ class Backbone(TwoTowers):
         return self._text.encode(ids, tokens=tokens, normalize=normalize)
 
     @property
-    def _pad_id(self) -> int:
+    def pad_id(self) -> int:
+        """The token id that texts are padded with."""
         return self._text.pad_id
 
     def end_positions(self, ids: torch.Tensor) -> torch.Tensor:

@@ -114,7 +114,7 @@ def read_state_dict(path: Path) -> dict[str, torch.Tensor]:
     except (SafetensorError, RuntimeError, OSError, EOFError, ValueError) as error:
         raise BackboneError(f"{path} cannot be read as weights: {first_line(error)}") from error
     except UnpicklingError as error:
-        raise BackboneError(f"{path} holds pickled objects beside tensors, which are never loaded.") from error
+        raise BackboneError(f"{path} holds pickled objects in addition to tensors, which are never loaded.") from error
     for key in ("state_dict", "model"):
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]
@@ -150,7 +150,7 @@ class _Sizes:
                                 "clipadapt[open-clip] and load it by its open_clip name.")  # fmt: skip
         for name in ("visual.conv1.weight", "visual.positional_embedding", "token_embedding.weight", "text_projection"):
             if name not in state:
-                raise BackboneError(f"{source} is no CLIP in OpenAI's or OpenCLIP's ViT naming: it lacks {name!r}.")
+                raise BackboneError(f"{source} is not a CLIP in OpenAI's or OpenCLIP's ViT naming: it lacks {name!r}.")
         width, _, _, patch = state["visual.conv1.weight"].shape
         places = state["visual.positional_embedding"].shape[0] - 1
         side = round(places**0.5)
@@ -248,7 +248,7 @@ def _from_merges(path: Path, vocabulary: int, length: int) -> Any:
     # the first line is a header, and the file goes on beyond what the model uses
     merges = [tuple(line.split()) for line in lines[1 : vocabulary - 512 - 2 + 1]]
     if any(len(merge) != 2 for merge in merges) or len(merges) != vocabulary - 514:
-        raise BackboneError(f"{path} is no merges file for {vocabulary} tokens: one pair on each line is expected.")
+        raise BackboneError(f"{path} is not a merges file for {vocabulary} tokens: one pair on each line is expected.")
     letters = _byte_letters()
     tokens = [*letters, *(letter + "</w>" for letter in letters), *("".join(merge) for merge in merges)]
     vocab = {token: i for i, token in enumerate([*tokens, "<|startoftext|>", "<|endoftext|>"])}

@@ -140,7 +140,7 @@ def from_pretrained(source: str) -> Pretrained:
             tokenizer = load_tokenizer(source) if has_tokenizer else None
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         if folder:
-            raise BackboneError(f"The folder {source} is no complete backbone: {first_line(error)}") from error
+            raise BackboneError(f"The folder {source} is not a complete backbone: {first_line(error)}") from error
         raise BackboneError(
             f"There is no folder {source}, and as a hub id it cannot be loaded: {first_line(error)}"
         ) from error
@@ -196,6 +196,7 @@ def _with_weights(model_class: Any, name: str | None, source: str, **given: Any)
 
 
 def first_line(error: Exception) -> str:
+    """The first line of what an error says."""
     return str(error).strip().split("\n")[0]
 
 
@@ -220,4 +221,5 @@ def register_attention(name: str, function: Callable[..., tuple[torch.Tensor, to
 
 
 def submodule(root: nn.Module, name: str) -> nn.Module:
+    """The module of that dotted name below `root`; an identity where the name is empty."""
     return root.get_submodule(name) if name else nn.Identity()

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from clipadapt.backbones.weights import lazies, state
 
-SAMPLE = 32  # about so many values of each tensor are read to notice what was written through `.data`
+SAMPLE = 32  # about this many values of each tensor are read to notice what was written through `.data`
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 

@@ -15,6 +15,7 @@ from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, PreTraine
 
 from clipadapt.backbones.backbone import Backbone
 from clipadapt.backbones.families import Pretrained
+from clipadapt.backbones.loading import load_backbone
 from clipadapt.errors import BackboneError, unknown_name
 
 PRESETS: Mapping[str, Mapping[str, int]] = {
@@ -79,10 +80,26 @@ def scratch_clip(
     return model
 
 
-def scratch_backbone(
-    tokenizer: PreTrainedTokenizerBase, preset: str = "small", *, seed: int = 0, **sizes: int
+def new_backbone(
+    preset: str = "small", *, tokenizer: PreTrainedTokenizerBase | None = None, seed: int = 0, **sizes: int
 ) -> Backbone:
-    """`scratch_clip` as a backbone, to be trained."""
+    """A backbone with random weights, to be trained.
+
+    Args:
+        preset: a name in PRESETS.
+        tokenizer: whose vocabulary the text tower gets; by default the embedded model's.
+        seed: of the weights; the same one gives the same weights.
+        sizes: overrides of single sizes of the preset (the keys of PRESETS["small"]).
+
+    Raises:
+        ClipadaptError: an unknown preset or size.
+        BackboneError: a tokenizer that CLIP cannot use.
+
+    >>> new_backbone("tiny").dim
+    32
+    """
+    if tokenizer is None:
+        tokenizer = load_backbone().tokenizer
     model = scratch_clip(tokenizer, preset, seed=seed, **sizes)
     return Backbone(f"new:{preset}", Pretrained("clip", model, _processor(model), tokenizer))
 

@@ -20,6 +20,7 @@ from clipadapt.errors import BackboneError
 
 
 def check_insertion(tower: Tower, insertion: Insertion) -> None:
+    """Raise BackboneError where prompt tokens do not fit a tower's width, depth or number of blocks."""
     width, depth = tower.width, len(tower.blocks)
     if insertion.tokens.ndim not in (2, 3) or insertion.tokens.shape[-1] != width:
         shape = tuple(insertion.tokens.shape)

@@ -8,14 +8,14 @@ from typing import Annotated, Any
 
 import typer
 
-app = typer.Typer(help="Train a small CLIP from scratch on images that anybody can get again.", no_args_is_help=True)
+app = typer.Typer(help="Train a small CLIP from scratch on images that anyone can download.", no_args_is_help=True)
 
 
 @app.command()
 def corpus(
     out: Annotated[Path, typer.Argument(help="Folder to build the corpus in.")],
     archives: Annotated[
-        Path | None, typer.Option("--from", help="Folder of packages fetched before; missing ones are put there.")
+        Path | None, typer.Option("--from", help="Folder of packages fetched before; missing ones are added.")
     ] = None,
     playground: Annotated[int, typer.Option(help="Images of the playground to draw.")] = 22_000,
     workers: Annotated[int | None, typer.Option(help="Processes that draw; default: one per core.")] = None,
@@ -29,7 +29,7 @@ def corpus(
 @app.command()
 def run(
     corpus: Annotated[Path, typer.Argument(help="Folder built by `clipadapt pretrain corpus`.")],
-    out: Annotated[Path, typer.Option(help="Folder of the run; a run that it holds is continued.")],
+    out: Annotated[Path, typer.Option(help="Folder of the run; an unfinished run there is resumed.")],
     recipe: Annotated[Path, typer.Option(help="JSON file with the keys of Recipe, and preset, vocabulary.")],
     steps: Annotated[int | None, typer.Option(help="Length of the run, instead of the recipe's.")] = None,
     sharded: Annotated[
@@ -37,7 +37,7 @@ def run(
     ] = False,
 ) -> None:
     """Train a CLIP on CORPUS by a recipe; the weights are in OUT/model at any time (a plain transformers folder)."""
-    from clipadapt.backbones.scratch import scratch_backbone
+    from clipadapt.backbones.scratch import new_backbone
     from clipadapt.backbones.vocabulary import train_tokenizer
     from clipadapt.data.corpus.pairs import Corpus
     from clipadapt.evaluation.studies.pretraining import corpus_hooks
@@ -51,7 +51,7 @@ def run(
         values["steps"] = steps
     source = Corpus.open(corpus)
     tokenizer = train_tokenizer(source.training_texts(), vocabulary)
-    backbone = scratch_backbone(tokenizer, **sizes)
+    backbone = new_backbone(sizes["preset"], tokenizer=tokenizer, seed=sizes["seed"])
     hooks = corpus_hooks(source, backbone.image_size[0])
     plan = Recipe.from_dict(values)
     train_contrastive(

@@ -23,7 +23,7 @@ def slerp(first: Tensor, second: Tensor, weight: float) -> Tensor:
     """The point of the geodesic between unit rows that is `weight` from `second` to `first`, of unit norm: (B, D).
 
     (sin(w a) first + sin((1 - w) a) second) / sin a, with a the angle between them. Equal rows stay as they are; of
-    opposite rows there is no one geodesic.
+    opposite rows the geodesic is not unique.
     """
     angle = (first * second).sum(1, keepdim=True).clamp(-1 + 1e-6, 1 - 1e-6).acos()  # (B, 1)
     return (torch.sin(weight * angle) * first + torch.sin((1 - weight) * angle) * second) / torch.sin(angle)

@@ -53,7 +53,7 @@ def best_signature_cache(
     """The best (alpha, beta, gamma) on validation data, over the published grid, and which of the affinities it takes.
 
     zero_shot (V, C), values (N, C), labels (V,); K affinities (V, N) with their kl_logits (V, C), for SuS-X one of
-    each. The loops are over alpha, beta, affinities and gamma, from outer to inner; the first of equals wins. exp() is
+    each. The loops are over alpha, beta, affinities and gamma, from outer to inner; ties go to the first. exp() is
     taken once for each beta, and all gammas are judged at once: the choice of trying each of them, up to rounding.
     """
     alphas, betas, gammas = published_grid(steps)

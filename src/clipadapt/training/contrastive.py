@@ -291,7 +291,7 @@ def save_at_any_time(backbone: Backbone, folder: Path) -> None:
 
 def launched_processes() -> PartialState:
     """This process among those that a launcher started; alone without a launcher."""
-    # Unless told that there is no accelerator, PartialState takes launched CPU processes for so many lone ones.
+    # Unless told that there is no accelerator, PartialState takes launched CPU processes for that many separate ones.
     return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available())
 
 

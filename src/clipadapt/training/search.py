@@ -1,4 +1,4 @@
-"""Choosing on validation data; of equals the first, as the field does it."""
+"""Choosing on validation data; ties go to the first, as the field does it."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def hits_along(start: Tensor, slope: Tensor, labels: Tensor, grid: Tensor) -> Te
     bound = -lead / gain
     low = bound.masked_fill(gain <= 0, -torch.inf).amax(2)  # (A, V)
     high = bound.masked_fill(gain >= 0, torch.inf).amin(2)
-    first_wins = torch.arange(start.shape[2]) < true  # of equals
+    first_wins = torch.arange(start.shape[2]) < true  # of ties
     hopeless = ((gain == 0) & ((lead < 0) | ((lead == 0) & first_wins))).any(2)
     begin, end = torch.searchsorted(grid, low), torch.searchsorted(grid, high, right=True)
     right = ((begin < end) & ~hopeless).long()

@@ -16,7 +16,7 @@ from clipadapt.errors import ClipadaptError
 from clipadapt.features import encode_classes
 from clipadapt.methods import create
 from clipadapt.methods.peft_weights.vl_adapter import linear
-from clipadapt.nn.adapters import put_back
+from clipadapt.nn.updates import Bottlenecks
 from clipadapt.training.loop import batches, seeded
 from tests.pictures import colours
 from tests.tiny import tiny, tiny_clip
@@ -34,6 +34,10 @@ def support():
     return colours(3, seed=1)
 
 
+def sites_of(backbone, tower: str = "both") -> list[str]:
+    return backbone.target_modules(tower, ("o", "fc2"))
+
+
 def test_no_rate_is_zero_shot(backbone, support):
     queries = colours(2, seed=2)
     zero_shot = create("zero-shot").fit(backbone, support).predict_proba(queries)
@@ -45,7 +49,7 @@ def test_no_rate_is_zero_shot(backbone, support):
 def test_training_equals_a_plain_one(backbone, support, tower):
     model = create("vl-adapter", **QUICK, tower=tower, seed=3).fit(backbone, support)
     with seeded(3):
-        adapters = create("vl-adapter", tower=tower)._adapters(backbone)
+        adapters = Bottlenecks(backbone.model, sites_of(backbone, tower))
     matrices = [p for p in adapters.parameters() if p.ndim == 2]
     biases = [p for p in adapters.parameters() if p.ndim == 1]
     groups = [{"params": matrices, "weight_decay": 0.01}, {"params": biases, "weight_decay": 0.0}]
@@ -64,7 +68,7 @@ def test_training_equals_a_plain_one(backbone, support, tower):
         torch.nn.utils.clip_grad_norm_(matrices + biases, 5.0)
         optimizer.step()
     for name, parameter in adapters.named_parameters():
-        torch.testing.assert_close(model.adapters_[name], parameter.detach(), rtol=1e-3, atol=1e-4, msg=name)
+        torch.testing.assert_close(model.update_[name], parameter.detach(), rtol=1e-3, atol=1e-4, msg=name)
 
 
 def test_the_schedule():
@@ -79,14 +83,14 @@ def test_the_adapted_features_are_used_and_the_backbone_is_not(family, support):
     plain = backbone.encode_images(pixels)
     model = create("vl-adapter", **QUICK).fit(backbone, support)
     torch.testing.assert_close(backbone.encode_images(pixels), plain, rtol=0, atol=0)
-    adapted = model.encode_pixels(pixels)
+    adapted = model.encoder.encode(pixels)
     assert (adapted - plain).abs().max() > 0.01
     with model.attached() as inside:
         texts = encode_classes(inside, model.class_names_)
     expected = backbone.logit_scale * adapted @ texts.T
     torch.testing.assert_close(model.image_logits(support)[0], expected, rtol=0, atol=1e-3)
     pixels = pixels[:1].requires_grad_()
-    model.encode_pixels(pixels)[0, 0].backward()
+    model.encoder.encode(pixels)[0, 0].backward()
     assert pixels.grad.abs().max() > 0
 
 
@@ -109,8 +113,8 @@ def test_tasks_share_what_they_are_told(backbone, support, share, tmp_path):
     assert len(lines) == 2 * 4, "a batch an epoch and a task"
     assert [model.class_names_ for model in models] == [first.class_names, second.class_names]
     halves = {"down": ("down", "all"), "up": ("up", "all")}
-    for name, tensor in models[0].adapters_.items():
-        same = torch.equal(tensor, models[1].adapters_[name])
+    for name, tensor in models[0].update_.items():
+        same = torch.equal(tensor, models[1].update_[name])
         assert same == (share in halves[name.split(".")[2]]), name
     for i, (model, data) in enumerate(zip(models, (first, second), strict=True)):
         loaded = clipadapt.load(model.save(tmp_path / str(i)), backbone)
@@ -130,15 +134,16 @@ def test_one_task_is_fit(backbone, support):
 def test_tasks_without_labels_are_refused(backbone, support):
     with pytest.raises(ClipadaptError, match="at least one support set"):
         create("vl-adapter").fit_tasks(backbone, [])
-    with pytest.raises(ClipadaptError, match="learns from labelled pictures"):
+    with pytest.raises(ClipadaptError, match="learns from labelled images"):
         create("vl-adapter").fit_tasks(backbone, [support, support.select([])])
 
 
-def test_put_back_adapters_start_where_they_were_left(backbone, support):
+def test_restored_adapters_compute_what_the_model_does(backbone, support):
     model = create("vl-adapter", **QUICK).fit(backbone, support)
-    again = put_back(model._adapters(backbone), model.adapters_)
-    for ours, theirs in zip(again.parameters(), model._attachable.parameters(), strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+    pixels = torch.stack([backbone.preprocess(item.open()) for item in support.items])
+    with Bottlenecks.restore(model.update_, backbone.model, sites_of(backbone)).attached(backbone.model):
+        again = backbone.encode_images(pixels)
+    torch.testing.assert_close(model.encoder.encode(pixels), again, rtol=0, atol=0)
 
 
 @pytest.mark.claim("vl-adapter", "two tasks of nine drawn things: one shared adapter is no worse than one for each")

@@ -72,7 +72,7 @@ def test_the_weights_are_the_beta_average_of_a_plain_run(backbone, beta):
     history = plain_run(backbone, support, margin=0.3)
     steps = len(history) - 1
     a = np.array([density.pdf((t + 0.5) / (steps + 1), beta, beta) for t in range(steps + 1)]) if beta else None
-    for name, ours in model.tower_.items():
+    for name, ours in model.update_.items():
         if name.endswith("k_proj.bias"):  # it has no influence: Adam steps by the rounding errors of its gradient
             continue
         seen = torch.stack([weights[name] for weights in history])
@@ -93,7 +93,7 @@ def test_options_for_the_ablation_do_what_they_say(backbone):
 
     def distance(model) -> float:
         start = backbone.model.state_dict()
-        return sum(float((w - start[n]).square().sum()) for n, w in model.tower_.items())
+        return sum(float((w - start[n]).square().sum()) for n, w in model.update_.items())
 
     assert distance(fits[0.3, 0.5]) < distance(fits[0.3, None]), "the average stays nearer to zero-shot"
     assert distance(fits[0.0, None]) != distance(fits[0.3, None])
@@ -103,7 +103,7 @@ def test_options_for_the_ablation_do_what_they_say(backbone):
 
 def test_texts_stay_frozen_and_serve_new_classes(backbone):
     model = create("clipood", **QUICK).fit(backbone, colours(3, seed=1))
-    assert all(name.startswith("vis") for name in model.tower_)
+    assert all(name.startswith("vis") for name in model.update_)
     other = model.with_classes(["cat", "dog", "house"])
     expected = backbone.logit_scale * encode_classes(backbone, ["cat", "dog", "house"])
     torch.testing.assert_close(other.weight_, expected)

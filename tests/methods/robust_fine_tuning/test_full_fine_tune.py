@@ -10,8 +10,8 @@ from clipadapt.backbones import load_backbone
 from clipadapt.backbones.families import FAMILIES
 from clipadapt.features import encode_classes
 from clipadapt.methods import create
+from clipadapt.methods.kinds.weights import class_encoder, tower_weights
 from clipadapt.methods.robust_fine_tuning.full_fine_tune import layers_above
-from clipadapt.methods.tower_method import class_encoder, tower_parameters
 from tests.pictures import colours
 from tests.tiny import tiny, tiny_clip
 
@@ -41,7 +41,7 @@ def test_layers_of_clip(backbone):
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_layers_of_every_family(family):
     backbone = load_backbone(tiny(family))
-    names = tower_parameters(backbone, "both")
+    names = tower_weights(backbone, "both")
     found = {name: layers_above(backbone, name) for name in names}
     for tower, prefix in (("vision", "vis"), ("text", "text")):
         depth = len(backbone.blocks(tower))
@@ -53,7 +53,8 @@ def test_layers_of_every_family(family):
 def test_class_encoder_is_encode_classes_with_gradients(backbone):
     names, templates = ["cat", "small_dog", "star"], ["a photo of a {}.", "the {}"]
     copy = backbone.copy()
-    tower_parameters(copy, "text")
+    for name in tower_weights(copy, "text"):
+        copy.model.get_parameter(name).requires_grad_()
     encode = class_encoder(copy, names, templates)
     torch.testing.assert_close(encode().detach(), encode_classes(backbone, names, templates))
     encode()[0, 0].backward()
@@ -78,11 +79,11 @@ def test_first_step_moves_each_layer_by_its_rate(backbone, tower):
     for name, p in plain.model.named_parameters():
         frozen = name in ("logit_scale", "text_model.embeddings.token_embedding.weight")
         if frozen or (tower == "vision" and name.startswith("text")):
-            assert name not in model.tower_
+            assert name not in model.update_
             continue
         rate = 1e-3 * 0.5 ** layers_above(backbone, name)
         clear = p.grad.abs() > 1e-4
-        moved = model.tower_[name] - original[name] * (1 - 0.1 * rate)  # decoupled weight decay
+        moved = model.update_[name] - original[name] * (1 - 0.1 * rate)  # decoupled weight decay
         torch.testing.assert_close(moved[clear], -rate * p.grad[clear].sign(), atol=0.02 * rate, rtol=0)
 
 
@@ -91,7 +92,7 @@ def test_pull_holds_the_weights_back(backbone):
 
     def distance(pull: float) -> float:
         model = create("full-fine-tune", pull=pull, **QUICK).fit(backbone, support)
-        return sum(float((w - start[n]).square().sum()) for n, w in model.tower_.items())
+        return sum(float((w - start[n]).square().sum()) for n, w in model.update_.items())
 
     free, weak, strong = distance(0.0), distance(1.0), distance(1000.0)
     assert strong < weak < free
@@ -112,3 +113,14 @@ def test_classifier_is_the_tuned_text_towers(backbone):
     vision = create("full-fine-tune", tower="vision", **QUICK).fit(backbone, support)
     torch.testing.assert_close(vision.weight_, backbone.logit_scale * encode_classes(backbone, support.class_names))
     assert not torch.allclose(both.weight_, vision.weight_, atol=1e-3)
+
+
+def test_a_second_fit_is_as_the_first_and_nothing_of_the_training_stays(backbone):
+    support = colours(3, seed=1)
+    model = create("full-fine-tune", pull=1.0, **QUICK).fit(backbone, support)
+    kept = {name: tensor.clone() for name, tensor in model.update_.items()}
+    own = {*vars(model)}
+    assert not {"_learned", "_first", "_layers"} & own
+    model.fit(backbone, support)
+    assert {*vars(model)} == own
+    assert all(torch.equal(tensor, kept[name]) for name, tensor in model.update_.items())

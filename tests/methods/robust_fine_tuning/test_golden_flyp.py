@@ -12,7 +12,7 @@ from clipadapt.data import class_texts
 from clipadapt.losses.contrastive import info_nce
 from clipadapt.losses.mpm_nce import mpm_nce
 from clipadapt.methods import create
-from clipadapt.methods.tower_method import Captions
+from clipadapt.methods.kinds.weights import Captions
 from tests.golden import Golden, assert_close, golden_backbone
 from tests.pictures import colours
 from tests.tiny import tiny_clip
@@ -67,7 +67,7 @@ TEMPLATES = ["a photo of a {}.", "the {}.", "a small {}"]
 
 @pytest.mark.parametrize("ground_labels", [False, True])
 def test_a_step_is_that_of_the_plain_loss(ground_labels):
-    """One batch, captions written out for each picture, the transformers model itself, torch's AdamW."""
+    """One batch, captions written out for each image, the transformers model itself, torch's AdamW."""
     backbone, support = load_backbone(tiny_clip()), colours(3, seed=1)
     setting = {"epochs": 1, "lr": 1e-3, "min_scale": 1.0, "templates": TEMPLATES, "ground_labels": ground_labels}
     model = create("flyp", **setting).fit(backbone, support)
@@ -92,7 +92,7 @@ def test_a_step_is_that_of_the_plain_loss(ground_labels):
     optimizer.step()
     for name, weight in plain.model.named_parameters():
         if name in seen:  # Adam turns a gradient of rounding errors into a whole step
-            close = (model.tower_[name] - weight).abs() < 1e-4
+            close = (model.update_[name] - weight).abs() < 1e-4
             assert close.float().mean() > 0.99, name
     assert "logit_scale" in seen
     assert model.trained_parameters == sum(p.numel() for p in plain.model.parameters())
@@ -111,7 +111,7 @@ def test_captions_are_of_their_classes_and_drawn_by_seed_and_step():
     assert torch.equal(drawn, Captions(backbone, sentences, seed=1).draw(labels, 0))
     assert not torch.equal(drawn, captions.draw(labels, 1))
     assert not torch.equal(drawn, Captions(backbone, sentences, seed=2).draw(labels, 0))
-    torch.testing.assert_close(captions.encode(backbone, labels, 0), backbone.encode_tokens(captions.ids[drawn]))
+    torch.testing.assert_close(captions.encode(labels, 0), backbone.encode_tokens(captions.ids[drawn]))
 
 
 def test_the_learned_logit_scale_is_used_and_kept(tmp_path):

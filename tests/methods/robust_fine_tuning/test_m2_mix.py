@@ -12,6 +12,7 @@ from clipadapt.backbones import load_backbone
 from clipadapt.losses.contrastive import info_nce
 from clipadapt.losses.geodesic import alignment, both_modal_mixup, multi_modal_mixup, slerp, uni_modal_mixup
 from clipadapt.methods import create
+from clipadapt.methods.robust_fine_tuning.m2_mix import mixed
 from clipadapt.training.loop import batches
 from clipadapt.training.schedules import cosine
 from tests.pictures import colours
@@ -47,7 +48,7 @@ def test_training_equals_a_plain_one(backbone, support, weights):
     lines: list[dict] = []
     model = create("m2-mix", **QUICK, **weights, seed=3).fit(backbone, support, report=lines.append)
     state = {name: tensor.clone() for name, tensor in backbone.model.state_dict().items()}
-    trained = {name: state[name].requires_grad_() for name in model.tower_}
+    trained = {name: state[name].requires_grad_() for name in model.update_}
     assert set(state) - set(trained) <= {"logit_scale"} | {n for n in state if n.endswith("position_ids")}
     pixels = torch.stack([backbone.preprocess(item.open()) for item in support.items])
     ids = backbone.tokenize([f"a photo of a {name}." for name in support.class_names])
@@ -62,11 +63,11 @@ def test_training_equals_a_plain_one(backbone, support, weights):
         images, texts = functional_call(Towers(backbone.model), named, (pixels[rows], ids[labels[rows]]))
         draw = np.random.default_rng([3, number])
         a, b, c, d = draw.beta(0.5, 0.5, size=4)
-        mixed = weights["m2_mix"] * multi_modal_mixup(images, texts, a, 1 / 0.07)
-        mixed = mixed + weights["v_mix"] * uni_modal_mixup(images, texts, b, scale)
-        mixed = mixed + weights["l_mix"] * uni_modal_mixup(texts, images, c, scale)
-        mixed = mixed + weights["vl_mix"] * both_modal_mixup(images, texts, d, scale)
-        loss = info_nce(images, texts, scale) + mixed / (1 + number // 2)
+        extra = weights["m2_mix"] * multi_modal_mixup(images, texts, a, 1 / 0.07)
+        extra = extra + weights["v_mix"] * uni_modal_mixup(images, texts, b, scale)
+        extra = extra + weights["l_mix"] * uni_modal_mixup(texts, images, c, scale)
+        extra = extra + weights["vl_mix"] * both_modal_mixup(images, texts, d, scale)
+        loss = info_nce(images, texts, scale) + extra / (1 + number // 2)
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
@@ -88,21 +89,22 @@ def test_no_rate_is_zero_shot(backbone, support):
 def test_draws_are_a_function_of_seed_and_step_and_follow_the_beta(backbone):
     image, text = normalize(torch.randn(2, 4, 16, generator=torch.Generator().manual_seed(0)), dim=-1)
     method = create("m2-mix", m2_mix=1.0, temperature=None)
-    values = [float(method._mixed(image, text, number, 10.0)) for number in (0, 1, 7, 1)]
+    values = [float(mixed(method, image, text, number, 10.0)) for number in (0, 1, 7, 1)]
     assert values[1] == values[3]
     assert len(set(values)) == 3
-    assert float(create("m2-mix", m2_mix=1.0, temperature=None, seed=2)._mixed(image, text, 1, 10.0)) != values[1]
+    other = create("m2-mix", m2_mix=1.0, temperature=None, seed=2)
+    assert float(mixed(other, image, text, 1, 10.0)) != values[1]
     # with a narrow Beta all mixing is half and half
     narrow = create("m2-mix", m2_mix=1.0, temperature=None, beta=1e6)
     expected = multi_modal_mixup(image, text, 0.5, 10.0)
-    torch.testing.assert_close(narrow._mixed(image, text, 5, 10.0), expected, atol=1e-2, rtol=0)
+    torch.testing.assert_close(mixed(narrow, image, text, 5, 10.0), expected, atol=1e-2, rtol=0)
 
 
 def test_options(backbone):
     image, text = normalize(torch.randn(2, 4, 16, generator=torch.Generator().manual_seed(0)), dim=-1)
 
     def value(**changed):
-        return float(create("m2-mix", **{"m2_mix": 1.0, **changed})._mixed(image, text, 2, 10.0))
+        return float(mixed(create("m2-mix", **{"m2_mix": 1.0, **changed}), image, text, 2, 10.0))
 
     weight = np.random.default_rng([1, 2]).beta(0.5, 0.5)
     assert value() == pytest.approx(float(multi_modal_mixup(image, text, weight, 1 / 0.07)), abs=1e-5)

@@ -93,14 +93,14 @@ def test_first_loss_written_out(backbone, support, weight):
     logits = backbone.logit_scale * views[order] @ texts[order].T
     expected = (cross_entropy(logits, torch.arange(36)) + cross_entropy(logits.T, torch.arange(36))) / 2
     distances = []
-    for picture in range(12):
-        its = views[3 * picture : 3 * picture + 3]
+    for image in range(12):
+        its = views[3 * image : 3 * image + 3]
         distances.append((1 - its @ normalize(its.sum(0), dim=0)).max())
     assert seen == [pytest.approx((expected + weight * torch.stack(distances).mean()).item(), abs=1e-4)]
 
 
 def test_views_of_an_object_move_together(backbone):
-    """Features of unseen views of unseen pictures are closer to each other with the alignment than without it."""
+    """Features of unseen views of unseen images are closer to each other with the alignment than without it."""
     world = Playground(size=32, kinds=("star", "heart", "arrow"))
     support, test = world.dataset(3, seed=1), turned(world.dataset(4, seed=2), 4, tilt=60, roll=60, seed=77)
     pixels = torch.stack([backbone.preprocess(item.open()) for item in test.items])

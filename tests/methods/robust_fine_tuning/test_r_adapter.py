@@ -12,8 +12,8 @@ from clipadapt.backbones import load_backbone
 from clipadapt.data import class_texts
 from clipadapt.errors import ClipadaptError
 from clipadapt.methods import create
-from clipadapt.methods.tower_method import Captions
-from clipadapt.nn.adapters import put_back
+from clipadapt.methods.kinds.weights import Captions
+from clipadapt.nn.updates import LinearAdapters
 from clipadapt.training.loop import batches, seeded
 from clipadapt.training.schedules import cosine
 from tests.pictures import colours
@@ -42,7 +42,8 @@ def pixels(backbone):
 def test_merged_equals_attached(family, rank, scale, support):
     backbone = load_backbone(tiny(family))
     model = create("r-adapter", **QUICK, rank=rank, scale=scale).fit(backbone, support)
-    adapters = put_back(model._adapters(backbone), model.adapters_)
+    sites = backbone.target_modules(kinds=("o", "fc2"))
+    adapters = LinearAdapters.restore(model.update_, backbone.model, sites, rank)
     with torch.no_grad():
         for part in adapters.parts:
             part.scale *= scale
@@ -72,7 +73,7 @@ def test_training_equals_a_plain_one(backbone, support):
     model = create("r-adapter", **values).fit(backbone, support)
     sites = backbone.target_modules(kinds=("o", "fc2"))
     with seeded(3):
-        fresh = create("r-adapter", **values)._adapters(backbone)
+        fresh = LinearAdapters(backbone.model, sites, 4, scale=0.1)
     start = [p.detach().clone() for p in fresh.parameters()]
     parts = [[p.detach().clone().requires_grad_() for p in (part.scale, part.down, part.up)] for part in fresh.parts]
     flat = [p for part in parts for p in part]
@@ -114,7 +115,7 @@ def test_training_equals_a_plain_one(backbone, support):
         optimizer.step()
         history.append([p.detach().clone() for p in flat])
     total = len(history)
-    for i, (name, ours) in enumerate(model.adapters_.items()):
+    for i, (name, ours) in enumerate(model.update_.items()):
         expected = 0.7**total * start[i] + sum(0.3 * 0.7 ** (total - 1 - t) * step[i] for t, step in enumerate(history))
         torch.testing.assert_close(ours, expected, rtol=1e-3, atol=1e-4, msg=name)
 
@@ -137,8 +138,8 @@ def test_a_caption_is_of_the_class_and_depends_on_the_step(backbone):
     every = [backbone.encode_texts(sentences) for sentences in texts]
     drawn = set()
     for number in range(4):
-        features = captions.encode(backbone, labels, number)
-        torch.testing.assert_close(features, captions.encode(backbone, labels, number), rtol=0, atol=0)
+        features = captions.encode(labels, number)
+        torch.testing.assert_close(features, captions.encode(labels, number), rtol=0, atol=0)
         nearest = [int((every[label] @ row).argmax()) for label, row in zip(labels, features, strict=True)]
         for label, row, which in zip(labels, features, nearest, strict=True):
             torch.testing.assert_close(every[label][which], row, rtol=0, atol=1e-5)

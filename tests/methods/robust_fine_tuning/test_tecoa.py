@@ -1,4 +1,4 @@
-"""TeCoA: its loss is that of attacked pictures over frozen texts; a frame is merged exactly; it makes robust."""
+"""TeCoA: its loss is that of attacked images over frozen texts; a frame is merged exactly; it makes robust."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch.nn.functional import cross_entropy, normalize
 import clipadapt
 from clipadapt.backbones import load_backbone
 from clipadapt.errors import ClipadaptError
-from clipadapt.evaluation.studies.robustness import adversarial_accuracy
+from clipadapt.evaluation.robustness import adversarial_accuracy
 from clipadapt.features import encode_classes
 from clipadapt.methods import create
 from clipadapt.methods.robust_fine_tuning.tecoa import border, framed_positions, one_hot_head
@@ -40,7 +40,7 @@ def losses(backbone, support, **settings) -> list[float]:
     return seen
 
 
-def test_first_loss_is_that_of_attacked_pictures(backbone, support):
+def test_first_loss_is_that_of_attacked_images(backbone, support):
     (first,) = losses(backbone, support, epochs=1, eps=4, attack_steps=3, step_size=2, seed=5)
     order = torch.randperm(12, generator=torch.Generator().manual_seed(5))
     plain = PixelSpace.of(backbone).plain(pixels_of(backbone, support))[order]
@@ -98,20 +98,20 @@ def test_prompt(backbone, support, tokens, tmp_path):
     found = adversarial_accuracy(model, support, eps=[0, 16], steps=3)
     assert found.clean == found.attacked[0.0] == model.score(support)
     if tokens:
-        with pytest.raises(ClipadaptError, match="set tokens=0"):
+        with pytest.raises(ClipadaptError, match="cannot be exported"):
             model.export(tmp_path / "towers")
     else:
         model.export(tmp_path / "towers")
         exported = load_backbone(tmp_path / "towers")
         pixels = pixels_of(backbone, support)
-        torch.testing.assert_close(exported.encode_images(pixels), model.encode_pixels(pixels))
+        torch.testing.assert_close(exported.encode_images(pixels), model.encoder.encode(pixels))
 
 
 def test_tokens_are_seen_even_where_no_weight_changed(backbone, support):
     """Features in the cache are those of the backbone without tokens."""
     model = create("tecoa", tune="prompt", tokens=3, epochs=1, prompt_lr=0.0).fit(backbone, support)
     with torch.no_grad():
-        expected = (model.encode_pixels(pixels_of(backbone, support)) @ model.weight_.T).softmax(1)
+        expected = (model.encoder.encode(pixels_of(backbone, support)) @ model.weight_.T).softmax(1)
     create("zero-shot").fit(backbone, support).predict(support)
     torch.testing.assert_close(torch.tensor(model.predict_proba(support)), expected, atol=1e-5, rtol=1e-4)
     bare = create("zero-shot").fit(backbone, support).predict_proba(support)
@@ -124,7 +124,7 @@ def test_one_hot_head(backbone, support):
     torch.testing.assert_close(head.norm(dim=1), torch.full((4,), backbone.logit_scale))
     torch.testing.assert_close(one_hot_head(backbone, names[::-1], seed=1), head.flip(0))
     model = create("tecoa", head="one-hot", epochs=1, lr=1e-3).fit(backbone, support)
-    assert model.trained_parameters == sum(t.numel() for t in model.tower_.values()) + 4 * backbone.dim
+    assert model.trained_parameters == sum(t.numel() for t in model.update_.values()) + 4 * backbone.dim
     texts = normalize(model.weight_, dim=1)
     torch.testing.assert_close(texts, encode_classes(backbone, names), atol=1e-5, rtol=1e-4)
 

@@ -124,6 +124,10 @@ class BackboneEffectsStudy(Wrapper, Classifier):
 
     `temperatures_` and `weights_` (B,) are in the order of the backbone given to `fit` and then `backbones`. Saving
     keeps what the methods learned and the names and fingerprints of the backbones; loading loads these again.
+
+    >>> model = create("backbone-effects-study", method="tip-adapter").fit(backbone, support)
+    >>> model.predict_proba(queries).shape
+    (8, 4)
     """
 
     method: Any = hyper("zero-shot", "the method to fit on each backbone: a key or an unfitted method")

@@ -32,7 +32,12 @@ from clipadapt.training.search import best_on
     trains="category residuals and cache weights",
 )
 class ApeT(CacheMethod, Classifier):
-    """Category residuals on refined channels; needs `val` only for `epoch="val"` and for searching alpha and beta."""
+    """Category residuals on refined channels; needs `val` only for `epoch="val"` and for searching alpha and beta.
+
+    >>> model = create("ape-t", epochs=2).fit(backbone, support)
+    >>> model.predict_proba(queries).shape
+    (8, 4)
+    """
 
     alpha: float = hyper(2.0, "weight of the cache against zero-shot, >= 0 (official start value)", low=0)
     beta: float = hyper(1.0, "sharpness of the affinities, >= 0 (official start value)", low=0)

@@ -54,7 +54,12 @@ def objective(
     trains="linear head",
 )
 class Clap(FeatureMethod, Classifier):
-    """A zero-shot initialised linear probe, held to its texts by class-adaptive penalties."""
+    """A zero-shot initialised linear probe, held to its texts by class-adaptive penalties.
+
+    >>> model = create("clap", epochs=2).fit(backbone, support)
+    >>> model.predict_proba(queries).shape
+    (8, 4)
+    """
 
     constraint: str = hyper("class", '"class": adaptive penalties; "none": plain ZS-LP', choices=("class", "none"))
     lr: float = hyper(0.1, "SGD learning rate (paper, for augmented views; 1e-3 suits plain ones)", low=FIRST_LR)

@@ -29,7 +29,12 @@ def adapt(x: Tensor, w1: Tensor, w2: Tensor, ratio: float) -> Tensor:
     trains="bottleneck adapter",
 )
 class ClipAdapter(FeatureMethod, Classifier):
-    """A two-layer bottleneck adapter on image features."""
+    """A two-layer bottleneck adapter on image features.
+
+    >>> model = create("clip-adapter", epochs=2, ratio=0.5).fit(backbone, support)
+    >>> model.predict_proba(queries).shape
+    (8, 4)
+    """
 
     ratio: float = hyper(0.2, "share of the adapted feature, in [0, 1] (paper: 0.2)", low=0, high=1)
     reduction: int = hyper(4, "D over the bottleneck's width (official)", low=1)

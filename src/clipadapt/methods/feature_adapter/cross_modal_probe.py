@@ -7,7 +7,7 @@ Lin et al., "Multimodality Helps Unimodality: Cross-Modal Few-Shot Learning with
 averaged with the zero-shot head as in WiSE-FT (ratio 0.5). From the official repository
 linzhiqiu/cross_modal_adaptation: no bias; W is not normalised; AdamW, lr 1e-3 or 1e-4, 12,800 iterations, batches of
 8 or 32; warm-up of 50 iterations, then half a cosine as long as the whole run, so that the rate does not quite reach
-0; validation at every hundredth iteration, the first of equals wins. Without `val` the last iteration counts.
+0; validation at every hundredth iteration, ties go to the first. Without `val` the last iteration counts.
 Departures: one text row a class, the mean over its templates, instead of a row a template; no flipped view; the last
 batch of a pass is kept where it is smaller.
 """
@@ -97,7 +97,12 @@ def train_head(
     trains="linear head",
 )
 class CrossModalProbe(FeatureMethod, Classifier):
-    """A linear head trained on images and class texts alike; `val`, where given, chooses the iteration."""
+    """A linear head trained on images and class texts alike; `val`, where given, chooses the iteration.
+
+    >>> model = create("cross-modal-probe", steps=4).fit(backbone, support)
+    >>> model.predict_proba(queries).shape
+    (8, 4)
+    """
 
     lr: float = hyper(1e-3, "AdamW learning rate (official: 1e-3 or 1e-4)", low=FIRST_LR)
     weight_decay: float = hyper(0.01, "decoupled weight decay (official: 0, 1e-4 or 0.01)", low=0)

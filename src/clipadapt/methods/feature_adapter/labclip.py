@@ -113,7 +113,12 @@ def hard_negatives(
     new_classes=True,
 )
 class LabClip(FeatureMethod, Classifier):
-    """A linear map on text features that tells who has which attribute."""
+    """A linear map on text features that tells who has which attribute.
+
+    >>> model = create("labclip", epochs=1).fit(backbone, support)
+    >>> model.predict_proba(queries).shape
+    (8, 4)
+    """
 
     templates: Any = hyper("{}", "prompt templates; a class name is a whole caption, so it stands alone by default")
     attributes: Any = hyper(

@@ -54,7 +54,12 @@ def one_vs_rest(x: Tensor, y: Tensor, strength: float, steps: int) -> tuple[Tens
     multi_label=True,
 )
 class LinearProbe(FeatureMethod, Classifier):
-    """Logistic regression on image features; class names play no part."""
+    """Logistic regression on image features; class names play no part.
+
+    >>> model = create("linear-probe").fit(backbone, support)
+    >>> model.predict_proba(queries).shape
+    (8, 4)
+    """
 
     strength: float = hyper(100.0, "inverse L2 strength C > 0; chosen on val among the sweep where val is given", low=0)
     steps: int = hyper(1000, "at most this many L-BFGS iterations (paper)", low=1)

@@ -9,7 +9,7 @@ searching. The constants are those of the official repository FereshteShakeri/Fe
     w_c = sum of the class's images           step 4 N / lambda_max(S'S), momentum 0.9, at every iteration
     alpha_c = 250 mean_c(own-class cosine)    step N / (4 max_c sum_i (x_i t_c')^2), at every tenth iteration
 
-With `val` the best iteration counts, the last of equals, as there; without, the last iteration. Cosines are not
+With `val` the best iteration counts, ties go to the last, as there; without, the last iteration. Cosines are not
 multiplied by the logit scale: alpha takes its place.
 
 Where the official code leaves the paper's model, `variant="official"` follows it: it also trains a bias, drawn at
@@ -50,7 +50,12 @@ def initial_alpha(images: Tensor, labels: Tensor, texts: Tensor, scale: float) -
     trains="linear head and text multipliers",
 )
 class LpPlusPlus(FeatureMethod, Classifier):
-    """A text-informed linear probe without anything to search; `val`, where given, chooses the iteration."""
+    """A text-informed linear probe without anything to search; `val`, where given, chooses the iteration.
+
+    >>> model = create("lp++").fit(backbone, support)
+    >>> model.predict_proba(queries).shape
+    (8, 4)
+    """
 
     steps: int = hyper(300, "full-batch iterations (official)", low=1)
     alpha_scale: float = hyper(250.0, "alpha's start over the mean own-class cosine (official)", low=0)

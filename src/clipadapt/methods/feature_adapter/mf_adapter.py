@@ -148,7 +148,12 @@ def kept_windows(size: tuple[int, int], patch: int, sizes: list[int], keep: int)
     requires=("patches",),
 )
 class MFAdapter(ImageMethod, Classifier):
-    """Tip-Adapter-F and a comparison of local features; alpha, beta, gamma are searched on `val` where it is given."""
+    """Tip-Adapter-F and a comparison of local features; alpha, beta, gamma are searched on `val` where it is given.
+
+    >>> model = create("mf-adapter", epochs=1).fit(backbone, support)
+    >>> model.predict_proba(queries).shape
+    (8, 4)
+    """
 
     alpha: float = hyper(1.17, "weight of the cache (Tip-Adapter-F)", low=0)
     beta: float = hyper(1.0, "sharpness of the cache's affinities (Tip-Adapter-F)", low=0)

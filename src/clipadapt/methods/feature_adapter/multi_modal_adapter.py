@@ -111,7 +111,12 @@ def cosines(
     new_classes=True,
 )
 class MultiModalAdapter(FeatureMethod, Classifier):
-    """Attention between an image and the class texts, mixed into both."""
+    """Attention between an image and the class texts, mixed into both.
+
+    >>> model = create("multi-modal-adapter", epochs=1).fit(backbone, support)
+    >>> model.predict_proba(queries).shape
+    (8, 4)
+    """
 
     ratio: float = hyper(0.2, "share of the adapted image, in [0, 1] (paper: 0.2)", low=0, high=1)
     text_ratio: float = hyper(0.2, "share of the adapted texts, in [0, 1] (paper: 0.2)", low=0, high=1)

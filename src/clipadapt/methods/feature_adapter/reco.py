@@ -129,6 +129,10 @@ class Reco(FeatureMethod, Classifier):
     """Images and class texts refined by a memory of image-text pairs; by default the support set.
 
     `memory`: `clipadapt.data.image_pairs`, or a data set, whose texts are the sentences of its classes.
+
+    >>> model = create("reco", epochs=1).fit(backbone, support)
+    >>> model.predict_proba(queries).shape
+    (8, 4)
     """
 
     memory: Any = hyper(None, "pairs or a data set to retrieve from; by default the support set")

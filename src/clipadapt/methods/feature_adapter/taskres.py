@@ -31,7 +31,12 @@ def classifier(texts: Tensor, residual: Tensor, scale: float) -> Tensor:
     trains="text residuals",
 )
 class TaskRes(FeatureMethod, Classifier):
-    """Tuned residuals of the class texts."""
+    """Tuned residuals of the class texts.
+
+    >>> model = create("taskres", epochs=2).fit(backbone, support)
+    >>> model.predict_proba(queries).shape
+    (8, 4)
+    """
 
     scale: float = hyper(0.5, "weight a of the residual, >= 0 (paper: 0.5; 1 for flowers)", low=0)
     lr: float = hyper(2e-3, "Adam learning rate (official; 2e-4 for ImageNet)", low=0)

@@ -27,7 +27,12 @@ from clipadapt.training.search import best_on
     trains="cache keys",
 )
 class TipAdapterF(CacheMethod, Classifier):
-    """Tip-Adapter with trained keys; needs `val` only for `epoch="val"` and for searching alpha and beta."""
+    """Tip-Adapter with trained keys; needs `val` only for `epoch="val"` and for searching alpha and beta.
+
+    >>> model = create("tip-adapter-f", epochs=2).fit(backbone, support)
+    >>> model.predict_proba(queries).shape
+    (8, 4)
+    """
 
     alpha: float = hyper(1.17, "weight of the cache (official start value)", low=0)
     beta: float = hyper(1.0, "sharpness of the affinities (official start value)", low=0)

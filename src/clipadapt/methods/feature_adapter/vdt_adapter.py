@@ -98,7 +98,12 @@ def padded(sentences: Sequence[Array], dim: int) -> tuple[Tensor, Tensor]:
     new_classes=True,
 )
 class VdtAdapter(FeatureMethod, Classifier):
-    """Self-attention over each class's sentences."""
+    """Self-attention over each class's sentences.
+
+    >>> model = create("vdt-adapter", epochs=2).fit(backbone, support)
+    >>> model.predict_proba(queries).shape
+    (8, 4)
+    """
 
     templates: Any = hyper("imagenet-7", "class descriptions (mapping or file), or templates as elsewhere")
     ratio: float = hyper(0.2, "share of the attention's outcome, in [0, 1] (official: 0.2; 0.5 once)", low=0, high=1)

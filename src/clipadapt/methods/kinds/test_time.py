@@ -28,7 +28,7 @@ class TestTimeMethod(Method):
     Its hyper-parameters have `views`, the number of views of an image, the plain one included, and `seed`.
     """
 
-    __test__ = False  # no test, whatever its name says
+    __test__ = False  # for pytest: not a test, in spite of its name
     kind: ClassVar[str] = "test-time"
     head: ClassVar[None] = None  # logits take more than features
     min_scale: ClassVar[float] = 0.08  # least area of a random view, in (0, 1]

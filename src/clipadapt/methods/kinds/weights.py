@@ -17,14 +17,16 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from clipadapt.backbones import Backbone
-from clipadapt.data import class_texts
+from clipadapt.backbones.weights import weight_names
+from clipadapt.data import Dataset, class_texts
 from clipadapt.errors import ClipadaptError
 from clipadapt.features import Adapted, Encoder, encode_classes
 from clipadapt.methods.base import Method
 from clipadapt.methods.card import hyper
 from clipadapt.methods.training_data import TrainingData
 from clipadapt.nn.updates import Full, Update
-from clipadapt.training.loop import Run, batches, seeded, stream, train
+from clipadapt.training.averages import Average
+from clipadapt.training.loop import Loss, Run, batches, seeded, stream, train
 from clipadapt.training.pixels import Pixels
 from clipadapt.training.schedules import cosine
 
@@ -33,6 +35,10 @@ TOWERS = {"vision": ("vision_model.", "visual_projection."), "text": ("text_mode
 # Of a step: image (B, D), classes or head (C, D) or text (B, D), labels (B,), pixels (B, 3, H, W), rows (B,), scale,
 # the numbers of the step and epoch from 0, and of some methods logits (B, C).
 Outputs = dict[str, Any]
+# What images are compared with, as outputs of a step's labels (B,) and number; and the head that is trained, if any.
+References = tuple[Callable[[Tensor, int], Outputs], Tensor | None]
+# How images (B, 3, H, W) are encoded (B, D), and the tensors that were learned for it.
+ChangedImages = tuple[Callable[[Tensor], Tensor], dict[str, Tensor]]
 
 
 def tower_weights(backbone: Backbone, tower: str) -> list[str]:
@@ -41,7 +47,7 @@ def tower_weights(backbone: Backbone, tower: str) -> list[str]:
     tower: "vision", "text", or "both", which is all but the logit scale.
     """
     starts = TOWERS["vision"] + TOWERS["text"] if tower == "both" else TOWERS[tower]
-    return [name for name, _ in backbone.model.named_parameters() if name.startswith(starts)]
+    return [name for name in weight_names(backbone.model) if name.startswith(starts)]
 
 
 def class_encoder(backbone: Backbone, class_names: Sequence[str], templates: Any) -> Callable[[], Tensor]:
@@ -76,6 +82,15 @@ class Captions:
         """The drawn captions' features (B, D), with gradients; one that several images drew is encoded once."""
         drawn, place = self.draw(labels, number).unique(return_inverse=True)
         return self._backbone.encode_tokens(self.ids[drawn])[place]
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """What is minimised at each step (its number from 0, and its rows), and the head that learns with it, if any."""
+
+    loss_of: Callable[[tuple[int, Tensor]], Loss]
+    steps: list[tuple[int, Tensor]]
+    head: Tensor | None
 
 
 class WeightMethod(Method):
@@ -115,7 +130,7 @@ class WeightMethod(Method):
         """Add what the towers make of a batch: by default `image`, the images' features (B, D)."""
         return out | {"image": towers.encode_images(out["pixels"])}
 
-    def _steps(self, support: Any) -> list[Tensor]:
+    def _steps(self, support: Dataset) -> list[Tensor]:
         """The rows of every step."""
         hyper: Any = self
         return batches(len(support), hyper.batch_size, epochs=hyper.epochs, seed=hyper.seed)
@@ -128,11 +143,11 @@ class WeightMethod(Method):
         hyper: Any = self
         return torch.optim.AdamW(parameters, lr=hyper.lr, weight_decay=self.weight_decay)
 
-    def _average(self, parameters: list[Tensor], steps: int) -> Any:
+    def _average(self, parameters: list[Tensor], steps: int) -> Average | None:
         """What takes the place of the last values: an average of them along the run, or None."""
         return None
 
-    def _after_step(self, towers: Backbone, support: Any) -> dict[str, Any]:
+    def _after_step(self, towers: Backbone, support: Dataset) -> dict[str, Any]:
         """Further arguments of `train`: what is done after a step, and the tensors that it changes (`state`)."""
         return {}
 
@@ -140,11 +155,14 @@ class WeightMethod(Method):
 
     def _learn(self, model: Backbone, data: TrainingData, run: Run) -> None:
         hyper: Any = self
+        known = set(vars(self))
         with seeded(hyper.seed):
             towers = model.with_weights({})
             update = self._update(towers, data).train()
             with update.attached(towers.model):
                 head = self._descend(towers, model, data.support, update, run)
+        for name in vars(self).keys() - known:
+            delattr(self, name)  # what hooks kept for the training: mostly copies of weights
         self._take(model, update, None if self.head_from_text else head)
 
     def _take(self, model: Backbone, update: Update, head: Tensor | None = None) -> None:
@@ -153,19 +171,35 @@ class WeightMethod(Method):
         self._merge(model)
         self.weight_ = self._adapted_classifier() if head is None else head
 
-    def _descend(self, towers: Backbone, model: Backbone, support: Any, update: Update, run: Run) -> Tensor | None:
+    def _descend(self, towers: Backbone, model: Backbone, support: Dataset, update: Update, run: Run) -> Tensor | None:
         """Train the update, attached to the towers; returns the head, where one was trained."""
+        lesson = self._lesson(towers, model, support)
+        learned = [*update.parameters(), *([] if lesson.head is None else [lesson.head])]
+        average, more = self._average(learned, len(lesson.steps)), self._after_step(towers, support)
+        if average is not None:
+            more = {"after_step": average.update, "state": average.averages}
+        train(
+            lesson.loss_of,
+            self._optimizer(learned),
+            lesson.steps,
+            schedule=lambda step: self._schedule(step, len(lesson.steps)),
+            clip_norm=self.clip_norm,
+            run=run,
+            **more,
+        )
+        if average is not None:
+            average.copy_to(learned)
+        return None if lesson.head is None else lesson.head.detach().cpu()
+
+    def _lesson(self, towers: Backbone, model: Backbone, support: Dataset) -> Lesson:
+        """What the towers, to which an update is attached, are to learn of a support set."""
         hyper: Any = self
         labels = torch.tensor(support.labels, device=model.device)
         pixels = Pixels(model, support, min_scale=hyper.min_scale, seed=hyper.seed)
         references, head = self._references(towers, model, support)
-        learned = [*update.parameters(), *([] if head is None else [head])]
-        steps, per_epoch = self._steps(support), -(-len(support) // hyper.batch_size)
-        average, more = self._average(learned, len(steps)), self._after_step(towers, support)
-        if average is not None:
-            more = {"after_step": average.update, "state": average.averages}
+        per_epoch = -(-len(support) // hyper.batch_size)
 
-        def loss_of(step: tuple[int, Tensor]) -> tuple[Tensor, Tensor]:
+        def loss_of(step: tuple[int, Tensor]) -> Loss:
             number, rows = step
             out = {"number": number, "epoch": number // per_epoch, "rows": rows, "labels": labels[rows]}
             out |= {"pixels": pixels.batch(rows, number), "scale": self._scale(towers)}
@@ -173,21 +207,10 @@ class WeightMethod(Method):
             out |= references(labels[rows], number)
             return self._objective(out), _right(out)
 
-        train(
-            loss_of,
-            self._optimizer(learned),
-            list(enumerate(steps)),
-            schedule=lambda step: self._schedule(step, len(steps)),
-            clip_norm=self.clip_norm,
-            run=run,
-            **more,
-        )
-        if average is not None:
-            average.copy_to(learned)
-        return None if head is None else head.detach().cpu()
+        return Lesson(loss_of, [*enumerate(self._steps(support))], head)
 
-    def _references(self, towers: Backbone, model: Backbone, support: Any) -> tuple[Any, Tensor | None]:
-        """What images are compared with, as outputs of (labels, step), and the head that is trained, if any."""
+    def _references(self, towers: Backbone, model: Backbone, support: Dataset) -> References:
+        """What images are compared with; see `against`."""
         hyper: Any = self
         if self.against == "captions":
             captions = Captions(towers, class_texts(self.class_names_, self.templates), hyper.seed)
@@ -224,7 +247,7 @@ class WeightMethod(Method):
             return
         changes: Any = {}
         if update is not None:
-            changes = update.changes() if update.cheap else update.merged(model.model, self._factor())
+            changes = update.changes(self._factor()) if update.cheap else update.merged(model.model, self._factor())
         self.backbone_, self._changed = model.with_weights(changes), list(changes)
 
     def changed(self) -> dict[str, Tensor]:
@@ -252,8 +275,8 @@ class WeightMethod(Method):
         """Whether the adapted text tower encodes the classifier, which else is a trained head."""
         return self.against != "head"
 
-    def _changed_images(self, model: Backbone) -> tuple[Callable[[Tensor], Tensor], dict[str, Tensor]] | None:
-        """How images (B, 3, H, W) are encoded where `backbone_` alone does not do it, and what was learned for it."""
+    def _changed_images(self, model: Backbone) -> ChangedImages | None:
+        """How images are encoded where `backbone_` alone does not do it."""
         if not hasattr(self, "_attachable"):
             return None
 

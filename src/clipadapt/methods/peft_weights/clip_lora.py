@@ -16,8 +16,10 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from clipadapt.backbones import Backbone
+from clipadapt.data import Dataset
 from clipadapt.errors import unknown_name
-from clipadapt.methods import Classifier, WeightMethod, hyper, method
+from clipadapt.methods import Classifier, TrainingData, WeightMethod, hyper, method
+from clipadapt.methods.kinds.weights import Outputs
 from clipadapt.nn.updates import LowRank
 from clipadapt.training.loop import batches
 from clipadapt.training.schedules import cosine
@@ -57,7 +59,12 @@ def sites(model: Backbone, tower: str, kinds: Sequence[str], layers: Sequence[in
     new_classes=True,
 )
 class ClipLora(WeightMethod, Classifier):
-    """Low-rank adaptation of the towers' attention, merged into the weights after training."""
+    """Low-rank adaptation of the towers' attention, merged into the weights after training.
+
+    >>> model = create("clip-lora", rank=2, steps_per_shot=1).fit(backbone, support)
+    >>> model.predict_proba(queries).shape
+    (8, 4)
+    """
 
     rank: int = hyper(2, "rank r >= 1 of each update (paper: 2)", low=1)
     alpha: float = hyper(1.0, "the update is scaled by alpha / sqrt(r) (official)", low=0)
@@ -77,18 +84,18 @@ class ClipLora(WeightMethod, Classifier):
 
     weight_decay, clip_norm = 1e-2, None
 
-    def _update(self, towers, data):
+    def _update(self, towers: Backbone, data: TrainingData) -> LowRank:
         where = sites(towers, self.tower, self.kinds, self.layers)
         return LowRank(towers.model, where, self.rank, self.alpha / self.rank**0.5, self.dropout)
 
-    def _saved(self, model):
+    def _saved(self, model: Backbone) -> LowRank:
         where = sites(model, self.tower, self.kinds, self.layers)
         return LowRank.restore(self.update_, model.model, where, self.rank, self.alpha / self.rank**0.5)
 
-    def _objective(self, out) -> Tensor:
+    def _objective(self, out: Outputs) -> Tensor:
         return cross_entropy(out["scale"] * out["image"] @ out["classes"].T, out["labels"])
 
-    def _steps(self, support):
+    def _steps(self, support: Dataset) -> list[Tensor]:
         total = self.steps_per_shot * max(support.counts)
         per_epoch = -(-len(support) // self.batch_size)
         return batches(len(support), self.batch_size, epochs=-(-total // per_epoch), seed=self.seed)[:total]

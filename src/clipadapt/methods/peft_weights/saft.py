@@ -4,7 +4,7 @@
     theta <- theta - rate * m * update        the mask m is chosen once, at the pre-trained weights
 
 Nguyen et al., "SAFT: Towards Out-of-Distribution Generalization in Fine-Tuning" (arXiv 2407.03036). There is no
-official code, and of the paper only the abstract was at hand: it gives the rule, the share, and that all else is
+official code, and of the paper only the abstract was available: it gives the rule, the share, and that all else is
 frozen. Ours are the loss (cross-entropy over the class texts, logit scale frozen), that the mask is chosen from both
 towers together on plain images, AdamW without weight decay, the rate and the length. Only the chosen values are
 parameters: the optimiser holds nothing else, and they are put into the weights for each forward pass, which is the same
@@ -19,8 +19,8 @@ from torch.nn.functional import cross_entropy
 
 from clipadapt.backbones import Backbone
 from clipadapt.data import Dataset
-from clipadapt.methods import Classifier, FineTuningMethod, hyper, method
-from clipadapt.methods.kinds.weights import class_encoder, tower_weights
+from clipadapt.methods import Classifier, FineTuningMethod, TrainingData, hyper, method
+from clipadapt.methods.kinds.weights import Outputs, class_encoder, tower_weights
 from clipadapt.nn.updates import Full, Sparse
 from clipadapt.training.pixels import Pixels
 
@@ -68,7 +68,12 @@ def random_scores(tower: Full, seed: int) -> dict[str, Tensor]:
     new_classes=True,
 )
 class Saft(FineTuningMethod, Classifier):
-    """Sparse fine-tuning: a binary mask, chosen once by the gradient's magnitude, says which weights may move."""
+    """Sparse fine-tuning: a binary mask, chosen once by the gradient's magnitude, says which weights may move.
+
+    >>> model = create("saft", epochs=1, share=0.01).fit(backbone, support)
+    >>> model.predict_proba(queries).shape
+    (8, 4)
+    """
 
     share: float = hyper(0.001, "share of the weights that are trained, in (0, 1] (paper: 0.1 %)", low=1e-9, high=1)
     mask: str = hyper("gradient", "how they are chosen; random is the paper's ablation", choices=("gradient", "random"))
@@ -78,7 +83,7 @@ class Saft(FineTuningMethod, Classifier):
     search_space = {"lr": (1e-5, 1e-4, 1e-3)}
     weight_decay = 0.0
 
-    def _update(self, towers, data):
+    def _update(self, towers: Backbone, data: TrainingData) -> Sparse:
         tower = Full(towers.model, tower_weights(towers, self.tower))
         if self.mask == "random":
             scores = random_scores(tower, self.seed)
@@ -88,8 +93,8 @@ class Saft(FineTuningMethod, Classifier):
         count = max(1, round(self.share * sum(score.numel() for score in scores.values())))
         return Sparse(towers.model, chosen(scores, count))
 
-    def _saved(self, model):
+    def _saved(self, model: Backbone) -> Sparse:
         return Sparse.restore(self.update_, model.model)
 
-    def _objective(self, out) -> Tensor:
+    def _objective(self, out: Outputs) -> Tensor:
         return cross_entropy(out["scale"] * out["image"] @ out["classes"].T, out["labels"])

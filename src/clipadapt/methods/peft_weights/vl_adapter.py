@@ -27,10 +27,9 @@ from clipadapt.backbones import Backbone
 from clipadapt.data import Dataset
 from clipadapt.errors import ClipadaptError
 from clipadapt.methods import Classifier, Run, TrainingData, WeightMethod, hyper, method
-from clipadapt.methods.kinds.weights import class_encoder
+from clipadapt.methods.kinds.weights import Outputs
 from clipadapt.nn.updates import SHARING, Bottlenecks
-from clipadapt.training.loop import Loss, Report, batches, seeded, train
-from clipadapt.training.pixels import Pixels
+from clipadapt.training.loop import Loss, Report, seeded, train
 
 
 def linear(step: int, total: int, warmup: int) -> float:
@@ -38,45 +37,47 @@ def linear(step: int, total: int, warmup: int) -> float:
     return (step + 1) / warmup if step < warmup else (total - step) / max(1, total - warmup)
 
 
-def train_tasks(of: Any, model: Backbone, supports: Sequence[Any], run: Run) -> list[Bottlenecks]:
-    """Train the adapters of all tasks, one for each support set; `of` has the hyper-parameters of `VlAdapter`."""
-    towers = model.with_weights({})
+def fit_together(tasks: Sequence[Any], model: Backbone, supports: Sequence[Dataset], run: Run) -> list[Any]:
+    """Fit the tasks, unfitted `VlAdapter` methods with the same settings, to one support set each; returns them.
+
+    A batch of one task follows a batch of another, and all go through their images at the same pace.
+    """
+    if not tasks:
+        raise ClipadaptError("vl-adapter: fit_tasks needs at least one support set.")
+    data = [TrainingData.of(support, None, None, None, None) for support in supports]
+    for task, own in zip(tasks, data, strict=True):
+        task._open(model, own)
+    of, towers = tasks[0], model.with_weights({})
     with seeded(of.seed):
-        sets = [of.first(towers)]
-        sets += [sets[0].for_another_task(of.tasks) for _ in supports[1:]]
-    classifiers = [class_encoder(towers, data.class_names, of.templates) for data in supports]
-    pixels = [Pixels(model, data, min_scale=of.min_scale, seed=of.seed) for data in supports]
-    labels = [torch.tensor(data.labels, device=model.device) for data in supports]
-    with torch.no_grad():
-        frozen = [classes() for classes in classifiers]  # (C, D) each
+        updates = [of._update(towers, data[0])]
+        updates += [updates[0].for_another_task(of.tasks) for _ in tasks[1:]]
+    lessons = []
+    for task, update, support in zip(tasks, updates, supports, strict=True):
+        with update.attached(towers.model):
+            lessons.append(task._lesson(towers, model, support))
 
-    def loss_of(step: tuple[int, int, Tensor]) -> Loss:
-        task, number, rows = step
-        with sets[task].attached(towers.model):
-            images = towers.encode_images(pixels[task].batch(rows, number))  # (B, D)
-            texts = frozen[task] if of.tower == "vision" else classifiers[task]()  # (C, D)
-        logits = towers.logit_scale * images @ texts.T
-        return cross_entropy(logits, labels[task][rows]), logits.argmax(1) == labels[task][rows]
+    def loss_of(step: tuple[float, int, tuple[int, Tensor]]) -> Loss:
+        _, number, own = step
+        with updates[number].attached(towers.model):
+            return lessons[number].loss_of(own)
 
-    steps = []  # of each task in its order, all tasks at the same pace
-    for task, data in enumerate(supports):
-        own = batches(len(data), of.batch_size, epochs=of.epochs, seed=of.seed)
-        steps += [(number / len(own), task, number, rows) for number, rows in enumerate(own)]
-    steps.sort(key=lambda step: step[:2])
-    parameters = list(dict.fromkeys(p for update in sets for p in update.parameters()))
-    groups = [
-        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": 1e-2},
-        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+    steps = [
+        (place / len(lesson.steps), number, step)
+        for number, lesson in enumerate(lessons)
+        for place, step in enumerate(lesson.steps)
     ]
     train(
         loss_of,
-        torch.optim.AdamW(groups, lr=of.lr),
-        [step[1:] for step in steps],
-        schedule=lambda step: linear(step, len(steps), len(steps) // 10),
+        of._optimizer(list(dict.fromkeys(p for update in updates for p in update.parameters()))),
+        sorted(steps, key=lambda step: step[:2]),
+        schedule=lambda step: of._schedule(step, len(steps)),
         clip_norm=of.clip_norm,
         run=run,
     )
-    return sets
+    for task, update in zip(tasks, updates, strict=True):
+        task._take(model, update)
+        task.trained_ = update.count
+    return list(tasks)
 
 
 @method(
@@ -88,7 +89,12 @@ def train_tasks(of: Any, model: Backbone, supports: Sequence[Any], run: Run) -> 
     new_classes=True,
 )
 class VlAdapter(WeightMethod, Classifier):
-    """Bottleneck adapters of both towers, for one task or shared by several."""
+    """Bottleneck adapters of both towers, for one task or shared by several.
+
+    >>> model = create("vl-adapter", epochs=1).fit(backbone, support)
+    >>> model.predict_proba(queries).shape
+    (8, 4)
+    """
 
     reduction: float = hyper(8, "width of the hidden states / width of the bottleneck (official)", low=1)
     tower: str = hyper("both", "which tower is adapted", choices=("both", "vision", "text"))
@@ -102,32 +108,32 @@ class VlAdapter(WeightMethod, Classifier):
     min_scale: float = hyper(1.0, "least area of the random crops, in (0, 1]; 1 is no augmentation", low=0.01, high=1)
     seed: int = hyper(1, "initial weights, crops and order of the images")
 
-    clip_norm = 5.0
+    weight_decay, clip_norm = 1e-2, 5.0
 
     def fit_tasks(self, backbone: Backbone, supports: Sequence[Dataset], *, report: Report | None = None) -> list[Self]:
         """Learn several tasks together, a batch of one after a batch of another; one fitted method for each.
 
         Itself stays unfitted. With `tasks` "all" the methods hold the same adapters, and differ in their classes.
         """
-        if not supports:
-            raise ClipadaptError("vl-adapter: fit_tasks needs at least one support set.")
-        models, run = [replace(self) for _ in supports], Run(report)
-        for model, support in zip(models, supports, strict=True):
-            model._open(backbone, TrainingData.of(support, None, None, None, None))
-        for model, update in zip(models, train_tasks(self, backbone, supports, run), strict=True):
-            model._take(backbone, update)
-            model.trained_ = update.count
-        return models
+        return fit_together([replace(self) for _ in supports], backbone, supports, Run(report))
 
-    def _learn(self, model: Backbone, data: TrainingData, run: Run) -> None:
-        (update,) = train_tasks(self, model, [data.support], run)
-        self._take(model, update)
-
-    def first(self, towers: Backbone) -> Bottlenecks:
-        """The adapters of a task at their start values, which are drawn from torch's global stream."""
+    def _update(self, towers: Backbone, data: TrainingData) -> Bottlenecks:
         sites = towers.target_modules(self.tower, self.kinds, self.layers)
         return Bottlenecks(towers.model, sites, reduction=self.reduction, share=self.sites)
 
-    def _saved(self, model):
+    def _saved(self, model: Backbone) -> Bottlenecks:
         sites = model.target_modules(self.tower, self.kinds, self.layers)
         return Bottlenecks.restore(self.update_, model.model, sites, reduction=self.reduction, share=self.sites)
+
+    def _objective(self, out: Outputs) -> Tensor:
+        return cross_entropy(out["scale"] * out["image"] @ out["classes"].T, out["labels"])
+
+    def _optimizer(self, parameters: list[Tensor]) -> torch.optim.Optimizer:
+        groups: list[dict[str, Any]] = [
+            {"params": [p for p in parameters if p.ndim > 1], "weight_decay": self.weight_decay},
+            {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+        ]
+        return torch.optim.AdamW(groups, lr=self.lr)
+
+    def _schedule(self, step: int, total: int) -> float:
+        return linear(step, total, warmup=total // 10)

@@ -46,7 +46,12 @@ class ConditionalLearner(ShiftedLearner):
     new_classes=True,
 )
 class CoCoOp(PromptMethod, Classifier):
-    """Learned context vectors that each image shifts."""
+    """Learned context vectors that each image shifts.
+
+    >>> model = create("cocoop", epochs=1, n_ctx=4).fit(backbone, support)
+    >>> model.with_classes(["red", "dog"]).predict_proba(queries).shape
+    (8, 2)
+    """
 
     epochs: int | None = hyper(10, "passes over the support set (official code)", low=1)
     batch_size: int = hyper(1, "images a step (official code)", low=1)

@@ -48,7 +48,12 @@ class CoOpLearner(ContextLearner):
     multi_label=True,
 )
 class CoOp(PromptMethod, Classifier):
-    """Learned context vectors in front of (or around) the class names."""
+    """Learned context vectors in front of (or around) the class names.
+
+    >>> model = create("coop", epochs=2, init="a photo of a").fit(backbone, support)
+    >>> model.with_classes(["red", "dog"]).predict_proba(queries).shape
+    (8, 2)
+    """
 
     n_ctx: int = hyper(16, "context vectors M >= 1 (paper: 16; 4 in later work)", low=1)
     position: str = hyper("end", "where the class name stands", choices=("end", "middle", "front"))

@@ -66,7 +66,12 @@ class EnsembleLearner(PromptLearner):
     new_classes=True,
 )
 class ECO(PromptMethod, Classifier):
-    """An ensemble of learned contexts, averaged in feature space."""
+    """An ensemble of learned contexts, averaged in feature space.
+
+    >>> model = create("eco", epochs=2).fit(backbone, support)
+    >>> model.predict_proba(queries).shape
+    (8, 4)
+    """
 
     n_prompts: int = hyper(4, "contexts K; 1 is CoOp", low=1)
     n_ctx: int = hyper(16, "context vectors of all contexts together, shared out evenly", low=1)

@@ -150,7 +150,12 @@ class StyleLearner(ShiftedLearner):
     new_classes=True,
 )
 class GoPro(PromptMethod, Classifier):
-    """Context vectors shifted by an image's style and content, kept alike over augmented views."""
+    """Context vectors shifted by an image's style and content, kept alike over augmented views.
+
+    >>> model = create("gopro", epochs=1, views=1).fit(backbone, support)
+    >>> model.with_classes(["red", "dog"]).predict_proba(queries).shape
+    (8, 2)
+    """
 
     epochs: int | None = hyper(50, "passes over the support set (official code)", low=1)
     batch_size: int = hyper(4, "images a step (official code)", low=1)

@@ -23,7 +23,12 @@ from clipadapt.methods.kinds.tower_prompts import TowerPromptMethod
     new_classes=True,
 )
 class IVLP(TowerPromptMethod, Classifier):
-    """Learned vectors in both towers, independent of each other."""
+    """Learned vectors in both towers, independent of each other.
+
+    >>> model = create("ivlp", epochs=1).fit(backbone, support)
+    >>> model.with_classes(["red", "dog"]).predict_proba(queries).shape
+    (8, 2)
+    """
 
     n_ctx: int = hyper(2, "vectors in a text (MaPLe's baseline; 4 in PromptSRC's)", low=1)
     n_visual: int = hyper(2, "tokens in an image (MaPLe's baseline; 4 in PromptSRC's)", low=1)

@@ -41,7 +41,12 @@ class GuidedLearner(TaughtLearner):
     new_classes=True,
 )
 class KgCoOp(PromptMethod, Classifier):
-    """Learned context vectors, held near the zero-shot classifier of `templates`."""
+    """Learned context vectors, held near the zero-shot classifier of `templates`.
+
+    >>> model = create("kgcoop", epochs=2, weight=8.0).fit(backbone, support)
+    >>> model.with_classes(["red", "dog"]).predict_proba(queries).shape
+    (8, 2)
+    """
 
     epochs: int | None = hyper(100, "passes over the support set (official code)", low=1)
     batch_size: int = hyper(128, "images a step (official code)", low=1)

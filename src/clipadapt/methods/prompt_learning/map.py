@@ -161,7 +161,12 @@ class AttributeLearner(PromptLearner):
     new_classes=True,
 )
 class Map(PromptMethod, Classifier):
-    """Attribute prompts in both towers, matched by cosine and by optimal transport."""
+    """Attribute prompts in both towers, matched by cosine and by optimal transport.
+
+    >>> model = create("map", epochs=1, hidden=16, n_ctx=4).fit(backbone, support)
+    >>> model.predict_proba(queries).shape
+    (8, 4)
+    """
 
     epochs: int | None = hyper(20, "passes over the support set (official code)", low=1)
     batch_size: int = hyper(16, "images a step (official code)", low=1)

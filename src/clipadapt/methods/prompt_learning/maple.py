@@ -51,7 +51,12 @@ class CoupledPrompts(DeepTexts):
     new_classes=True,
 )
 class MaPLe(PromptMethod, Classifier):
-    """Learned vectors in the text tower, coupled to tokens in the image tower."""
+    """Learned vectors in the text tower, coupled to tokens in the image tower.
+
+    >>> model = create("maple", epochs=1).fit(backbone, support)
+    >>> model.with_classes(["red", "dog"]).predict_proba(queries).shape
+    (8, 2)
+    """
 
     n_ctx: int = hyper(2, "vectors in a text, and tokens in an image (official)", low=1)
     depth: int = hyper(9, "J: blocks with vectors of their own, at most those of the shallower tower (official)", low=1)

@@ -144,7 +144,13 @@ class MixtureLearner(PromptLearner):
     new_classes=True,
 )
 class MoCoOp(PromptMethod, Classifier):
-    """A mixture of learned prompts that are chosen for each image."""
+    """A mixture of learned prompts that are chosen for each image.
+
+    >>> sentences = [["a photo of a {}."], ["a photo of the large {}."], ["a photo of the small {}."]]
+    >>> model = create("mocoop", epochs=1, groups=sentences).fit(backbone, support)
+    >>> model.with_classes(["red", "dog"]).predict_proba(queries).shape
+    (8, 2)
+    """
 
     groups: Any = hyper(
         None, "groups of templates, each a list or a set's name, one prompt for each; None: five groups of openai-80"

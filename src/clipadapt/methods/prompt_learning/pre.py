@@ -60,7 +60,12 @@ class EncodedContextLearner(ContextLearner):
     new_classes=True,
 )
 class PRE(PromptMethod, Classifier):
-    """A context that is learned through an encoder."""
+    """A context that is learned through an encoder.
+
+    >>> model = create("pre", epochs=1).fit(backbone, support)
+    >>> model.predict_proba(queries).shape
+    (8, 4)
+    """
 
     init: str | None = hyper("a photo of a", "words the context starts from, or None for random vectors (official)")
     n_ctx: int = hyper(4, "context vectors where init is None", low=1)

@@ -69,7 +69,12 @@ class AlignedLearner(TaughtLearner):
     new_classes=True,
 )
 class ProGrad(PromptMethod, Classifier):
-    """Learned context vectors whose steps do not oppose the zero-shot classifier of `templates`."""
+    """Learned context vectors whose steps do not oppose the zero-shot classifier of `templates`.
+
+    >>> model = create("prograd", epochs=1, n_ctx=4).fit(backbone, support)
+    >>> model.predict_proba(queries).shape
+    (8, 4)
+    """
 
     n_ctx: int = hyper(16, "context vectors M (official code)", low=1)
     init: str | None = hyper("a photo of a", "words that the last vectors start from, the others at 0; None: random")

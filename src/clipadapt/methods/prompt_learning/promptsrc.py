@@ -93,7 +93,12 @@ class RegulatedPrompts(IndependentPrompts):
     new_classes=True,
 )
 class PromptSRC(TowerPromptMethod, Classifier):
-    """Learned vectors in both towers, held near the frozen model and averaged over the epochs."""
+    """Learned vectors in both towers, held near the frozen model and averaged over the epochs.
+
+    >>> model = create("promptsrc", epochs=2).fit(backbone, support)
+    >>> model.with_classes(["red", "dog"]).predict_proba(queries).shape
+    (8, 2)
+    """
 
     n_ctx: int = hyper(4, "vectors in a text (official)", low=1)
     n_visual: int = hyper(4, "tokens in an image (official)", low=1)

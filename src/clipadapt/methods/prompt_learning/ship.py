@@ -93,6 +93,11 @@ class Ship(Wrapper, Classifier):
 
     These are `new_classes` and every class of the support set without an image; where there is none, the wrapped
     method is fitted as it is. What is learned and saved is that of the wrapped method.
+
+    >>> method = create("ship", method="tip-adapter", new_classes=["dog"], epochs=1, encoder_width=16)
+    >>> model = method.fit(backbone, support)
+    >>> model.class_names_
+    ['red', 'green', 'blue', 'yellow', 'dog']
     """
 
     method: Any = hyper("coop", "the method to fit: a key or an unfitted method, of features or of text prompts")

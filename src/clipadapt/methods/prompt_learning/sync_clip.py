@@ -129,6 +129,10 @@ class SyncClip(TowerPromptMethod, Classifier):
     knows few kinds of things and refuses others, or another source of `clipadapt.sources.images`. Its classes,
     `new_classes` and those of the support set are the classes of the fitted model. With None there are real images
     only. A saved model keeps the name of a data set or source, not the images.
+
+    >>> model = create("sync-clip", epochs=1).fit(backbone, support)
+    >>> model.with_classes(["red", "dog"]).predict_proba(queries).shape
+    (8, 2)
     """
 
     synthetic: Any = hyper(None, 'generated images: a data set, a folder of classes, "playground", a source, or None')

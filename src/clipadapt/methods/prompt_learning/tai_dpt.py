@@ -130,6 +130,10 @@ class TaIDPT(PromptMethod, Classifier):
     """Global and local context vectors learned from sentences; the images of a support set only set the threshold.
 
     For a multi-label model without any image, fit on `MultiLabelDataset([], [], class_names)`.
+
+    >>> model = create("tai-dpt", epochs=1, sentences=5, n_ctx=4).fit(backbone, class_names=["red", "blue"])
+    >>> model.predict_proba(queries).shape
+    (8, 2)
     """
 
     captions: Any = hyper(None, "sentences to learn from: a list, or a .txt or .jsonl file; by default they are made")

@@ -47,7 +47,12 @@ class VisualPrompts(PromptLearner):
     new_classes=True,
 )
 class VPT(PromptMethod, Classifier):
-    """Learned tokens in the image tower; the classifier is the zero-shot one of `templates`."""
+    """Learned tokens in the image tower; the classifier is the zero-shot one of `templates`.
+
+    >>> model = create("vpt", epochs=1).fit(backbone, support)
+    >>> model.predict_proba(queries).shape
+    (8, 4)
+    """
 
     n_ctx: int = hyper(8, "tokens before each block (MaPLe's baseline)", low=1)
     depth: int = hyper(12, "blocks that get tokens of their own, at most all; 1 is VPT-shallow", low=1)

@@ -4,7 +4,7 @@
     weights = sum_t a_t theta_t / sum_t a_t                a_t: density of Beta(beta, beta) over the run, t = 0 is CLIP
 
 Shu et al., "CLIPood: Generalizing CLIP to Out-of-Distributions" (arXiv 2302.00864). Of the paper only the abstract was
-at hand; details are those of the official repository thuml/CLIPood: margin 0.3, beta 0.5 for domain shift and 0.1 for
+available; details are those of the official repository thuml/CLIPood: margin 0.3, beta 0.5 for domain shift and 0.1 for
 open classes with 16 shots, AdamW 5e-6 (1e-5 on larger sets) with weight decay 0.1, cosine without warm-up, batch 36,
 CLIP's own logit scale, towers in evaluation mode, crops of 70-100 % of the area. It subtracts margin T_y from x, which
 makes the same softmax. Departures: epochs are passes over the support set (official: 500 to 10,000 steps, with 16
@@ -14,8 +14,9 @@ shots mostly 20 to 60 passes), and a batch is drawn from all domains together (o
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from clipadapt.methods import Classifier, FineTuningMethod, hyper, method
-from clipadapt.methods.kinds.weights import tower_weights
+from clipadapt.backbones import Backbone
+from clipadapt.methods import Classifier, FineTuningMethod, TrainingData, hyper, method
+from clipadapt.methods.kinds.weights import Outputs, tower_weights
 from clipadapt.nn.updates import Full
 from clipadapt.training.averages import Average
 
@@ -34,7 +35,12 @@ def margin_logits(images: Tensor, texts: Tensor, labels: Tensor, margin: float) 
     new_classes=True,
 )
 class Clipood(FineTuningMethod, Classifier):
-    """Image tower tuned by margin metric softmax, then averaged from zero-shot to the end by Beta weights."""
+    """Image tower tuned by margin metric softmax, then averaged from zero-shot to the end by Beta weights.
+
+    >>> model = create("clipood", epochs=1).fit(backbone, support)
+    >>> model.predict_proba(queries).shape
+    (8, 4)
+    """
 
     lr: float = hyper(5e-6, "AdamW learning rate (official; 1e-5 on larger sets)", low=0)
     epochs: int = hyper(20, "passes over the support set", low=1)
@@ -45,12 +51,12 @@ class Clipood(FineTuningMethod, Classifier):
 
     against, clip_norm, warmup = "frozen", None, 0.0
 
-    def _update(self, towers, data):
+    def _update(self, towers: Backbone, data: TrainingData) -> Full:
         return Full(towers.model, tower_weights(towers, "vision"))
 
-    def _objective(self, out) -> Tensor:
+    def _objective(self, out: Outputs) -> Tensor:
         logits = margin_logits(out["image"], out["classes"], out["labels"], self.margin)
         return cross_entropy(out["scale"] * logits, out["labels"])
 
-    def _average(self, parameters, steps):
+    def _average(self, parameters: list[Tensor], steps: int) -> Average | None:
         return None if self.beta is None else Average.beta(parameters, self.beta, steps)

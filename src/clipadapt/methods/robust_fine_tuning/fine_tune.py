@@ -11,8 +11,9 @@ at most 64 images, and a warm-up of a tenth of the run, since few-shot runs are 
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from clipadapt.methods import Classifier, FineTuningMethod, hyper, method
-from clipadapt.methods.kinds.weights import tower_weights
+from clipadapt.backbones import Backbone
+from clipadapt.methods import Classifier, FineTuningMethod, TrainingData, hyper, method
+from clipadapt.methods.kinds.weights import Outputs, tower_weights
 from clipadapt.nn.updates import Full
 
 
@@ -24,15 +25,20 @@ from clipadapt.nn.updates import Full
     trains="image tower and linear head",
 )
 class FineTune(FineTuningMethod, Classifier):
-    """All weights of the image tower and the classifier; what WiSE-FT interpolates with the zero-shot model."""
+    """All weights of the image tower and the classifier; what WiSE-FT interpolates with the zero-shot model.
+
+    >>> model = create("fine-tune", epochs=1).fit(backbone, support)
+    >>> model.predict_proba(queries).shape
+    (8, 4)
+    """
 
     lr: float = hyper(1e-5, "AdamW learning rate (official advice for few shots)", low=0)
     epochs: int = hyper(10, "passes over the support set (official)", low=1)
 
     against = "head"
 
-    def _update(self, towers, data):
+    def _update(self, towers: Backbone, data: TrainingData) -> Full:
         return Full(towers.model, tower_weights(towers, "vision"))
 
-    def _objective(self, out) -> Tensor:
+    def _objective(self, out: Outputs) -> Tensor:
         return cross_entropy(out["image"] @ out["head"].T, out["labels"])

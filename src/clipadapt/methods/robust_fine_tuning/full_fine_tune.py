@@ -18,8 +18,8 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from clipadapt.backbones import Backbone
-from clipadapt.methods import Classifier, FineTuningMethod, hyper, method
-from clipadapt.methods.kinds.weights import TOWERS, tower_weights
+from clipadapt.methods import Classifier, FineTuningMethod, TrainingData, hyper, method
+from clipadapt.methods.kinds.weights import TOWERS, Outputs, tower_weights
 from clipadapt.nn.updates import Full
 
 
@@ -44,7 +44,12 @@ def layers_above(backbone: Backbone, name: str) -> int:
     new_classes=True,
 )
 class FullFineTune(FineTuningMethod, Classifier):
-    """Both towers tuned with cross-entropy over class texts, gently: the recipe to start with on your own images."""
+    """Both towers tuned with cross-entropy over class texts, gently: the recipe to start with on your own images.
+
+    >>> model = create("full-fine-tune", epochs=1).fit(backbone, support)
+    >>> model.predict_proba(queries).shape
+    (8, 4)
+    """
 
     tower: str = hyper("both", "which tower is tuned; text prompts stay fixed for vision", choices=("both", "vision"))
     layer_decay: float = hyper(0.8, "factor on the rate for each layer away from the output, in [0, 1]", low=0, high=1)
@@ -52,7 +57,7 @@ class FullFineTune(FineTuningMethod, Classifier):
 
     search_space = {"lr": (1e-6, 1e-5, 1e-4)}
 
-    def _update(self, towers, data):
+    def _update(self, towers: Backbone, data: TrainingData) -> Full:
         tokens = f"{towers.tower('text').tokens}."
         names = [name for name in tower_weights(towers, self.tower) if not name.startswith(tokens)]
         self._layers = [layers_above(towers, name) for name in names]
@@ -60,13 +65,13 @@ class FullFineTune(FineTuningMethod, Classifier):
         self._first = self._learned.tensors()
         return self._learned
 
-    def _objective(self, out) -> Tensor:
+    def _objective(self, out: Outputs) -> Tensor:
         loss = cross_entropy(out["scale"] * out["image"] @ out["classes"].T, out["labels"])
         for name, parameter in self._learned.by_name().items() if self.pull else ():
             loss = loss + self.pull / 2 * (parameter - self._first[name].to(parameter)).square().sum()
         return loss
 
-    def _optimizer(self, parameters) -> torch.optim.Optimizer:
+    def _optimizer(self, parameters: list[Tensor]) -> torch.optim.Optimizer:
         layers: dict[int, list[Tensor]] = {}
         for layer, parameter in zip(self._layers, parameters, strict=True):
             layers.setdefault(layer, []).append(parameter)

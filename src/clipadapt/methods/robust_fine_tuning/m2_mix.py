@@ -4,7 +4,7 @@
 
 L_m2 has as negatives the points on the geodesics between the images and texts of the other pairs; L_v, L_l and L_vl
 are mixup within a modality, with soft labels (`losses.geodesic`). With L_m2 alone it is the paper's m2-Mix, with all
-four its m3-Mix. Pairs are a image and a sentence of its class. Both towers learn; the classifier is then encoded by
+four its m3-Mix. A pair is an image and a sentence of its class. Both towers learn; the classifier is then encoded by
 the adapted text tower.
 
 Oh et al., "Geodesic Multi-Modal Mixup for Robust Fine-Tuning" (arXiv 2203.03897). Of the paper only the abstract
@@ -17,7 +17,7 @@ are images and captions of Flickr30k and COCO.
 Departures: InfoNCE has the backbone's own logit scale, the official code 100. L_m2 is the mean of its two directions,
 as in the variant for OpenCLIP of the official README; main.py has the sum, which is twice the weight. A last batch
 that is smaller is kept. Mixing a row with itself, or with a row that has the same text, leaves it as it is, where the
-official code divides by zero. Pictures of one class in a batch are negatives of one another, as captions are there.
+official code divides by zero. Images of one class in a batch are negatives of one another, as captions are there.
 """
 
 from typing import Any
@@ -25,10 +25,11 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from clipadapt.backbones import Backbone
 from clipadapt.losses.contrastive import info_nce
 from clipadapt.losses.geodesic import both_modal_mixup, lerp, multi_modal_mixup, slerp, uni_modal_mixup
-from clipadapt.methods import Classifier, FineTuningMethod, hyper, method
-from clipadapt.methods.kinds.weights import tower_weights
+from clipadapt.methods import Classifier, FineTuningMethod, TrainingData, hyper, method
+from clipadapt.methods.kinds.weights import Outputs, tower_weights
 from clipadapt.nn.updates import Full
 
 
@@ -63,7 +64,12 @@ def mixed(of: Any, images: Tensor, texts: Tensor, number: int, logit_scale: floa
     new_classes=True,
 )
 class M2Mix(FineTuningMethod, Classifier):
-    """Both towers, fine-tuned contrastively with mixed pairs as hard negatives."""
+    """Both towers, fine-tuned contrastively with mixed pairs as hard negatives.
+
+    >>> model = create("m2-mix", epochs=1).fit(backbone, support)
+    >>> model.predict_proba(queries).shape
+    (8, 4)
+    """
 
     m2_mix: float = hyper(0.01, "weight of the mixed negatives in the loss (official: 0.001 to 0.05)", low=0)
     v_mix: float = hyper(0.0, "weight of mixup among images (official m3-Mix: 0.05)", low=0)
@@ -82,10 +88,10 @@ class M2Mix(FineTuningMethod, Classifier):
     search_space = {"m2_mix": (0.01, 0.05)}
     against, weight_decay, clip_norm = "captions", 0.2, None
 
-    def _update(self, towers, data):
+    def _update(self, towers: Backbone, data: TrainingData) -> Full:
         return Full(towers.model, tower_weights(towers, "both"))
 
-    def _objective(self, out) -> Tensor:
+    def _objective(self, out: Outputs) -> Tensor:
         share = 1 / (1 + out["epoch"]) if self.decay else 1.0
         plain = info_nce(out["image"], out["text"], out["scale"])
         return plain + share * mixed(self, out["image"], out["text"], out["number"], out["scale"])

@@ -35,7 +35,8 @@ from clipadapt.errors import ClipadaptError
 from clipadapt.features import encode_images
 from clipadapt.features.viewpoints import turned
 from clipadapt.losses.contrastive import info_nce
-from clipadapt.methods import Classifier, FineTuningMethod, hyper, method
+from clipadapt.methods import Classifier, FineTuningMethod, TrainingData, hyper, method
+from clipadapt.methods.kinds.weights import Outputs, References
 from clipadapt.nn.updates import LowRank
 
 
@@ -47,7 +48,7 @@ def centre(views: Tensor, neighbours: int) -> Tensor:
     weights = torch.ones(len(views), device=views.device)
     if neighbours and len(views) > 1:
         cosines = views @ views.T
-        cosines.fill_diagonal_(-torch.inf)  # a view is no neighbour of its own
+        cosines.fill_diagonal_(-torch.inf)  # a view is not its own neighbour
         nearest = cosines.topk(min(neighbours, len(views) - 1), dim=1).values.mean(1)  # (n,)
         weights = torch.where(nearest == 0, 0.0, 1 / (nearest + 1e-8))
     return normalize(weights @ views, dim=0)
@@ -101,16 +102,21 @@ def sites(model: Backbone, module: bool) -> list[str]:
     new_classes=True,
 )
 class OmniviewTuning(FineTuningMethod, Classifier):
-    """Low-rank tuning towards features that do not depend on the viewpoint."""
+    """Low-rank tuning towards features that do not depend on the viewpoint.
+
+    >>> model = create("omniview-tuning", epochs=1, views=1).fit(backbone, support)
+    >>> model.predict_proba(queries).shape
+    (8, 4)
+    """
 
     objects: str = hyper(
         "picture",
-        'which pictures show one object: each its own, or those of a class that share "class", "folder" or "domain"',
+        'which images show one object: each its own, or those of a class that share "class", "folder" or "domain"',
         choices=("picture", "class", "folder", "domain"),
     )
-    views: int = hyper(5, "drawn views beside each picture, turned as a flat sheet", low=0)
-    tilt: float = hyper(45.0, "greatest angle of a drawn view about both axes of the picture, degrees", low=0, high=80)
-    roll: float = hyper(30.0, "greatest angle of a drawn view in the picture's plane, degrees", low=0, high=180)
+    views: int = hyper(5, "drawn views next to each image, turned as a flat sheet", low=0)
+    tilt: float = hyper(45.0, "greatest angle of a drawn view about both axes of the image, degrees", low=0, high=80)
+    roll: float = hyper(30.0, "greatest angle of a drawn view in the image's plane, degrees", low=0, high=180)
     weight: float = hyper(1.0, "weight of the alignment of views (official)", low=0)
     outliers: int = hyper(2, "views of an object that are drawn to its centre (official: 5 of about 100)", low=1)
     neighbours: int = hyper(5, "nearest views that a view's weight depends on; 0 weighs all alike (official)", low=0)
@@ -122,23 +128,23 @@ class OmniviewTuning(FineTuningMethod, Classifier):
 
     weight_decay, warmup = 0.05, 0.0
 
-    def _prepare(self, model, data):
+    def _prepare(self, model: Backbone, data: TrainingData) -> TrainingData:
         numbers = torch.tensor(object_numbers(data.support, self.objects), device=model.device)
         self._objects = numbers.repeat_interleave(1 + self.views)  # (N,)
         every = turned(data.support, self.views, tilt=self.tilt, roll=self.roll, seed=self.seed, plain=True)
         return replace(data, support=every)
 
-    def _update(self, towers, data):
+    def _update(self, towers: Backbone, data: TrainingData) -> LowRank:
         return LowRank(towers.model, sites(towers, self.module), self.rank)  # the update is B A itself
 
-    def _saved(self, model):
+    def _saved(self, model: Backbone) -> LowRank:
         return LowRank.restore(self.update_, model.model, sites(model, self.module), self.rank)
 
-    def _references(self, towers, model, support):
+    def _references(self, towers: Backbone, model: Backbone, support: Dataset) -> References:
         texts = normalize(self._text_classifier(model), dim=1).to(model.device)  # (C, D)
         return (lambda labels, number: {"text": texts[labels], "classes": texts}), None
 
-    def _after_step(self, towers, support):
+    def _after_step(self, towers: Backbone, support: Dataset) -> dict[str, Any]:
         def alignment() -> tuple[Tensor, Tensor]:
             views = encode_images(towers, support, cache=False).features.to(towers.device)
             return aligned(views, self._objects, self.outliers, self.neighbours)
@@ -152,12 +158,12 @@ class OmniviewTuning(FineTuningMethod, Classifier):
         self._centres, self._far = alignment()
         return {"after_step": after_step, "state": (self._centres, self._far)}
 
-    def _objective(self, out) -> Tensor:
+    def _objective(self, out: Outputs) -> Tensor:
         loss, far = info_nce(out["image"], out["text"], out["scale"]), self._far[out["rows"]]
         if not far.any():
             return loss
         centres = self._centres[self._objects[out["rows"]]]
         return loss + self.weight * (1 - (out["image"] * centres).sum(1))[far].mean()
 
-    def _optimizer(self, parameters) -> torch.optim.Optimizer:
+    def _optimizer(self, parameters: list[Tensor]) -> torch.optim.Optimizer:
         return torch.optim.AdamW(parameters, lr=self.lr, weight_decay=self.weight_decay, betas=(0.9, 0.98), eps=1e-6)

@@ -24,9 +24,11 @@ and are followed.
 
 from torch import Tensor
 
+from clipadapt.backbones import Backbone
 from clipadapt.losses.contrastive import info_nce
 from clipadapt.losses.mpm_nce import mpm_nce
-from clipadapt.methods import Classifier, FineTuningMethod, hyper, method
+from clipadapt.methods import Classifier, FineTuningMethod, TrainingData, hyper, method
+from clipadapt.methods.kinds.weights import Outputs
 from clipadapt.nn.updates import LinearAdapters
 from clipadapt.training.averages import Average
 
@@ -42,7 +44,12 @@ START_SCALE = 0.1  # of each adapter's learned factor (official)
     new_classes=True,
 )
 class RAdapter(FineTuningMethod, Classifier):
-    """Mergeable adapters of both towers, dropped, averaged and re-scaled; learned with MPM-NCE."""
+    """Mergeable adapters of both towers, dropped, averaged and re-scaled; learned with MPM-NCE.
+
+    >>> model = create("r-adapter", epochs=1, rank=4).fit(backbone, support)
+    >>> model.predict_proba(queries).shape
+    (8, 4)
+    """
 
     rank: int | None = hyper(4, "rank of an adapter (official, few shots); None: a full matrix", low=1)
     drop: float = hyper(
@@ -62,21 +69,21 @@ class RAdapter(FineTuningMethod, Classifier):
     search_space = {"scale": (0.5, 0.8)}
     against, weight_decay = "captions", 0.0
 
-    def _update(self, towers, data):
+    def _update(self, towers: Backbone, data: TrainingData) -> LinearAdapters:
         sites = towers.target_modules(kinds=("o", "fc2"))
         return LinearAdapters(towers.model, sites, self.rank, scale=START_SCALE, drop=self.drop)
 
-    def _saved(self, model):
+    def _saved(self, model: Backbone) -> LinearAdapters:
         sites = model.target_modules(kinds=("o", "fc2"))
         return LinearAdapters.restore(self.update_, model.model, sites, self.rank)
 
-    def _factor(self):
+    def _factor(self) -> float:
         return self.scale
 
-    def _average(self, parameters, steps):
+    def _average(self, parameters: list[Tensor], steps: int) -> Average:
         return Average.running(parameters, self.ema)
 
-    def _objective(self, out) -> Tensor:
+    def _objective(self, out: Outputs) -> Tensor:
         if self.loss == "info-nce":
             return info_nce(out["image"], out["text"], out["scale"])
         soft = {"margin": self.margin, "smoothing": self.smoothing}

@@ -3,7 +3,7 @@
     min over theta of  CE(s f(x_adv; theta) T', y)        x_adv = argmax of the same loss over |x_adv - x|_inf <= eps
 
 Attacks are in plain pixel values [0, 1], before normalisation (`training.attacks.pgd`). Tuned is the image tower
-("finetune") or a visual prompt ("prompt"): a frame that is added to the normalised image, and tokens beside its
+("finetune") or a visual prompt ("prompt"): a frame that is added to the normalised image, and tokens next to its
 patches; the attack sees the prompt. A frame is exactly a change of the position embeddings of the patches it covers,
 since patch embedding is linear: it is merged into the weights. Tokens are not, so a model with tokens has no export.
 
@@ -30,8 +30,9 @@ from torch.nn.functional import cross_entropy, normalize
 
 from clipadapt.backbones import Backbone, Insertion
 from clipadapt.backbones.families import submodule
-from clipadapt.methods import Classifier, FineTuningMethod, hyper, method
-from clipadapt.methods.kinds.weights import tower_weights
+from clipadapt.data import Dataset
+from clipadapt.methods import Classifier, FineTuningMethod, TrainingData, hyper, method
+from clipadapt.methods.kinds.weights import ChangedImages, Outputs, References, tower_weights
 from clipadapt.nn.prompts import random_vectors, visual_prompts
 from clipadapt.nn.updates import Full, Update
 from clipadapt.training.attacks import LEVEL, PixelSpace, pgd
@@ -110,7 +111,12 @@ class VisualPrompt(Update):
     new_classes=True,
 )
 class TeCoA(FineTuningMethod, Classifier):
-    """Text-guided adversarial training of the image tower or of a visual prompt."""
+    """Text-guided adversarial training of the image tower or of a visual prompt.
+
+    >>> model = create("tecoa", epochs=1, attack_steps=1).fit(backbone, support)
+    >>> model.predict_proba(queries).shape
+    (8, 4)
+    """
 
     tune: str = hyper("finetune", "what learns: the image tower, or a visual prompt", choices=("finetune", "prompt"))
     target: str = hyper(
@@ -123,7 +129,7 @@ class TeCoA(FineTuningMethod, Classifier):
     attack_steps: int = hyper(2, "steps of the attack (official)", low=1)
     step_size: float = hyper(1.0, "of the attack, in levels of 1/255 (official)", low=0)
     frame: float = hyper(30 / 224, "prompt: width of the frame, share of the side (official)", low=0, high=0.5)
-    tokens: int = hyper(10, "prompt: tokens beside the patches (official)", low=0)
+    tokens: int = hyper(10, "prompt: tokens next to the patches (official)", low=0)
     lr: float = hyper(1e-5, "finetune: AdamW learning rate (as in fine-tune)", low=0)
     start: float = hyper(0.02, "prompt: standard deviation of its start values (official: 1)", low=0)
     prompt_lr: float = hyper(40.0, "prompt: SGD learning rate, momentum 0.9 (official)", low=0)
@@ -132,25 +138,26 @@ class TeCoA(FineTuningMethod, Classifier):
 
     weight_decay, clip_norm = 0.0, None
 
-    def _update(self, towers, data):
-        self._space, self._encode = PixelSpace.of(towers), towers.encode_images
+    def _update(self, towers: Backbone, data: TrainingData) -> Update:
+        self._space = PixelSpace.of(towers)
+        self._encode: Any = towers.encode_images
         if self.tune == "finetune":
             return Full(towers.model, tower_weights(towers, "vision"))
         prompt = VisualPrompt(towers, self.frame, self.tokens, self.start)
         self._encode = prompt.encode
         return prompt
 
-    def _saved(self, model):
+    def _saved(self, model: Backbone) -> Full:
         return Full.restore({name: t for name, t in self.update_.items() if name != "tokens"}, model.model)
 
-    def _references(self, towers, model, support):
+    def _references(self, towers: Backbone, model: Backbone, support: Dataset) -> References:
         head, learned = self._text_classifier(model).to(model.device), None  # (C, D)
         if self.target == "one-hot":
             head = learned = Parameter(one_hot_head(model, self.class_names_, self.seed))
         self._head = head
         return (lambda labels, number: {}), learned
 
-    def _outputs(self, towers, out):
+    def _outputs(self, towers: Backbone, out: Outputs) -> Outputs:
         def scores(plain: Tensor) -> Tensor:
             return self._encode(self._space.pixels(plain)) @ self._head.T  # (B, C)
 
@@ -165,15 +172,15 @@ class TeCoA(FineTuningMethod, Classifier):
         )
         return out | {"logits": scores(attacked)}
 
-    def _objective(self, out) -> Tensor:
+    def _objective(self, out: Outputs) -> Tensor:
         return cross_entropy(out["logits"], out["labels"])
 
-    def _optimizer(self, parameters) -> torch.optim.Optimizer:
+    def _optimizer(self, parameters: list[Tensor]) -> torch.optim.Optimizer:
         if self.tune == "finetune":
             return super()._optimizer(parameters)
         return torch.optim.SGD(parameters, lr=self.prompt_lr, momentum=0.9)
 
-    def _changed_images(self, model):
+    def _changed_images(self, model: Backbone) -> ChangedImages | None:
         tokens = self.update_.get("tokens")
         if tokens is None:
             return None

@@ -70,7 +70,7 @@ class Line:
             heads = None if model.head_from_text else (zero_shot_head(model, backbone), model.weight_)
             return cls(original, tuned, heads)
         head = model.head
-        plain = head is not None and head.weight is not None and head.bias is None
+        plain = head is not None and head.weight is not None and (head.bias is None or not head.bias.any())
         if not plain or model.encoder.fingerprint != backbone.fingerprint:
             raise ClipadaptError(
                 f"wise-ft interpolates weights, and {model.card.key} changes none of the towers' and has no linear "
@@ -102,7 +102,12 @@ def zero_shot_head(model: Any, backbone: Backbone) -> Tensor:
     trains="what the wrapped method trains",
 )
 class WiseFt(WeightMethod, Classifier):
-    """Any weight method or linear classifier, pulled back towards zero-shot by interpolating all that it changed."""
+    """Any weight method or linear classifier, pulled back towards zero-shot by interpolating all that it changed.
+
+    >>> model = create("wise-ft", method="fine-tune", alpha=0.5).fit(backbone, support)
+    >>> model.predict_proba(queries).shape
+    (8, 4)
+    """
 
     method: Any = hyper("fine-tune", "the method to wrap: a key or an unfitted method")
     alpha: float = hyper(0.5, "0 is zero-shot, 1 the wrapped method (paper: 0.5 where nothing is known)", low=0, high=1)

@@ -5,7 +5,7 @@
 
 x~, K~, T~ are queries, support features and texts on the channels of the largest J, brought back to unit length. Zhu et
 al., "Not All Features Matter: Enhancing Few-shot CLIP with Adaptive Prior Refinement" (arXiv 2304.01195), sections 3.1
-and 3.2; b = 0.7, the start values and the grid (beta, alpha, gamma from outer to inner, the first of equals wins) are
+and 3.2; b = 0.7, the start values and the grid (beta, alpha, gamma from outer to inner, ties go to the first) are
 those of the official repository yangyangyang127/APE for ImageNet, where 500 of 1,024 channels are kept.
 
 The paper finds channels from the texts alone; the official code of this variant counts a class's support images as
@@ -67,7 +67,12 @@ def search(
     arxiv="2304.01195",
 )
 class Ape(FeatureMethod, Classifier):
-    """A cache on refined channels; alpha, beta and gamma are searched on `val` where it is given."""
+    """A cache on refined channels; alpha, beta and gamma are searched on `val` where it is given.
+
+    >>> model = create("ape", alpha=1.0).fit(backbone, support, val=val)
+    >>> model.predict_proba(queries).shape
+    (8, 4)
+    """
 
     alpha: float = hyper(2.0, "weight of the cache against zero-shot, >= 0 (official start value)", low=0)
     beta: float = hyper(1.0, "sharpness of the affinities, >= 0 (official start value)", low=0)

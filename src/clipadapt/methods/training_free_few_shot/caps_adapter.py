@@ -5,8 +5,8 @@ support images like them.
     logits = s x T' + alpha exp(-beta (1 - A)) Y - gamma c KL(p(x) | p(K)) Y
 
 Wang et al., "CapS-Adapter: Caption-based MultiModal Adapter in Zero-Shot Classification" (arXiv 2405.16591). Of the
-paper the abstract was read; recipe, formulas and grid (alpha outermost, then beta, delta, gamma; the first of equals
-wins) are those of the official repository WLuLi/CapS-Adapter. p, c and Y are those of SuS-X (see `sus_x.py`, also for
+paper the abstract was read; recipe, formulas and grid (alpha outermost, then beta, delta, gamma; ties go to the
+first) are those of the official repository WLuLi/CapS-Adapter. p, c and Y are those of SuS-X (see `sus_x.py`, also for
 `scaling`). The official code takes the softmax of p over the channels of the image's own feature, after a product
 with the texts that it does not use: `signature="channels"`. Official captions are long (500 tokens at most, cut to what
 the text tower takes). Cosines to texts are smaller than those to images, so a larger delta needs a larger alpha.
@@ -139,6 +139,10 @@ class CapsAdapter(FeatureMethod, Classifier):
     `captions` are those of the labelled and then the unlabelled images, as a list in their order, or a mapping from
     image names to sentences. `captioner` describes the others; it is what `clipadapt.sources.captioners.as_captioner`
     takes, and `source` is what `clipadapt.sources.images.as_image_source` takes. A saved model keeps the names of both.
+
+    >>> model = create("caps-adapter", captioner="phrases").fit(backbone, support)
+    >>> model.predict_proba(queries).shape
+    (8, 4)
     """
 
     alpha: float = hyper(1.0, "weight of the caches against zero-shot, >= 0 (official range: 0.1-50)", low=0)

@@ -127,7 +127,12 @@ def new_classes(texts: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
     unlabelled=True,
 )
 class GdaClip(FeatureMethod, Classifier):
-    """Linear discriminant analysis with a shrunk covariance; alpha is chosen on `val` where it is given."""
+    """Linear discriminant analysis with a shrunk covariance; alpha is chosen on `val` where it is given.
+
+    >>> model = create("gda-clip").fit(backbone, support)
+    >>> model.predict_proba(queries).shape
+    (8, 4)
+    """
 
     alpha: float = hyper(1.0, "weight of the discriminant against zero-shot, >= 0 (official grid 1e-4..100)", low=0)
     covariance: str = hyper(

@@ -4,7 +4,7 @@
 
 Bendou et al., "ProKeR: A Kernel Perspective on Few-Shot Adaptation of Large Vision-Language Models" (arXiv
 2501.11175), section 3; the solution as the authors' code writes it, which omarnust/BReg-Adapter keeps, with plain
-cosines for f0, its grid for a search (beta outer, lambda inner, the first of equals wins), and the values by number of
+cosines for f0, its grid for a search (beta outer, lambda inner, ties go to the first), and the values by number of
 shots that it carries over from ImageNet. Small lambda stays near zero-shot.
 
 The solution is lambda times that of the ridge problem min_f |Y - f(S)|^2 + lambda |f - f0|^2, whose correction
@@ -118,7 +118,12 @@ def local_grid(
     arxiv="2501.11175",
 )
 class ProKeR(FeatureMethod, Classifier):
-    """Proximal kernel ridge regression; beta and lambda (alpha for local estimators) are searched on `val`."""
+    """Proximal kernel ridge regression; beta and lambda (alpha for local estimators) are searched on `val`.
+
+    >>> model = create("proker").fit(backbone, support)
+    >>> model.predict_proba(queries).shape
+    (8, 4)
+    """
 
     estimator: str = hyper(
         "ridge",

@@ -6,8 +6,8 @@ it compares how query and cached images relate to the texts of all classes (TIP-
 
 K are the support images' features, Y their labels, one-hot; c brings the divergences to the range of the cosines.
 Udandarao et al., "SuS-X: Training-Free Name-Only Transfer of Vision-Language Models" (arXiv 2211.16198). Of the paper
-the abstract was read; formulas, temperature, grid (alpha outermost, then beta, gamma; the first
-of equals wins) and how support sets come about (`clipadapt.sources.images`) are those of the official repository
+the abstract was read; formulas, temperature, grid (alpha outermost, then beta, gamma; ties
+go to the first) and how support sets come about (`clipadapt.sources.images`) are those of the official repository
 vishaal27/SuS-X. With labelled images, this is TIP-X few-shot; alpha and beta of a fit without `val` are
 Tip-Adapter's, gamma is ours.
 
@@ -48,6 +48,10 @@ class SusX(CacheMethod, Classifier):
     `source` is what `clipadapt.sources.images.as_image_source` takes: a data set, a folder of classes, "playground",
     or a source such as `Retrieved` and `Generated`. With it `fit(backbone, class_names=[...])` suffices; labelled
     images are added to its own. A saved model keeps its name, not its images.
+
+    >>> model = create("sus-x").fit(backbone, support)
+    >>> model.predict_proba(queries).shape
+    (8, 4)
     """
 
     alpha: float = hyper(

@@ -3,7 +3,7 @@
     logits = s x T' + alpha * exp(-beta (1 - x K')) Y        K = support features, Y = their labels, one-hot
 
 Zhang et al., "Tip-Adapter: Training-free Adaption of CLIP for Few-shot Classification" (arXiv 2207.09519), sections
-3.1 and 4.3; grid and its order (beta outer, alpha inner, the first of equals wins) from the official repository
+3.1 and 4.3; grid and its order (beta outer, alpha inner, ties go to the first) from the official repository
 gaopengcuhk/Tip-Adapter. Departure: the official code averages ten augmented views for each key, here a key is the
 plain image; and a search needs a validation set of its own, never the test set.
 """
@@ -19,7 +19,12 @@ from clipadapt.training.cache_search import best_cache
     arxiv="2207.09519",
 )
 class TipAdapter(CacheMethod, Classifier):
-    """A cache of support features added to zero-shot logits; alpha and beta are searched on `val` where it is given."""
+    """A cache of support features added to zero-shot logits; alpha and beta are searched on `val` where it is given.
+
+    >>> model = create("tip-adapter", alpha=1.0, beta=5.5).fit(backbone, support)
+    >>> model.predict_proba(queries).shape
+    (8, 4)
+    """
 
     alpha: float = hyper(1.0, "weight of the cache against zero-shot, >= 0 (paper: 1)", low=0)
     beta: float = hyper(5.5, "sharpness of the affinities, >= 0 (paper: 5.5)", low=0)

@@ -121,6 +121,10 @@ class TransClip(FeatureMethod, Classifier):
     """Transductive Gaussian classes of unlabelled images; gamma is chosen on `val` where it is given.
 
     `assignments_` (U, C) are the probabilities of the unlabelled images that `fit` was given.
+
+    >>> model = create("transclip").fit(backbone, support, unlabelled=unlabelled)
+    >>> model.predict_proba(queries).shape
+    (8, 4)
     """
 
     gamma: float = hyper(GAMMAS[0], "weight of labelled images, >= 0 (official grid 0.002 to 0.2)", low=0)

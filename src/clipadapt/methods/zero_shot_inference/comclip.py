@@ -116,6 +116,10 @@ class ComClip(ImageMethod, Classifier):
     """Matching of captions that say how things relate; class names are the captions.
 
     A thing that several captions name is looked for and encoded once per image.
+
+    >>> model = create("comclip").fit(backbone, class_names=["a dog chasing a cat", "a cat chasing a dog"])
+    >>> model.predict_proba(queries).shape
+    (8, 2)
     """
 
     templates: Any = hyper("{}", "prompt templates of the captions, which are sentences already")

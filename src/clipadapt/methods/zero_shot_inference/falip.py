@@ -144,6 +144,10 @@ class Falip(ImageMethod, Classifier):
 
     The region is what `region` says, or the caller's: `model.image_logits(images, boxes=[(left, top, right, bottom),
     ...])`, one box an image. For expressions that refer to one of several regions see `score_regions`.
+
+    >>> model = create("falip", region="centre").fit(backbone, class_names=["red", "blue"])
+    >>> model.image_logits(queries)[0].shape
+    torch.Size([8, 2])
     """
 
     region: Any = hyper("saliency", f'where it is: "centre" (the middle half), or what finds a class there: {DETECTOR}')

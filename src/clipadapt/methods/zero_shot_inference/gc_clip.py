@@ -92,7 +92,12 @@ def boxes_of(of: Any, image: Image.Image, names: list[str]) -> list[tuple[int, i
     new_classes=True,
 )
 class GCClip(ImageMethod, Classifier):
-    """Zero-shot classification of the crop that a detector finds; best where objects are small."""
+    """Zero-shot classification of the crop that a detector finds; best where objects are small.
+
+    >>> model = create("gc-clip", k=2).fit(backbone, class_names=["red", "green", "blue"])
+    >>> model.predict_proba(queries).shape
+    (8, 3)
+    """
 
     detector: Any = hyper("saliency", f"what finds the box: {DETECTOR}")
     k: int = hyper(5, "classes on the shortlist, which alone are reclassified", low=1)

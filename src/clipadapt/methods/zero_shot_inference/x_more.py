@@ -89,6 +89,10 @@ class XMoRe(FeatureMethod, Classifier):
 
     `memory`: sentences (a list, or a .txt or .jsonl file), `clipadapt.data.image_pairs`, or a data set, whose classes'
     sentences are the captions.
+
+    >>> model = create("x-more", memory=["a red star", "a blue sea"]).fit(backbone, class_names=["red", "blue"])
+    >>> model.predict_proba(queries).shape
+    (8, 2)
     """
 
     memory: Any = hyper(None, "captions to retrieve from: sentences, a file of them, pairs or a data set; needed")

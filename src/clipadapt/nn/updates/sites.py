@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from clipadapt.errors import ClipadaptError
-from clipadapt.nn.updates.access import device_of, site_of
 from clipadapt.nn.updates.update import Update
 
 
@@ -48,15 +47,17 @@ class SiteUpdate(Update):
     @contextmanager
     def _computing(self, model: nn.Module) -> Iterator[None]:
         modules = {name: site_of(model, name) for name in self.sites}
-        handles = [module.register_forward_hook(self._hook(self.at(name))) for name, module in modules.items()]
+        handles = [module.register_forward_hook(self._hook(self.at(name), module)) for name, module in modules.items()]
         try:
             yield
         finally:
             for handle in handles:
                 handle.remove()
 
-    def _hook(self, part: nn.Module) -> Callable[[nn.Module, Any, Any], Any]:
+    def _hook(self, part: nn.Module, site: nn.Module) -> Callable[[nn.Module, Any, Any], Any]:
         def hook(module: nn.Module, inputs: Any, output: Any) -> Any:
+            if module is not site:  # but a copy that was made meanwhile, hooks included
+                return output
             if isinstance(output, tuple):
                 return (self._output(part, inputs, output[0]), *output[1:])
             return self._output(part, inputs, output)
@@ -66,6 +67,19 @@ class SiteUpdate(Update):
     def _output(self, part: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
         """What a site gives with its part: the plain `output` (B, ..., W) changed, which it made of `inputs`."""
         return part(output)
+
+
+def site_of(model: nn.Module, name: str) -> Any:
+    """The sub-module of that name; ClipadaptError where there is none."""
+    try:
+        return model.get_submodule(name)
+    except AttributeError as error:
+        raise ClipadaptError(f"The model has no module called {name!r} to put an adapter behind.") from error
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where the model's parameters are; the CPU for a model without any."""
+    return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
 
 
 def linear_site(model: nn.Module, name: str, kind: str) -> nn.Linear:

@@ -9,8 +9,8 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor, nn
 
+from clipadapt.backbones.weights import weight_of
 from clipadapt.errors import ClipadaptError
-from clipadapt.nn.updates.access import weight_of
 
 Change = Callable[[Tensor], Tensor]  # a weight as the model has it -> the changed weight, without gradients
 
@@ -46,8 +46,8 @@ class Update(nn.Module):
 
         Gradients reach this update's parameters, and those of updates attached around it, but not the model's own.
         Of several nested updates, those of weights work first, then those at sites; within each group, an inner one
-        works on what the outer one leaves. The model's `state_dict` and so its fingerprint do not show the update:
-        features encoded meanwhile must not be kept under that fingerprint.
+        works on what the outer one leaves. The model's `state_dict`, its copies and its fingerprint do not show the
+        update: features encoded meanwhile must not be kept under that fingerprint.
 
         Raises:
             ClipadaptError: The model lacks a named part, or this update is attached to it already.

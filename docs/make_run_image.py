@@ -1,6 +1,6 @@
 """Draws docs/run.svg: what a real run of the main job prints, in colour, exactly as it came.
 
-python docs/make_run_picture.py PHOTOS [OPTIONS...]     # everything after the script goes to `clipadapt adapt`
+python docs/make_run_image.py PHOTOS [OPTIONS...]     # everything after the script goes to `clipadapt adapt`
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ def main() -> None:
     console = Console(record=True, width=WIDTH, file=io.StringIO(), force_terminal=True, color_system="truecolor")
     console.print(Text(f"$ clipadapt adapt {shlex.join(shown)} --out model/", style="bold"))
     console.print(Text.from_ansi(printed))
-    picture = Path(__file__).with_name("run.svg")
-    picture.write_text(console.export_svg(title="clipadapt adapt"))
-    print(picture)
+    image = Path(__file__).with_name("run.svg")
+    image.write_text(console.export_svg(title="clipadapt adapt"))
+    print(image)
 
 
 if __name__ == "__main__":
