@@ -8,7 +8,7 @@ import pytest
 
 import clipadapt
 from clipadapt.errors import ClipadaptError
-from clipadapt.methods import Classifier, FeatureMethod, create, list_methods, method, method_class
+from clipadapt.methods import Classifier, FeatureMethod, create, list_methods, method
 
 
 def test_globbing():
