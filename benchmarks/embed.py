@@ -32,7 +32,7 @@ from PIL import Image
 
 from clipadapt.backbones import Backbone, load_backbone
 from clipadapt.backbones.preprocess import Preprocess
-from clipadapt.data import as_items, picture_files
+from clipadapt.data import as_items, image_files
 from clipadapt.embeddings import encode_shard
 from clipadapt.features import encode_images
 
@@ -242,7 +242,7 @@ if __name__ == "__main__":
         print(table)
         raise SystemExit
     torch.set_num_threads(arguments.threads)
-    found = picture_files(arguments.pictures)
+    found = image_files(arguments.pictures)
     paths = list(islice(found, 0, None, max(1, len(found) // arguments.limit)))[: arguments.limit]
     if arguments.fast_decode:
         made = fast_decode(paths, arguments.rounds, load_backbone(arguments.backbone, arguments.device))

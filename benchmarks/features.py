@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from clipadapt.backbones import Backbone, load_backbone
-from clipadapt.data import Item, as_items, picture_files
+from clipadapt.data import Item, as_items, image_files
 from clipadapt.features import encode_images
 
 
@@ -63,7 +63,7 @@ if __name__ == "__main__":
     parser.add_argument("--batch-size", type=int, default=64)
     arguments = parser.parse_args()
     backbone = load_backbone(arguments.backbone)
-    items = as_items(picture_files(arguments.pictures)[: arguments.limit])
+    items = as_items(image_files(arguments.pictures)[: arguments.limit])
     encode_images(backbone, items[:64], cache=False)  # warm up
     for workers in arguments.workers:
         print(json.dumps(measure(backbone, items, workers, arguments.batch_size)), flush=True)

@@ -6,14 +6,14 @@
     python benchmarks/foundation.py ../shared/data digits         # writes benchmarks/foundation_digits.jsonl
 
 `whu-rs19`: published features of two real CLIP encoders; 16-shot support sets drawn by the published sampler, seeds
-1-3, all other pictures are the test set; default hyper-parameters, nothing searched.
+1-3, all other images are the test set; default hyper-parameters, nothing searched.
 `caltech101`: the published split, 16 shots, seeds 1-3, embedded model; each method is searched and judged inside the
 support set (`select`), refitted on all of it and scored on the published test part. `adapt` is timed as a user runs
-it: a new process, an empty feature cache. The test part has up to 240 pictures of a class and as few as 10, the
+it: a new process, an empty feature cache. The test part has up to 240 images of a class and as few as 10, the
 support set as many of each; cross-validation weighs the classes by their frequency in the training part, as `adapt`
 does. "balanced" is the mean over classes.
 `digits`: every method, those that train the towers included, on scikit-learn's handwritten digits, 8 shots, seeds
-1-3, embedded model, with the quick settings of the conformance suite (`tiny`, and the search inside the support set).
+1-3, embedded model, with the quick settings of the suite few-shot-towers (and the search inside the support set).
 """
 
 from __future__ import annotations
@@ -36,9 +36,10 @@ import numpy as np
 import clipadapt
 from clipadapt.data.digits import handwritten_digits
 from clipadapt.data.splits import sample_shots
+from clipadapt.evaluation.bench.suite import load_suite
 from clipadapt.evaluation.selection import select
-from clipadapt.methods import FeatureMethod, method_class
-from clipadapt.methods.artifact import recipe
+from clipadapt.methods import method_class
+from clipadapt.methods.recipe import recipe
 from clipadapt.metrics.classification import accuracy, macro_accuracy
 
 SEEDS = (1, 2, 3)
@@ -47,7 +48,7 @@ SHOTS = (1, 2, 4, 8, 16)
 
 def whu(data: Path) -> list[dict[str, Any]]:
     rows = []
-    keys = [k for k in clipadapt.list_methods() if issubclass(method_class(k), FeatureMethod)]
+    keys = [k for k in clipadapt.list_methods() if method_class(k).kind == "features"]
     for encoder in ("clip_rn50", "clip_vit-b-32"):
         z = np.load(data / "whu-rs19" / f"{encoder}.npz")
         x, y, t = z["image_features"], z["labels"], z["mean_prompt_features"]
@@ -113,11 +114,12 @@ def caltech(data: Path, budget: float) -> list[dict[str, Any]]:
 def digits() -> list[dict[str, Any]]:
     rows = []
     backbone = clipadapt.load_backbone()
+    quick = {entry.key: entry.hyperparameters for entry in load_suite("few-shot-towers").methods}
     for seed in SEEDS:
         train, test = handwritten_digits().split(test=0.3, seed=seed)
         support = train.few_shot(8, seed=seed)
         for key in clipadapt.list_methods():
-            overrides = {key: method_class(key).tiny}
+            overrides = {key: quick.get(key, {})}
             start = time.perf_counter()
             trials = select(
                 backbone, support, keys=[key], folds=2, budget=math.inf, seed=seed, overrides=overrides

@@ -9,17 +9,17 @@ ratio_memory (plain / ours), max_rel_diff of the results (relative to the larges
 is chosen, and the seconds and MiB behind them. `measured` says which share of the plain computation was run, where all
 of it would take hours: its seconds are then divided by that share, and results are compared on `checked`.
 
-tip-adapter-search   200 x 20 settings on 200 validation pictures, 1,000 classes x 16 shots, D 512: `search`, against
-                     the published loop that computes affinities, cache and zero-shot logits anew for each setting
+tip-adapter-search   200 x 20 settings on 200 validation images, 1,000 classes x 16 shots, D 512: `best_cache`, against
+                     the published loop that computes affinities, cache and zero-shot logits again for each setting
 tip-adapter-sweep    the same, with `hits_along` in the place of the 20 values of alpha, and sums by class in the place
                      of a product with one-hot labels
 ape-similarity       `similarity` of 1,000 classes x 17 members, D 512, against the loop over pairs of classes
-transclip-density    `log_density` and `gaussians` of 1,000 pictures x 1,000 classes, D 512, against differences
-                     (n, 1000, 512), 100 pictures at a time (the official code takes 2,500 at a time)
-proker-path          100 lambdas: `ridge_path` of 1,600 pictures x 100 classes, 200 queries, against a solution for each
-tip-x-divergence     KL of 200 queries x 1,600 pictures over 100 classes: two products, against (n, 1600, 100) terms
-transclip-16000      peak of a fit: 16,000 labelled and 16,000 unlabelled pictures, 1,000 classes, D 512 (ours alone)
-proker-16000         peak of a fit on 16,000 pictures and of 1,000 predictions, 1,000 classes, D 512 (ours alone)
+transclip-density    `log_density` and `gaussians` of 1,000 images x 1,000 classes, D 512, against differences
+                     (n, 1000, 512), 100 images at a time (the official code takes 2,500 at a time)
+proker-path          100 lambdas: `ridge_path` of 1,600 images x 100 classes, 200 queries, against a solution for each
+tip-x-divergence     KL of 200 queries x 1,600 images over 100 classes: two products, against (n, 1600, 100) terms
+transclip-16000      peak of a fit: 16,000 labelled and 16,000 unlabelled images, 1,000 classes, D 512 (ours alone)
+proker-16000         peak of a fit on 16,000 images and of 1,000 predictions, 1,000 classes, D 512 (ours alone)
 """
 
 from __future__ import annotations
@@ -41,10 +41,11 @@ from torch import Tensor
 from torch.nn.functional import normalize, one_hot
 
 from clipadapt.methods import create
-from clipadapt.methods.training_free_few_shot.ape import class_means, similarity
+from clipadapt.methods.training_free_few_shot.ape import class_means
 from clipadapt.methods.training_free_few_shot.proker import kernel, ridge, ridge_path
-from clipadapt.methods.training_free_few_shot.tip_adapter import search
 from clipadapt.methods.training_free_few_shot.transclip import gaussians, log_density
+from clipadapt.nn.channels import similarity
+from clipadapt.training.cache_search import best_cache
 
 LOG = Path(__file__).with_suffix(".jsonl")
 SETTINGS = [(i * 6.9 / 200 + 0.1, j * 2.9 / 20 + 0.1) for i in range(200) for j in range(20)]  # (beta, alpha)
@@ -74,7 +75,7 @@ def published_search(
 
 
 def sweep(x: Tensor, keys: Tensor, labels: Tensor, texts: Tensor, y: Tensor) -> tuple[float, float]:
-    """`search` by intervals of alpha; sums over the members of a class instead of a product with one-hot labels."""
+    """`best_cache` by intervals of alpha; sums over the members of a class instead of a product with one-hot labels."""
     from clipadapt.training.search import hits_along
 
     zero_shot, affinity = (100 * x @ texts.T)[None], x @ keys.T
@@ -100,7 +101,7 @@ def tip_adapter(side: str, small: bool, swept: bool = False) -> Result:
         return lambda: published_search(x, keys, values, texts, y, settings), len(settings) / len(SETTINGS)
     if swept:
         return lambda: sweep(x, keys, labels, texts, y), 1.0
-    return lambda: search(100 * x @ texts.T, x @ keys.T, values, y), 1.0
+    return lambda: best_cache(100 * x @ texts.T, x @ keys.T, values, y), 1.0
 
 
 def tip_adapter_sweep(side: str, small: bool) -> Result:
@@ -159,7 +160,7 @@ def proker(side: str, small: bool) -> Result:
 
 
 def tip_x(side: str, small: bool) -> Result:
-    from clipadapt.methods.training_free_few_shot.sus_x import divergence
+    from clipadapt.nn.signatures import divergence
 
     keys, _, texts = clustered(100, 16, 512, seed=1)
     x = clustered(100, 2, 512, seed=2)[0]

@@ -23,7 +23,8 @@ import yaml
 from clipadapt.evaluation.bench import suite as suites
 from clipadapt.evaluation.bench.run import run_suite
 from clipadapt.methods import Method
-from clipadapt.methods.artifact import from_recipe, recipe
+from clipadapt.methods.loading import from_recipe
+from clipadapt.methods.recipe import recipe
 
 HERE = Path(__file__).parent
 FACTORS = (1.0, 0.2, 0.04)

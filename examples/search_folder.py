@@ -10,7 +10,7 @@ import tempfile
 from pathlib import Path
 
 import clipadapt
-from clipadapt.data import picture_files
+from clipadapt.data import image_files
 from clipadapt.embeddings import encode_shard
 from clipadapt.search import Hit, Index, near_duplicates, query_vector
 
@@ -34,7 +34,7 @@ def show(title: str, hits: list[Hit]) -> None:
 
 def main(photos: Path, text: str, embedded: Path) -> None:
     backbone = clipadapt.load_backbone()  # the embedded model; give a hub id or a folder for a larger one
-    encode_shard(backbone, picture_files(photos), embedded)
+    encode_shard(backbone, image_files(photos), embedded)
     index = Index.open(embedded, backbone)
 
     queries = [query_vector(backbone, text), query_vector(backbone, text, images=index.embeddings.names[0])]

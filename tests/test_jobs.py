@@ -69,7 +69,7 @@ def test_a_process_keeps_its_state_and_one_that_dies_is_replaced(preload):
         first, second = run("a"), run("b")
         assert first["pid"] == second["pid"] != os.getpid()
         assert [first["done"], second["done"]] == [1, 2]
-        assert run("die") == {"error": "its process ended (exit code 3), perhaps for lack of memory"}
+        assert run("die") == {"error": "its process ended (exit code 3), perhaps out of memory"}
         third = run("c")
         assert third["pid"] != first["pid"]
         assert third["done"] == 1

@@ -7,11 +7,11 @@ from collections.abc import Iterable
 
 
 class ClipadaptError(Exception):
-    """Base of every error a user can cause; its message is one sentence for people."""
+    """Base of every error a user can cause; its message is one sentence for the user."""
 
 
 class DataError(ClipadaptError):
-    """A picture, table, split file or folder cannot be used."""
+    """An image, table, split file or folder cannot be used."""
 
 
 class BackboneError(ClipadaptError):

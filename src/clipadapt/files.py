@@ -1,4 +1,4 @@
-"""Files and folders: written so that nobody ever sees half of one, and told from those that are not ours."""
+"""Files and folders: written so that no reader ever sees half of one, and distinguished from foreign ones."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 
 @contextmanager
 def written_aside(path: Path) -> Iterator[Path]:
-    """A path beside `path` to write to; it takes the place of `path` at the end, or vanishes on an exception.
+    """A path next to `path` to write to; it replaces `path` at the end, or is deleted on an exception.
 
     What was written is on the disk before it is renamed, so not even a power cut leaves a part of it under `path`.
     """

@@ -1,6 +1,6 @@
-"""Tasks side by side, in local processes or on a Ray cluster; one that fails or whose process dies spoils only itself.
+"""Parallel tasks, in local processes or on a Ray cluster; if one fails or its process dies, the others go on.
 
-A *runner* is called with one task and gives its result; each thread that calls it has a worker of its own. What went
+A *runner* is called with one task and gives its result; each thread that calls it has its own worker. What went
 wrong with the process (it died, it took too long) is a result too: `{"error": reason}`. `side_by_side` calls a runner
 from several threads:
 
@@ -28,7 +28,7 @@ Work = Callable[[Any], Result]  # one task -> its result
 
 
 def threads_each(jobs: int) -> int:
-    """Threads of each of `jobs` workers on this machine: its cores shared out, at least 1."""
+    """Threads of each of `jobs` workers on this machine: its cores divided evenly, at least 1."""
     return max(1, cpu_count() // jobs)
 
 
@@ -78,7 +78,7 @@ class Processes:
             process.join()
         except (EOFError, OSError):
             process.join()
-            reason = f"its process ended (exit code {process.exitcode}), perhaps for lack of memory"
+            reason = f"its process ended (exit code {process.exitcode}), perhaps out of memory"
         self._own.process = None
         return {"error": reason}
 
@@ -94,7 +94,7 @@ class Processes:
             return True
 
     def close(self) -> None:
-        """End all processes, whatever they do, and wait until they have ended."""
+        """Kill all processes, and wait until they have ended."""
         with self._starting:
             self._closed = True
         for process in self._started:
@@ -181,7 +181,7 @@ class RayWorkers(_Cluster):
         gpus: GPUs of each.
 
     Raises:
-        ClipadaptError: the cluster has no room for so many.
+        ClipadaptError: the cluster has no room for that many.
     """
 
     def __init__(self, address: str, make: Callable[[int], Work], *, jobs: int, gpus: int = 0) -> None:

@@ -1,20 +1,24 @@
 """Old module paths: for one version they are still imported as their new modules, each with one FutureWarning.
 
 `MODULES` maps an old path to the new one; folders that are gone need no entry. `NAMES` is for a module that became a
-package: what it held can still be imported from there, if its `__init__` has `__getattr__ = old_names(__name__)`.
+package, and `RENAMED` for names that changed within a module: the old ones can still be imported from there, if it has
+`__getattr__ = old_names(__name__)`.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import wraps
 from importlib import import_module
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeVar, cast
 from warnings import warn
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 # Old folder -> new folder -> modules that kept their names.
 _FOLDERS = {
@@ -61,6 +65,7 @@ MODULES = {
     "clipadapt.evaluation.select": "clipadapt.evaluation.selection",
     "clipadapt.features.embeddings": "clipadapt.embeddings.format",
     "clipadapt.features.sources": "clipadapt.sources.images",
+    "clipadapt.search.pictures": "clipadapt.search.images",
     **{
         f"clipadapt.{old}.{module}": f"clipadapt.{new}.{module}"
         for old, folders in _FOLDERS.items()
@@ -76,25 +81,59 @@ NAMES: Mapping[str, Sequence[str]] = {
     "clipadapt.features": ["clipadapt.embeddings"],
 }
 
+RENAMED: Mapping[str, Mapping[str, str]] = {
+    "clipadapt.data": {"picture_files": "image_files"},
+    "clipadapt.data.playground.factors": {"factor_pictures": "factor_images"},
+    "clipadapt.data.readers.folders": {"picture_files": "image_files"},
+    "clipadapt.embeddings.listing": {"PART_PICTURES": "PART_IMAGES", "list_pictures": "list_images"},
+    "clipadapt.evaluation.protocols.multi_object": {"Picture": "Layout", "pictures": "layouts"},
+    "clipadapt.search.images": {"named_picture": "named_image"},
+    "clipadapt.evaluation.protocol": {"judged": "judge"},
+    "clipadapt.serve.limits": {"hashed": "hash_key", "check_picture": "check_image", "open_picture": "open_image"},
+}
+
 
 def install() -> None:
     """Let old paths be imported; they are looked for only where no module of that name exists."""
     sys.meta_path.append(_OldPaths())
 
 
-def old_names(package: str) -> Callable[[str], Any]:
-    """A `__getattr__` for a package that finds the names which `NAMES` says have moved."""
+def old_names(module: str) -> Callable[[str], Any]:
+    """A `__getattr__` for a module that finds the names which `RENAMED` and `NAMES` say have changed or moved."""
 
     def __getattr__(name: str) -> Any:
-        if not name.startswith("_") and find_spec(f"{package}.{name}") is None:
-            for home in NAMES[package]:
-                if hasattr(module := import_module(home), name):
-                    _warn(f"{package}.{name}", f"{home}.{name}", stacklevel=3)
-                    value = vars(sys.modules[package])[name] = getattr(module, name)  # from now on without a warning
-                    return value
-        raise AttributeError(f"module {package!r} has no attribute {name!r}")
+        for home, new in _homes(module, name):
+            if hasattr(found := import_module(home), new):
+                _warn(f"{module}.{name}", f"{home}.{new}", stacklevel=3)
+                value = vars(sys.modules[module])[name] = getattr(found, new)  # from now on without a warning
+                return value
+        raise AttributeError(f"module {module!r} has no attribute {name!r}")
 
     return __getattr__
+
+
+def old_argument(old: str, new: str) -> Callable[[F], F]:
+    """Decorator: the function also takes its argument `new` by the name that it had before, with a FutureWarning."""
+
+    def decorate(function: F) -> F:
+        @wraps(function)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if old in kwargs:
+                _warn(f"The argument {old} of {function.__name__}", new, stacklevel=3)
+                kwargs[new] = kwargs.pop(old)
+            return function(*args, **kwargs)
+
+        return cast(F, call)
+
+    return decorate
+
+
+def _homes(module: str, name: str) -> Iterator[tuple[str, str]]:
+    """The modules that may hold what `module.name` was, and its name there."""
+    if name in (renamed := RENAMED.get(module, {})):
+        yield module, renamed[name]
+    elif module in NAMES and not name.startswith("_") and find_spec(f"{module}.{name}") is None:
+        yield from ((home, name) for home in NAMES[module])
 
 
 class _OldPaths(MetaPathFinder, Loader):

@@ -1,4 +1,4 @@
-"""A small folder of pictures, a tiny backbone, and a model adapted from the one to the other by the command line."""
+"""A small folder of images, a tiny backbone, and a model adapted from the one to the other by the command line."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def backbone() -> str:
 
 @pytest.fixture(scope="session")
 def photos(tmp_path_factory):
-    """Four colours, eight pictures each, in a folder per class."""
+    """Four colours, eight images each, in a folder per class."""
     folder = tmp_path_factory.mktemp("data") / "colours"
     data = colours(per_class=8, seed=1)
     for index, (item, label) in enumerate(zip(data.items, data.labels, strict=True)):

@@ -28,15 +28,15 @@ def test_a_folder_becomes_a_model_better_than_zero_shot(adapt, photos, tmp_path)
     document = json.loads(result.stdout)
     assert document["method"] == "tip-adapter"
     assert document["data"]["support"] == 20
-    assert document["held_out"]["pictures"] == 12
+    assert document["held_out"]["images"] == 12
     adapted, zero_shot = document["held_out"]["adapted"], document["held_out"]["zero_shot"]
     assert adapted["accuracy"] > zero_shot["accuracy"]
     assert adapted["interval"][0] <= adapted["accuracy"] <= adapted["interval"][1]
     assert document["bytes"] == sum(file.stat().st_size for file in (tmp_path / "model").iterdir())
-    assert "colours: 32 pictures of 4 classes" in result.stderr
+    assert "colours: 32 images of 4 classes" in result.stderr
 
     model = clipadapt.load(tmp_path / "model")
-    support = clipadapt.image_folder(photos).few_shot(5, seed=1)  # the same pictures as through the library
+    support = clipadapt.image_folder(photos).few_shot(5, seed=1)  # the same images as through the library
     again = clipadapt.create("tip-adapter").fit(model.backbone_, support)
     assert again.keys_.equal(model.keys_)
 
@@ -44,9 +44,9 @@ def test_a_folder_becomes_a_model_better_than_zero_shot(adapt, photos, tmp_path)
 def test_tables_name_the_figures_the_place_and_the_next_command(adapt, tmp_path, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     result = adapt("--shots", 5)
-    assert "Check on 12 held-out pictures" in result.stdout
+    assert "Check on 12 held-out images" in result.stdout
     assert "adapted (tip-adapter)" in result.stdout
-    assert f"The model lies in {tmp_path / 'model'} (" in result.stdout
+    assert f"Model saved to {tmp_path / 'model'} (" in result.stdout
     assert f"clipadapt predict {tmp_path / 'model'} photo.jpg" in result.stdout
 
 
@@ -113,17 +113,17 @@ def test_a_table_and_a_published_split_are_read_too(adapt, photos, tmp_path):
     files = sorted(photos.rglob("*.png"))
     table = tmp_path / "colours.csv"
     table.write_text("image,label\n" + "".join(f"{file},{file.parent.name}\n" for file in files))
-    assert json.loads(adapt("--shots", 5, "--json", source=table).stdout)["held_out"]["pictures"] == 12
+    assert json.loads(adapt("--shots", 5, "--json", source=table).stdout)["held_out"]["images"] == 12
 
     names = sorted({file.parent.name for file in files})
     rows = [[f"{file.parent.name}/{file.name}", names.index(file.parent.name), file.parent.name] for file in files]
     split = tmp_path / "split_zhou_Colours.json"
     split.write_text(json.dumps({"train": rows[::2], "val": [], "test": rows[1::2]}))
     document = json.loads(adapt("--shots", 2, "--root", photos, "--json", source=split).stdout)
-    assert (document["data"]["support"], document["held_out"]["pictures"]) == (8, 16)
+    assert (document["data"]["support"], document["held_out"]["images"]) == (8, 16)
 
 
-def test_pictures_that_are_held_out_are_never_learned_from():
+def test_images_that_are_held_out_are_never_learned_from():
     data = Dataset(items=list(range(9000)), labels=[i % 3 for i in range(9000)], class_names=["a", "b", "c"])
     support, held_out = draw(data, None, shots=4, seed=1)
     assert support.items == data.few_shot(4, seed=1).items
@@ -134,11 +134,11 @@ def test_pictures_that_are_held_out_are_never_learned_from():
 
 def test_nothing_left_over_is_said(adapt):
     result = adapt("--shots", 8)
-    assert "No picture is left over" in result.stdout
+    assert "No image is left over" in result.stdout
     assert json.loads(adapt("--shots", 8, "--json").stdout)["held_out"] is None
 
 
-def test_small_classes_and_repeated_pictures_are_noted(adapt, photos, tmp_path):
+def test_small_classes_and_repeated_images_are_noted(adapt, photos, tmp_path):
     odd = tmp_path / "odd"
     shutil.copytree(photos, odd)
     for extra in sorted((odd / "blue").iterdir())[2:]:
@@ -146,7 +146,7 @@ def test_small_classes_and_repeated_pictures_are_noted(adapt, photos, tmp_path):
     for file in sorted((odd / "red").iterdir()):
         shutil.copy(file, file.with_name(f"copy-{file.name}"))
     noted = adapt("--shots", 5, source=odd).stderr
-    assert "1 class with fewer than 5 pictures: blue (2)" in noted
+    assert "1 class with fewer than 5 images: blue (2)" in noted
     assert "with a copy among those learned from (identical files)" in noted
 
 
@@ -155,15 +155,15 @@ def test_one_class_is_refused(adapt, photos, tmp_path):
     assert "at least two are needed" in adapt(source=tmp_path / "one", code=1).stderr
 
 
-def test_unreadable_pictures_are_refused_or_skipped(adapt, photos, tmp_path):
+def test_unreadable_images_are_refused_or_skipped(adapt, photos, tmp_path):
     damaged = tmp_path / "damaged"
     shutil.copytree(photos, damaged)
     broken = sorted((damaged / "red").iterdir())[0]
-    broken.write_bytes(b"no picture")
+    broken.write_bytes(b"no image")
     assert f"{broken} is not an image" in adapt("--shots", 5, source=damaged, code=1).stderr
     document = json.loads(adapt("--shots", 5, "--on-error", "skip", "--json", source=damaged).stdout)
-    assert [entry["picture"] for entry in document["data"]["unreadable"]] == [str(broken)]
-    assert document["data"]["support"] + document["held_out"]["pictures"] == 31
+    assert [entry["image"] for entry in document["data"]["unreadable"]] == [str(broken)]
+    assert document["data"]["support"] + document["held_out"]["images"] == 31
 
 
 def test_only_models_are_replaced_and_that_is_known_before_the_work(adapt, photos, tmp_path, monkeypatch):
@@ -178,7 +178,7 @@ def test_only_models_are_replaced_and_that_is_known_before_the_work(adapt, photo
     assert "holds other files and no clipadapt model" in adapt(out=tmp_path / "notes", code=1).stderr
     (tmp_path / "file").write_text("text")
     assert "is a file" in adapt(out=tmp_path / "file", code=1).stderr
-    assert "lies among the pictures" in adapt(out=photos / "model", code=1).stderr
+    assert "lies among the images" in adapt(out=photos / "model", code=1).stderr
 
 
 def test_the_model_finds_its_backbone_from_any_folder(run, photos, backbone, tmp_path, monkeypatch):

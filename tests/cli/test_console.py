@@ -21,9 +21,9 @@ from clipadapt.cli import console
         (console.size(640), "640 bytes"),
         (console.size(12_345), "12 kB"),
         (console.size(3_400_000), "3.4 MB"),
-        (console.counted(1, "class"), "1 class"),
-        (console.counted(2000, "class"), "2,000 classes"),
-        (console.counted(0, "picture"), "0 pictures"),
+        (console.count_of(1, "class"), "1 class"),
+        (console.count_of(2000, "class"), "2,000 classes"),
+        (console.count_of(0, "image"), "0 images"),
     ],
 )
 def test_figures(shown, expected):

@@ -1,4 +1,4 @@
-"""From pictures to a folder of embeddings by the command line; it goes on where it was, and says what failed."""
+"""From images to a folder of embeddings by the command line; it goes on where it was, and says what failed."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from clipadapt import load, load_backbone
-from clipadapt.data import picture_files
+from clipadapt.data import image_files
 from clipadapt.embeddings import Embeddings
 from clipadapt.features import encode_images
 
@@ -20,28 +20,28 @@ def out(tmp_path):
 
 def test_a_folder_becomes_embeddings(run, photos, backbone, out):
     result = run("embed", photos, "--backbone", backbone, "--out", out)
-    assert f"{out}: 32 pictures in 1 part of 1" in result.stdout
+    assert f"{out}: 32 images in 1 part of 1" in result.stdout
     found = Embeddings(out)
-    expected = encode_images(load_backbone(backbone), picture_files(photos), precision="float16", cache=False)
+    expected = encode_images(load_backbone(backbone), image_files(photos), precision="float16", cache=False)
     np.testing.assert_array_equal(found.rows(range(32)), expected.features.numpy().astype(np.float16))
     assert found.table["folder"].to_pylist() == [name.split("/")[-2] for name in found.names]
     assert set(found.table["width"].to_pylist()) == {32}
     assert found.model is None
 
     document = json.loads(run("embed", photos, "--backbone", backbone, "--out", out, "--json").stdout)
-    assert (document["made"], document["done_before"], document["pictures"]) == ([], 1, 0)
+    assert (document["made"], document["done_before"], document["images"]) == ([], 1, 0)
 
 
 def test_parts_one_by_one_and_the_rest_at_once(run, photos, backbone, out):
     first = json.loads(run("embed", photos, "--backbone", backbone, "--out", out, "--shard", "1/3", "--json").stdout)
-    assert (first["shards"], first["made"], first["pictures"]) == (3, [1], 11)
+    assert (first["shards"], first["made"], first["images"]) == (3, [1], 11)
     rest = json.loads(run("embed", photos, "--backbone", backbone, "--out", out, "--json").stdout)
     assert (rest["shards"], rest["made"], rest["done_before"]) == (3, [0, 2], 1)
     assert len(Embeddings(out)) == 32
 
 
 def test_a_shard_that_fails_is_named_and_made_the_next_time(run, photos, backbone, out, tmp_path):
-    files = picture_files(photos)
+    files = image_files(photos)
     bad = tmp_path / "bad.png"
     bad.write_bytes(b"")
     (tmp_path / "list.txt").write_text("\n".join([*files[:4], str(bad), *files[4:8]]))
@@ -52,7 +52,7 @@ def test_a_shard_that_fails_is_named_and_made_the_next_time(run, photos, backbon
     assert document["failed"] == {"1": f"{bad} is empty (0 bytes); an image file is needed."}
     assert "1 shard of 3 failed: 1; the same command makes only what is missing." in result.stderr
     document = json.loads(run(*command, "--on-error", "skip", "--json").stdout)
-    assert (document["made"], document["pictures"], document["skipped"]) == ([1], 2, 1)
+    assert (document["made"], document["images"], document["skipped"]) == ([1], 2, 1)
     assert Embeddings(out).names == files[:8]
 
 
@@ -68,15 +68,15 @@ def test_as_an_adapted_model_encodes(run, photos, backbone, model, out, tmp_path
     assert "embeddings made without --model serve it, too" in " ".join(result.stderr.split())
     found = Embeddings(out)
     assert found.model == str(model)
-    assert found.image_fingerprint == load(model).image_fingerprint == load_backbone(backbone).image_fingerprint
+    assert found.image_fingerprint == load(model).encoder.image_fingerprint == load_backbone(backbone).image_fingerprint
     tuned = tmp_path / "tuned"
     settings = ("--set", "epochs=1", "--set", "lr=0.01")
     run("adapt", photos, "--backbone", backbone, "--method", "fine-tune", "--shots", 2, "--out", tuned, *settings)
     result = run("embed", photos, "--model", tuned, "--out", tmp_path / "tuned-emb")
     assert "without --model" not in result.stderr
     found = Embeddings(tmp_path / "tuned-emb")
-    assert found.image_fingerprint == load(tuned).image_fingerprint != load_backbone(backbone).image_fingerprint
-    expected = encode_images(load(tuned).image_tower(), picture_files(photos), cache=False, precision="float16")
+    assert found.image_fingerprint == load(tuned).encoder.image_fingerprint != load_backbone(backbone).image_fingerprint
+    expected = encode_images(load(tuned).encoder, image_files(photos), cache=False, precision="float16")
     np.testing.assert_array_equal(found.rows(range(32)), expected.features.numpy().astype(np.float16))
 
 
@@ -98,9 +98,9 @@ def test_wrong_arguments(run, photos, out, arguments, code, message):
 
 
 def test_a_list_that_changed_is_refused(run, photos, backbone, out, tmp_path):
-    files = picture_files(photos)
+    files = image_files(photos)
     (tmp_path / "list.txt").write_text("\n".join(files))
     command = ("embed", tmp_path / "list.txt", "--backbone", backbone, "--out", out)
     run(*command)
     (tmp_path / "list.txt").write_text("\n".join(files[1:]))
-    assert f"{out} was made of another list of pictures; use a new folder" in run(*command, code=1).stderr
+    assert f"{out} was made of another list of images; use a new folder" in run(*command, code=1).stderr

@@ -11,7 +11,7 @@ import clipadapt
 def test_figures_are_the_librarys(run, model, photos):
     document = json.loads(run("evaluate", model, photos, "--json").stdout)
     data = clipadapt.image_folder(photos)
-    assert document["pictures"] == len(data)
+    assert document["images"] == len(data)
     assert document["accuracy"] == pytest.approx(clipadapt.load(model).score(data))
     assert document["macro_accuracy"] == pytest.approx(sum(c["accuracy"] for c in document["classes"]) / 4)
     recalls = [row["accuracy"] for row in document["classes"]]
@@ -37,16 +37,16 @@ def test_tables_show_the_worst_classes_unless_asked_for_all(run, model, photos, 
     monkeypatch.setattr("clipadapt.cli.evaluate.SHOWN_CLASSES", 3)
     few = run("evaluate", model, photos).stdout
     assert "accuracy" in few
-    assert "on 32 pictures" in few
+    assert "on 32 images" in few
     assert "1 class did better; --all shows them." in few
     assert "did better" not in run("evaluate", model, photos, "--all").stdout
 
 
-def test_skipped_pictures_do_not_count(run, model, photos, tmp_path):
+def test_skipped_images_do_not_count(run, model, photos, tmp_path):
     shutil.copytree(photos, tmp_path / "damaged")
     broken = next((tmp_path / "damaged" / "red").iterdir())
-    broken.write_bytes(b"no picture")
+    broken.write_bytes(b"no image")
     assert str(broken) in run("evaluate", model, tmp_path / "damaged", code=1).stderr
     document = json.loads(run("evaluate", model, tmp_path / "damaged", "--on-error", "skip", "--json").stdout)
     assert document["unreadable"] == [str(broken)]
-    assert document["pictures"] == 31
+    assert document["images"] == 31

@@ -23,10 +23,10 @@ def test_onnx_and_its_accuracy(run, model, photos, tmp_path):
     assert int8["accuracy"] == np.mean(predicted == np.array(data.labels))
     printed = run("export", model, tmp_path / "again", "--int8", "--data", photos).stdout
     assert "8 bits" in printed
-    assert "on 32 pictures" in printed
+    assert "on 32 images" in printed
 
 
-def test_int8_needs_pictures_to_measure_on(run, model, tmp_path):
+def test_int8_needs_images_to_measure_on(run, model, tmp_path):
     assert "--data PHOTOS" in run("export", model, tmp_path / "out", "--int8", code=1).stderr
     assert not (tmp_path / "out").exists()
 

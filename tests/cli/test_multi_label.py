@@ -1,4 +1,4 @@
-"""adapt, predict and evaluate where a picture can show several classes."""
+"""adapt, predict and evaluate where an image can show several classes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ KINDS = ("star", "cat", "heart", "house")
 
 @pytest.fixture(scope="session")
 def table(tmp_path_factory):
-    """40 playground pictures with one to three kinds each, in a folder with labels.csv."""
+    """40 playground images with one to three kinds each, in a folder with labels.csv."""
     folder = tmp_path_factory.mktemp("several")
     data = Playground(kinds=KINDS, size=48).multilabel(40)
     with open(folder / "labels.csv", "w", newline="") as file:
@@ -39,7 +39,7 @@ def test_adapt(model, table):
     assert document["data"]["multi_label"]
     assert document["method"] == "linear-probe"
     held_out = document["held_out"]
-    assert held_out["pictures"] + document["data"]["support"] == 40
+    assert held_out["images"] + document["data"]["support"] == 40
     for side in ("zero_shot", "adapted"):
         assert held_out[side].keys() == {"mAP", "OF1", "CF1"}
         assert all(0 <= value <= 1 for value in held_out[side].values())
@@ -58,7 +58,7 @@ def test_auto_compares_by_map(run, table, tmp_path, monkeypatch):
     out = tmp_path / "model"
     document = json.loads(run("adapt", table, "--multi-label", "--shots", 8, "--out", out, "--json").stdout)
     trials = {trial["method"]: trial["accuracy"] for trial in document["trials"]}
-    assert trials.keys() == {"zero-shot", "linear-probe"}, "tip-adapter has one class a picture"
+    assert trials.keys() == {"zero-shot", "linear-probe"}, "tip-adapter has one class an image"
     assert document["method"] == max(trials, key=trials.get)
     shown = run("adapt", table, "--multi-label", "--shots", 8, "--out", out).stdout
     assert "mAP" in shown
@@ -72,12 +72,12 @@ def test_predict_names_what_is_there(run, model, table):
     assert len(lines) == 40
     shown = {row["class"] for line in lines for row in line["predictions"]}
     assert shown <= set(KINDS)
-    assert {len(line["predictions"]) for line in lines} - {1}, "not each picture has one class"
+    assert {len(line["predictions"]) for line in lines} - {1}, "not each image has one class"
     assert all(row["probability"] >= 0.5 for line in lines for row in line["predictions"])
     fitted = clipadapt.load(folder)
-    picture = fitted.predict([table / "3.png"])[0]
+    image = fitted.predict([table / "3.png"])[0]
     (line,) = [line for line in lines if line["file"].endswith("/3.png")]
-    assert {row["class"] for row in line["predictions"]} == {fitted.class_names_[c] for c in picture.nonzero()[0]}
+    assert {row["class"] for row in line["predictions"]} == {fitted.class_names_[c] for c in image.nonzero()[0]}
 
 
 def test_evaluate(run, model, table, monkeypatch):
@@ -96,6 +96,6 @@ def test_refusals(run, photos, table, tmp_path):
     result = run("adapt", photos, "--multi-label", "--out", tmp_path / "m", code=1)
     assert "labels.csv" in result.stderr
     result = run("adapt", table, "--multi-label", "--method", "tip-adapter", "--out", tmp_path / "m", code=1)
-    assert "tip-adapter learns from pictures of one class each" in result.stderr
+    assert "tip-adapter learns from images of one class each" in result.stderr
     result = run("adapt", table, "--multi-label", "--root", tmp_path, "--out", tmp_path / "m", code=1)
     assert "--multi-label reads a table" in result.stderr

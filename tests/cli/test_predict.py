@@ -1,4 +1,4 @@
-"""Predictions as tables and JSON lines; some pictures that fail do not stop the others."""
+"""Predictions as tables and JSON lines; some images that fail do not stop the others."""
 
 import json
 import shutil
@@ -6,23 +6,23 @@ import shutil
 import clipadapt
 
 
-def test_a_picture_is_named(run, model, photos):
-    picture = sorted((photos / "red").iterdir())[0]
-    (line,) = run("predict", model, picture, "--json").stdout.splitlines()
+def test_a_image_is_named(run, model, photos):
+    image = sorted((photos / "red").iterdir())[0]
+    (line,) = run("predict", model, image, "--json").stdout.splitlines()
     answer = json.loads(line)
-    probabilities = clipadapt.load(model).predict_proba([picture])[0]
-    assert answer["file"] == str(picture)
+    probabilities = clipadapt.load(model).predict_proba([image])[0]
+    assert answer["file"] == str(image)
     assert len(answer["predictions"]) == 3
     best = answer["predictions"][0]
     assert best["class"] == clipadapt.load(model).class_names_[probabilities.argmax()]
     assert abs(best["probability"] - probabilities.max()) < 1e-6
 
 
-def test_a_folder_means_its_pictures(run, model, photos, monkeypatch):
+def test_a_folder_means_its_images(run, model, photos, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     result = run("predict", model, photos, "--top", 1)
-    for picture in photos.rglob("*.png"):
-        assert str(picture) in result.stdout
+    for image in photos.rglob("*.png"):
+        assert str(image) in result.stdout
 
 
 def test_more_classes_than_there_are_is_all_of_them(run, model, photos):
@@ -32,7 +32,7 @@ def test_more_classes_than_there_are_is_all_of_them(run, model, photos):
     assert abs(sum(guess["probability"] for guess in predictions) - 1) < 1e-5
 
 
-def test_unreadable_pictures_are_reported_and_the_rest_is_predicted(run, model, photos, tmp_path):
+def test_unreadable_images_are_reported_and_the_rest_is_predicted(run, model, photos, tmp_path):
     good, bad, missing = next((photos / "red").iterdir()), tmp_path / "bad.jpg", tmp_path / "missing.jpg"
     bad.write_bytes(b"")
     result = run("predict", model, bad, good, missing, "--json", code=1)
@@ -40,12 +40,12 @@ def test_unreadable_pictures_are_reported_and_the_rest_is_predicted(run, model, 
     assert first == {"file": str(bad), "error": f"{bad} is empty (0 bytes); an image file is needed."}
     assert len(second["predictions"]) == 3
     assert "No such file" in third["error"]
-    assert "2 pictures of 3 could not be read" in result.stderr
+    assert "2 images of 3 could not be read" in result.stderr
 
 
-def test_only_unreadable_pictures_and_empty_folders(run, model, tmp_path):
+def test_only_unreadable_images_and_empty_folders(run, model, tmp_path):
     assert run("predict", model, tmp_path / "missing.jpg", code=1).stdout == ""
-    assert f"{tmp_path} holds no pictures" in run("predict", model, tmp_path, code=1).stderr
+    assert f"{tmp_path} holds no images" in run("predict", model, tmp_path, code=1).stderr
 
 
 def test_names_are_shown_as_they_are(run, model, photos, tmp_path):

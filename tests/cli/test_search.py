@@ -9,18 +9,18 @@ from pathlib import Path
 import pytest
 
 import clipadapt
-from clipadapt.data import picture_files
+from clipadapt.data import image_files
 from clipadapt.embeddings import Embeddings, encode_shard
 from clipadapt.search import Index, query_vector
 
 
 @pytest.fixture(scope="module")
 def files(photos, tmp_path_factory):
-    """The pictures of `photos`, a copy of one, and one with an unusual name."""
+    """The images of `photos`, a copy of one, and one with an unusual name."""
     folder = tmp_path_factory.mktemp("search") / "photos"
     shutil.copytree(photos, folder)
     shutil.copy(folder / "red" / "0.png", folder / "copy of [bold]red.png")
-    return picture_files(folder)
+    return image_files(folder)
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +44,7 @@ def test_json_is_what_python_finds(run, emb, backbone, files):
     vector = query_vector(clipadapt.load_backbone(backbone), [("red", 2), "cat"], [(files[3], 0.5)], [("dog", 0.25)])
     (hits,) = Index.open(emb).search(vector[None], 4)
     assert document["hits"] == [vars(hit) for hit in hits]
-    assert (document["pictures"], document["store"], document["where"]) == (33, "exact", None)
+    assert (document["images"], document["store"], document["where"]) == (33, "exact", None)
     assert set(document["hits"][0]) == {"rank", "score", "id", "name", "facts"}
 
 
@@ -56,7 +56,7 @@ def test_the_table(run, emb, files):
     assert "1.000" in shown
     assert (
         run("search", emb, "red", "--where", "year > 3000").stdout
-        == "nothing found among 33 pictures where year > 3000\n"
+        == "nothing found among 33 images where year > 3000\n"
     )
 
 
@@ -109,8 +109,8 @@ def test_what_cannot_be_searched(run, emb, tmp_path):
 def test_index(run, emb, tmp_path):
     folder = shutil.copytree(emb, tmp_path / "emb")
     exact = json.loads(run("search", folder, "red", "--json").stdout)
-    assert "33 pictures indexed in" in run("index", folder, "--store", "lance").stdout
-    assert "33 pictures indexed already" in run("index", folder, "--store", "lance").stdout
+    assert "33 images indexed in" in run("index", folder, "--store", "lance").stdout
+    assert "33 images indexed already" in run("index", folder, "--store", "lance").stdout
     found = json.loads(run("search", folder, "red", "--json").stdout)
     assert found["store"] == "lance"
     assert [hit["id"] for hit in found["hits"]] == [hit["id"] for hit in exact["hits"]]
@@ -146,9 +146,9 @@ def test_clusters(run, emb, tmp_path):
     words = tmp_path / "words.txt"
     words.write_text("red\nblue\n")
     document = json.loads(run("clusters", emb, "--k", 3, "--names", words, "--json").stdout)
-    assert sorted(name for group in document["clusters"] for name in group["pictures"]) == sorted(Embeddings(emb).names)
+    assert sorted(name for group in document["clusters"] for name in group["images"]) == sorted(Embeddings(emb).names)
     assert all(set(group["words"]) == {"red", "blue"} for group in document["clusters"])
     assert json.loads(run("clusters", emb, "--k", 3, "--names", words, "--json").stdout) == document
-    assert "nearest to its middle" in run("clusters", emb).stdout
+    assert "nearest to its centre" in run("clusters", emb).stdout
     run("clusters", emb, "--html", tmp_path / "c.html")
     assert (tmp_path / "c.html").read_text().count("<h2>") == 4

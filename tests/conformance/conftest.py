@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -88,11 +89,4 @@ def fit() -> Callable[..., Any]:
 @pytest.fixture(scope="session")
 def fitted(fit: Callable[..., Any], backbone: Backbone, support: Dataset) -> Callable[[str], Any]:
     """Each method fitted once for all tests that only look at it."""
-    kept: dict[str, Any] = {}
-
-    def of(key: str) -> Any:
-        if key not in kept:
-            kept[key] = fit(key, backbone, support)
-        return kept[key]
-
-    return of
+    return functools.cache(lambda key: fit(key, backbone, support))

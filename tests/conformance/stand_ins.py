@@ -61,10 +61,11 @@ class Upl(PromptMethod, Classifier):
 
     def _prepare(self, model, data):
         texts = encode_classes(model, data.class_names, self.templates)
-        surety, labels = (model.logit_scale * encode_images(model, data.unlabelled).features @ texts.T).max(1)
-        rows = [surety.where(labels == c, -torch.inf).topk(min(self.surest, int((labels == c).sum()))).indices
-                for c in range(len(texts))]  # fmt: skip
-        chosen, items = torch.cat(rows).sort().values.tolist(), as_items(data.unlabelled)
+        features = encode_images(model, data.unlabelled).features  # (U, D)
+        surety, labels = (model.logit_scale * features @ texts.T).softmax(1).max(1)
+        of_class = [surety.where(labels == c, -1).topk(min(self.surest, int((labels == c).sum()))).indices
+                    for c in range(len(texts))]  # fmt: skip
+        chosen, items = torch.cat(of_class).sort().values.tolist(), as_items(data.unlabelled)
         support = Dataset([items[row] for row in chosen], labels[chosen].tolist(), data.class_names)
         return replace(data, support=support, unlabelled=None)
 

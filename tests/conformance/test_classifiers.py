@@ -349,27 +349,26 @@ def test_features_alone_suffice(key, tmp_path):
 
 @pytest.fixture(scope="session")
 def digits() -> tuple[Backbone, Dataset, Dataset, float]:
-    """The small real task: scikit-learn's handwritten digits, 8 shots, on the embedded model; and zero-shot on it."""
-    train, test = handwritten_digits().split(test=0.2, seed=1)
-    backbone, support = load_backbone(), train.few_shot(8, seed=1)
-    return backbone, support, test, create("zero-shot").fit(backbone, support).score(test)
+    """A small real task: five of scikit-learn's handwritten digits, 8 shots, on the embedded model; zero-shot on it."""
+    train, test = handwritten_digits().base_new_split()[0].split(test=0.2, seed=1)
+    backbone, test = load_backbone(), test.few_shot(20, seed=1)
+    return backbone, train.few_shot(8, seed=1), test, create("zero-shot").fit(backbone, test).score(test)
 
 
 LEARNING = [
-    pytest.param(key, marks=pytest.mark.claim(key, "handwritten digits, 8 shots: above zero-shot"))
+    pytest.param(key, marks=pytest.mark.claim(key, "five handwritten digits, 8 shots: above zero-shot"))
     for key in keys(task="classifier", signal="labels")
-    if not key.startswith("test-")
+    if card(key).family != "tests"
 ]
 
 
 @pytest.mark.parametrize("key", LEARNING)
 def test_beats_zero_shot_on_a_small_real_task(key, digits):
-    """With the setting that cross-validation inside the support set chooses, where the paper searches for one."""
+    """Where features are learned from, with the setting that cross-validation inside the support set chooses."""
     backbone, support, test, zero_shot = digits
     method = quick(key)
-    if method.search_space:
-        trials = select(
-            backbone, support, keys=[key], folds=2, budget=math.inf, overrides={key: QUICK.get(key, {})}
-        ).trials
+    if method.search_space and card(key).kind == "features":
+        given = {key: QUICK.get(key, {})}
+        trials = select(backbone, support, keys=[key], folds=2, budget=math.inf, overrides=given).trials
         method = trials[1].create()
-    assert method.fit(backbone, support).score(test) > zero_shot + 0.05
+    assert method.fit(backbone, support).score(test) > zero_shot + 0.1

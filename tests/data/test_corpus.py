@@ -190,7 +190,7 @@ def test_playground_splits(corpus):
 
 
 class RecordedImages:
-    """Pictures that remember which of them were read."""
+    """Images that remember which of them were read."""
 
     def __init__(self, images):
         self.images, self.read = images, set()
@@ -200,7 +200,7 @@ class RecordedImages:
         return self.images[index]
 
 
-def test_heldout_pictures_never_enter_training(corpus):
+def test_heldout_images_never_enter_training(corpus):
     watched = RecordedImages(corpus.images)
     source = dataclasses.replace(corpus, images=watched)
     texts = [text for step in range(60) for text in source.batch(step, 16, 8, seed=3)[1]]
@@ -234,7 +234,7 @@ def test_a_batch_larger_than_the_names_is_refused(corpus):
         corpus.batch(0, 5000, 8, seed=0)
 
 
-def test_views_are_whole_pictures_on_white(corpus):
+def test_views_are_whole_images_on_white(corpus):
     index = corpus.select("train", source="noto")[0]
     (view,) = corpus.views([index], 24)
     assert (view[:, :2] == 255).all()  # above the shape, which fills rows 4 to 15 and columns 4 to 19
@@ -243,7 +243,7 @@ def test_views_are_whole_pictures_on_white(corpus):
     assert (view[:, 12, 12].numpy() == rgba[32, 32, :3]).all()
 
 
-def test_augmented_pictures_keep_left_and_right():
+def test_augmented_images_keep_left_and_right():
     half = np.zeros((64, 16, 16, 4), np.uint8)
     half[..., 3] = 255
     half[:, :, 8:, :3] = 255

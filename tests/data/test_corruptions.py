@@ -1,4 +1,4 @@
-"""The fifteen corruptions against their published definitions, and data sets whose pictures are corrupted lazily."""
+"""The fifteen corruptions against their published definitions, and data sets whose images are corrupted lazily."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from PIL import Image
 
 from clipadapt.backbones import load_backbone
 from clipadapt.data import Playground
-from clipadapt.data.corruptions.effects import EFFECTS, SIDE, _overwritten, _scaled, disk, frost, plasma
+from clipadapt.data.corruptions.effects import EFFECTS, SIDE, _overwrite, _rescale, disk, frost, plasma
 from clipadapt.data.corruptions.kinds import GROUPS, KINDS, PARAMETERS, SEVERITIES, corrupt, corrupted, kinds_of
 from clipadapt.data.items import FeatureItem
 from clipadapt.errors import ClipadaptError, DataError
@@ -27,7 +27,7 @@ def flat(level: int, side: int = SIDE) -> Image.Image:
 
 
 def natural(seed: int, width: int = SIDE, height: int = SIDE) -> Image.Image:
-    """A picture with things of many scales, as photographs have: noise whose spectrum falls with the frequency."""
+    """An image with things of many scales, as photographs have: noise whose spectrum falls with the frequency."""
     rng = np.random.default_rng(seed)
     frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.fftfreq(width))
     frequency[0, 0] = 1
@@ -84,7 +84,7 @@ def test_published_noise_parameters():
     assert PARAMETERS["impulse-noise"] == (0.03, 0.06, 0.09, 0.17, 0.27)
 
 
-def test_pictures_are_cut_to_8_bits_as_published():
+def test_images_are_cut_to_8_bits_as_published():
     x = np.asarray(natural(1)) / 255
     rng = np.random.default_rng([5, 0])
     expected = np.uint8(np.clip(x + rng.normal(scale=0.18, size=x.shape), 0, 1) * 255)
@@ -120,9 +120,9 @@ def test_defocus_is_a_disk(severity, radius):
 
 def test_scaled_kernels_keep_their_sum_and_shrink():
     kernel = disk(8, 0.5)
-    np.testing.assert_allclose(_scaled(kernel, 1.0), kernel, atol=1e-15)
+    np.testing.assert_allclose(_rescale(kernel, 1.0), kernel, atol=1e-15)
     for s in (0.2, 0.5, 0.99, 1.7, 3.0):
-        other = _scaled(kernel, s)
+        other = _rescale(kernel, s)
         assert other.sum() == pytest.approx(kernel.sum())
         offsets = np.arange(len(other)) - len(other) // 2
         spread, whole = ((k.sum(0) * o**2).sum() / k.sum() for k, o in ((other, offsets), (kernel, np.arange(17) - 8)))
@@ -140,7 +140,7 @@ def test_glass_blur_follows_the_published_loop():
         for j, w in enumerate(range(side + 3 - reach, reach, -1)):
             dx, dy = steps[i, j]
             plain[h, w], plain[h + dy, w + dx] = plain[h + dy, w + dx], plain[h, w]  # views: no swap
-    np.testing.assert_array_equal(_overwritten(x, reach, draws), plain)
+    np.testing.assert_array_equal(_overwrite(x, reach, draws), plain)
 
 
 @pytest.mark.parametrize(
@@ -266,7 +266,7 @@ def test_jpeg_is_of_that_quality(severity, quality):
 def test_elastic_moves_as_far_as_published():
     shown = np.zeros((SIDE, SIDE, 3))
     rows, columns = np.mgrid[:SIDE, :SIDE] / SIDE
-    shown[..., 0], shown[..., 1] = rows, columns  # a picture that says where each pixel came from
+    shown[..., 0], shown[..., 1] = rows, columns  # an image that says where each pixel came from
     for severity, furthest in ((1, 24.4), (2, 48.8), (3, 4.88), (4, 4.88), (5, 4.88)):
         moved = SIDE * np.abs(of("elastic", severity, shown, seed=5) - shown)[60:-60, 60:-60, :2]
         assert 0.2 < moved.mean() < 2.5 * furthest
@@ -279,11 +279,11 @@ def test_elastic_moves_as_far_as_published():
 # -- all -------------------------------------------------------------------------------------------------------------
 
 
-# Severities whose distance to the picture grows; where it is not all five, the published parameters have it so.
+# Severities whose distance to the image grows; where it is not all five, the published parameters have it so.
 GROWING = {kind: [SEVERITIES] for kind in KINDS} | {
     "glass-blur": [(1, 3), (2, 4, 5)],  # the reach grows as the times fall
     "snow": [(1, 2, 4, 5)],  # from 2 to 3 flakes become larger, and fewer
-    "frost": [(1, 2, 3)],  # from 4 on the ice grows no more, and less is left of the picture
+    "frost": [(1, 2, 3)],  # from 4 on the ice grows no more, and less is left of the image
     "fog": [(1, 2, 3, 5)],  # 4 is as thick as 3, and rougher
     "elastic": [(3, 4, 5)],  # 1 and 2 move the whole, the others wrinkle it
 }
@@ -292,9 +292,9 @@ GROWING = {kind: [SEVERITIES] for kind in KINDS} | {
 @pytest.mark.parametrize("side", [SIDE, 64])
 @pytest.mark.parametrize("kind", KINDS)
 def test_severity_grows(kind, side):
-    pictures = [natural(seed, side, side) for seed in range(2)]
-    seen = {s: [values(corrupt(picture, kind, s, seed=1)) for picture in pictures] for s in SEVERITIES}
-    plain = [values(picture) for picture in pictures]
+    images = [natural(seed, side, side) for seed in range(2)]
+    seen = {s: [values(corrupt(image, kind, s, seed=1)) for image in images] for s in SEVERITIES}
+    plain = [values(image) for image in images]
     distance = {s: np.mean([np.abs(x - y).mean() for x, y in zip(seen[s], plain, strict=True)]) for s in SEVERITIES}
     for severities in GROWING[kind]:
         grown = [distance[s] for s in severities]
@@ -314,7 +314,7 @@ def test_any_size(kind, size):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_equal_arguments_give_equal_pictures(kind):
+def test_equal_arguments_give_equal_images(kind):
     first, again, other = (np.asarray(corrupt(natural(1, 64, 64), kind, 3, seed=s)) for s in (4, 4, 5))
     np.testing.assert_array_equal(first, again)
     fixed = kind in ("defocus-blur", "zoom-blur", "brightness", "contrast", "pixelate", "jpeg")
@@ -323,7 +323,7 @@ def test_equal_arguments_give_equal_pictures(kind):
 
 @pytest.mark.parametrize("kind", ["defocus-blur", "motion-blur", "glass-blur", "elastic", "fog", "frost", "snow"])
 def test_half_the_size_looks_half_as_large(kind):
-    """Corrupting a shrunk picture is much like shrinking the corrupted one, since lengths shrink with it."""
+    """Corrupting a shrunk image is much like shrinking the corrupted one, since lengths shrink with it."""
     large = natural(11)
     small = large.resize((112, 112), Image.Resampling.BOX)
     expected = values(corrupt(large, kind, 4, seed=1).resize((112, 112), Image.Resampling.BOX))
@@ -357,7 +357,7 @@ def test_a_data_set_is_corrupted_when_it_is_opened():
         np.asarray(item.open()).astype(int) - np.asarray(before.open())
         for item, before in zip(data.items[:2], plain.items, strict=False)
     ]
-    assert not np.array_equal(*noise), "each picture has noise of its own"
+    assert not np.array_equal(*noise), "each image has noise of its own"
     assert isinstance(pickle.loads(pickle.dumps(data.items[0])).open(), Image.Image)
 
 
@@ -378,7 +378,7 @@ def test_features_are_kept_by_corruption(tmp_path):
     assert (again == apart[1]).all()
 
 
-def test_large_pictures_shrink_first():
+def test_large_images_shrink_first():
     data = Playground(size=96, kinds=("cat", "fish")).dataset(1)
     item = corrupted(data, "contrast", 1, size=40).items[0]
     assert item.open().size == (40, 40)

@@ -17,7 +17,7 @@ from clipadapt.data.definitions.definition import LAYOUTS, check, definition, de
 from clipadapt.errors import ClipadaptError, DataError
 
 
-def picture(path: Path, colour: str = "red") -> str:
+def image(path: Path, colour: str = "red") -> str:
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.new("RGB", (4, 4), colour).save(path)
     return str(path)
@@ -69,8 +69,8 @@ def test_split_file_and_what_is_missing(tmp_path):
     rows = {part: [[f"{part}.png", 0, "ant"], [f"{part}2.png", 1, "bee"]] for part in ("train", "val", "test")}
     (tmp_path / "split.json").write_text(json.dumps(rows))
     for part in rows:
-        picture(tmp_path / "pics" / f"{part}.png")
-        picture(tmp_path / "pics" / f"{part}2.png")
+        image(tmp_path / "pics" / f"{part}.png")
+        image(tmp_path / "pics" / f"{part}2.png")
     digest = hashlib.sha256((tmp_path / "split.json").read_bytes()).hexdigest()
     fields = {"layout": "split-file", "places": {"split": ["no.json", "split.json"], "images": "pics"}}
     whole = written(tmp_path, **fields, classes=2, counts={"train": 2}, sha256={"split": digest[:8]})
@@ -82,8 +82,8 @@ def test_split_file_and_what_is_missing(tmp_path):
     assert len(problems) == 4
     assert "another version" in problems[0]
     assert "2 classes here, not 3" in problems[1]
-    assert "mine train has 2 pictures here, not 5" in problems[2]
-    assert "1 of 6 pictures are missing" in problems[3]
+    assert "mine train has 2 images here, not 5" in problems[2]
+    assert "1 of 6 images are missing" in problems[3]
     assert "val.png" in problems[3]
 
 
@@ -108,19 +108,19 @@ def test_imagenet_and_its_variants(tmp_path):
     for part, n in (("train", 2), ("val", 1)):
         for synset in ("n01", "n02", "n03"):
             for i in range(n):
-                picture(tmp_path / "images" / part / synset / f"{i}.png")
+                image(tmp_path / "images" / part / synset / f"{i}.png")
     file = written(tmp_path, layout="imagenet", places={"images": "images", "classnames": "classnames.txt"})
     split = load(file, tmp_path).split
     assert split.train.class_names == ["tench", "great white shark", "crane"]
     assert counts(split) == [6, 3, 3]
     assert split.val.paths == split.test.paths
 
-    picture(tmp_path / "a" / "n03" / "x.png")
-    picture(tmp_path / "a" / "n01" / "y.png")
+    image(tmp_path / "a" / "n03" / "x.png")
+    image(tmp_path / "a" / "n01" / "y.png")
     variant = {"layout": "imagenet-variant", "places": {"images": "a", "classnames": "classnames.txt"}}
     test = load(written(tmp_path, **variant), tmp_path).split.test
     assert (test.class_names, test.labels) == (["tench", "crane"], [0, 1])
-    picture(tmp_path / "v2" / "2" / "x.png")
+    image(tmp_path / "v2" / "2" / "x.png")
     variant["places"]["images"] = "v2"
     numbered = load(written(tmp_path, **variant, settings={"numbered": True}), tmp_path).split.test
     assert numbered.class_names == ["crane"]
@@ -133,7 +133,7 @@ def test_folders_and_domains(tmp_path):
     for domain in ("art", "photo"):
         for name in ("cat", "dog"):
             for i in range(10):
-                picture(tmp_path / "pacs" / domain / name / f"{i}.png")
+                image(tmp_path / "pacs" / domain / name / f"{i}.png")
     plain = load(written(tmp_path, layout="folders", places={"images": "pacs/art"}), tmp_path).split
     assert counts(plain) == [10, 4, 6]
     split = load(written(tmp_path, layout="domain-folders", places={"images": "pacs"}), tmp_path).split
@@ -168,7 +168,7 @@ def test_the_command(tmp_path):
     assert "split_zhou_OxfordPets.json" in bad.stdout.replace("\n", "")
 
 
-def test_the_playground_draws_other_pictures_from_other_seeds(tmp_path):
+def test_the_playground_draws_other_images_from_other_seeds(tmp_path):
     fields = {"layout": "playground", "settings": {"kinds": ["circle", "car"], "train": 3, "val": 1, "test": 2}}
     usual = load(definition(written(tmp_path, **fields)))
     fields["settings"]["seeds"] = {"test": 12}

@@ -1,4 +1,4 @@
-"""Data sets with several labels a picture: what they refuse, how they are divided, and what a sample holds."""
+"""Data sets with several labels an image: what they refuse, how they are divided, and what a sample holds."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def rooms() -> MultiLabelDataset:
 
 @pytest.fixture(scope="module")
 def many() -> MultiLabelDataset:
-    """A thousand pictures of eight classes: common and rare ones, some that come together, some pictures with none."""
+    """A thousand images of eight classes: common and rare ones, some that come together, some images with none."""
     rng = np.random.default_rng(0)
     targets = rng.random((1000, 8)) < [0.4, 0.3, 0.2, 0.1, 0.05, 0.03, 0.02, 0.01]
     targets[:, 7] |= targets[:, 6] & (rng.random(1000) < 0.5)
@@ -61,7 +61,7 @@ def test_only_restricts_the_labels(rooms):
         rooms.only(["f"])
 
 
-def test_a_picture_can_be_in_base_and_in_new(rooms):
+def test_a_image_can_be_in_base_and_in_new(rooms):
     base, new = rooms.base_new_split()
     assert (base.class_names, new.class_names) == (["a", "b", "c"], ["d", "e"])
     assert (base.paths, base.labels) == (["0.jpg", "1.jpg", "2.jpg", "4.jpg"], [{0}, {0, 1}, {1, 2}, {2}])
@@ -74,7 +74,7 @@ def test_a_picture_can_be_in_base_and_in_new(rooms):
         ({"labels": [frozenset()]}, "toys: 2 items but 1 labels"),
         ({"labels": [frozenset(), frozenset({0, 2})]}, "label 2 does not point into its 2 class names"),
         ({"labels": [frozenset({-1}), frozenset()]}, "label -1 does not point"),
-        ({"labels": [frozenset(), 1]}, r"toys: the labels of picture 1 are 1; a frozenset is needed"),
+        ({"labels": [frozenset(), 1]}, r"toys: the labels of image 1 are 1; a frozenset is needed"),
         ({"domains": ["x"]}, "2 items but 1 domains"),
     ],
 )
@@ -107,7 +107,7 @@ def test_split_is_closer_than_chance(many):
     assert deviation(many.split(0.3, 1)[1]) < 0.25 * np.mean(chance)
 
 
-def test_rare_classes_are_on_both_sides_and_single_pictures_in_train():
+def test_rare_classes_are_on_both_sides_and_single_images_in_train():
     train, test = dataset([{0}] * 20 + [{0, 1}, {0, 1}, {0, 2}, {0, 3}, {3, 4}, {3, 4}]).split(0.1, 1)
     assert test.counts[1] == train.counts[1] == 1
     assert (train.counts[2], test.counts[2]) == (1, 0)
@@ -139,7 +139,7 @@ def test_single_labels_are_divided_as_in_plain_stratification():
     assert [held_out.counts for _, held_out in dataset([{0}] * 6 + [{1}] * 9, "ab").folds(3)] == [[2, 3]] * 3
 
 
-def test_pictures_without_labels_are_divided_too():
+def test_images_without_labels_are_divided_too():
     train, test = dataset([set()] * 10).split(0.3, 1)
     assert (len(train), len(test)) == (7, 3)
 
@@ -174,7 +174,7 @@ def test_all_is_decided_by_the_seed(many):
 def test_impossible_requests_are_refused(rooms):
     with pytest.raises(DataError, match="test must be a share between 0 and 1"):
         rooms.split(1.0)
-    with pytest.raises(DataError, match=r"between 2 and the number of pictures \(6\), not 7"):
+    with pytest.raises(DataError, match=r"between 2 and the number of images \(6\), not 7"):
         rooms.folds(7)
     with pytest.raises(DataError, match="shots must be at least 1, not 0"):
         rooms.few_shot(0)

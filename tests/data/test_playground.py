@@ -1,4 +1,4 @@
-"""The playground tells the truth about its pictures and draws the same ones everywhere."""
+"""The playground tells the truth about its images and draws the same ones everywhere."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_scenes_are_the_same_in_another_process_and_in_any_order():
     assert other == pixels_hash(range(40))
 
 
-def test_another_seed_or_index_is_another_picture():
+def test_another_seed_or_index_is_another_image():
     digests = {Playground(seed=s).scene(i).image.tobytes() for s in (0, 1) for i in range(20)}
     assert len(digests) == 40
 
@@ -54,14 +54,14 @@ def test_nothing_about_drawing_needs_torch():
 
 
 @pytest.mark.parametrize("size", [32, 64, 100])
-def test_pictures_and_masks_have_the_size_asked_for(size):
+def test_images_and_masks_have_the_size_asked_for(size):
     scene = Playground(size=size).scene(3)
     assert scene.image.size == (size, size)
     assert scene.image.mode == "RGB"
     assert all(obj.mask.shape == (size, size) and obj.mask.dtype == bool for obj in scene.objects)
 
 
-def test_boxes_bound_masks_and_objects_lie_within_the_picture():
+def test_boxes_bound_masks_and_objects_lie_within_the_image():
     for scene in SCENES:
         for obj in scene.objects:
             left, top, right, bottom = obj.box
@@ -85,8 +85,8 @@ def test_masks_cover_the_drawn_pixels_exactly(kind):
     world = Playground(size=96)
     for index in range(3):
         scene = world.scene(index, kind=kind, style="flat")
-        picture = np.asarray(scene.image).astype(int)
-        ink = np.abs(picture - picture[0, 0]).sum(-1)
+        image = np.asarray(scene.image).astype(int)
+        ink = np.abs(image - image[0, 0]).sum(-1)
         mask = scene.objects[0].mask
         assert ink[mask].min() > 0
         assert ink[~mask].max() < 0.53 * ink.max()
@@ -97,9 +97,9 @@ def test_masks_cover_the_drawn_pixels_exactly(kind):
 def test_every_kind_stands_out_in_every_style(kind, style):
     for index, colour in enumerate(COLOURS):
         scene = Playground().scene(index, kind=kind, style=style, colour=colour)
-        picture, mask = np.asarray(scene.image).astype(int), scene.objects[0].mask
-        paper = np.median(picture[~mask], axis=0)
-        assert np.percentile(np.abs(picture[mask] - paper).sum(-1), 90) > 60, (colour, index)
+        image, mask = np.asarray(scene.image).astype(int), scene.objects[0].mask
+        paper = np.median(image[~mask], axis=0)
+        assert np.percentile(np.abs(image[mask] - paper).sum(-1), 90) > 60, (colour, index)
 
 
 @pytest.mark.parametrize("colour", COLOURS)
@@ -259,7 +259,7 @@ def test_items_travel_and_are_identified_by_what_they_show():
     assert not {item.digest() for item in data.items} & {item.digest() for item in other.items}
 
 
-def test_more_pictures_keep_the_ones_one_had():
+def test_more_images_keep_the_ones_one_had():
     few, many = (Playground(seed=4).dataset(n, kinds=("star", "key")) for n in (3, 9))
     assert {item.digest() for item in few.items} < {item.digest() for item in many.items}
 
@@ -299,10 +299,10 @@ def test_all_of_several_kinds_stand_out(style):
     for index in range(200):
         kinds = [str(kind) for kind in np.random.default_rng(index).permutation(KINDS)[:3]]
         scene = Playground().scene(index, kinds=kinds, style=style)
-        picture = np.asarray(scene.image).astype(int)
-        paper = np.median(picture[~np.any([obj.mask for obj in scene.objects], axis=0)], axis=0)
+        image = np.asarray(scene.image).astype(int)
+        paper = np.median(image[~np.any([obj.mask for obj in scene.objects], axis=0)], axis=0)
         for obj in scene.objects:
-            assert np.percentile(np.abs(picture[obj.mask] - paper).sum(-1), 90) > 60, (index, obj.kind, obj.colour)
+            assert np.percentile(np.abs(image[obj.mask] - paper).sum(-1), 90) > 60, (index, obj.kind, obj.colour)
 
 
 def test_labels_are_the_kinds_shown():
@@ -320,7 +320,7 @@ def test_labels_are_the_kinds_shown():
         assert scene.style == data.domains[i]
 
 
-def test_pictures_of_several_kinds_are_identified_and_kept():
+def test_images_of_several_kinds_are_identified_and_kept():
     world = Playground(seed=1)
     few, many, others = world.multilabel(5), world.multilabel(9), world.multilabel(5, seed=2)
     assert [item.digest() for item in few.items] == [item.digest() for item in many.items[:5]]
@@ -359,7 +359,7 @@ def test_scenes_still_show_what_they_showed_in_version_1():
         (lambda: Playground().scene(0, kinds=("star",), colour="red"), "leaves all but the style to chance"),
         (lambda: Playground().multilabel(1, kinds=("star", "cat")), "most must lie between 1 and 2, .* not 3"),
         (lambda: Playground().multilabel(1, most=10), "most must lie between 1 and 9"),
-        (lambda: Playground().dataset(1, by="style"), "Unknown way to label playground pictures 'style'"),
+        (lambda: Playground().dataset(1, by="style"), "Unknown way to label playground images 'style'"),
     ],
 )
 def test_bad_requests_are_refused_clearly(attempt, message):

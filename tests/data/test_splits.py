@@ -67,7 +67,7 @@ def test_other_seeds_give_other_splits():
     assert len({tuple(stratified_split(LABELS, 0.3, seed)[1]) for seed in range(20)}) > 15
 
 
-def test_folds_cover_each_picture_once_and_are_even():
+def test_folds_cover_each_image_once_and_are_even():
     folds = stratified_folds(LABELS, 4, seed=1)
     assert sorted(index for fold in folds for index in fold) == list(range(len(LABELS)))
     assert max(map(len, folds)) - min(map(len, folds)) <= 1
@@ -81,7 +81,7 @@ def test_impossible_requests_are_refused():
         sample_shots(LABELS, 0, random.Random(0))
     with pytest.raises(DataError, match=r"test must be a share between 0 and 1 \(such as 0\.3\), not 30"):
         stratified_split(LABELS, 30, 0)
-    with pytest.raises(DataError, match=r"between 2 and the number of pictures \(18\), not 1"):
+    with pytest.raises(DataError, match=r"between 2 and the number of images \(18\), not 1"):
         stratified_folds(LABELS, 1, 0)
 
 

@@ -20,7 +20,7 @@ from PIL import Image
 
 from clipadapt.data import GeneratedItem
 from clipadapt.embeddings import Embeddings, encode_shard
-from clipadapt.embeddings.listing import list_pictures
+from clipadapt.embeddings.listing import list_images
 from clipadapt.errors import ArtifactError, ClipadaptError
 from clipadapt.features import encode_images
 from tests.features.conftest import noise
@@ -31,7 +31,7 @@ def encode_all(backbone, images, out, count, **options):
         encode_shard(backbone, images, out, (index, count), **options)
 
 
-@pytest.mark.parametrize("count", [1, 4, 40])  # 40: more parts than pictures
+@pytest.mark.parametrize("count", [1, 4, 40])  # 40: more parts than images
 def test_parts_make_up_the_whole(backbone, paths, tmp_path, count):
     columns = {"number": list(range(30)), "kind": ["even", "odd"] * 15}
     encode_all(backbone, paths, tmp_path / "out", count, batch_size=4, columns=columns)
@@ -75,7 +75,7 @@ def test_a_part_that_is_done_is_not_done_again(backbone, paths, tmp_path):
     assert encode_shard(backbone, paths, tmp_path, (1, 3)) == first
     assert backbone.seen == done == 10
     stem = "part-00001-of-00003"
-    assert sorted(path.name for path in tmp_path.iterdir() if path.name != "pictures") == [
+    assert sorted(path.name for path in tmp_path.iterdir() if path.name != "images") == [
         f"{stem}.json",
         f"{stem}.npy",
         f"{stem}.parquet",
@@ -107,7 +107,7 @@ def test_missing_parts_are_named(backbone, paths, tmp_path):
         Embeddings(tmp_path)
 
 
-def test_unreadable_pictures_are_listed(backbone, paths, tmp_path):
+def test_unreadable_images_are_listed(backbone, paths, tmp_path):
     bad = tmp_path / "bad.png"
     bad.touch()
     listed = [*paths[:4], str(bad), *paths[4:8]]
@@ -122,7 +122,7 @@ def test_parts_of_different_work_do_not_mix(backbone, other_backbone, paths, tmp
     encode_shard(backbone, paths, tmp_path, (0, 2))
     for model, images, fast, what in [
         (other_backbone, paths, False, "by another model"),
-        (backbone, paths[1:], False, "of another list of pictures"),
+        (backbone, paths[1:], False, "of another list of images"),
         (backbone, paths, True, "with the other choice of fast_decode"),
     ]:
         with pytest.raises(ArtifactError, match=f"was made {what}; use a new folder"):
@@ -164,19 +164,19 @@ def test_shard_numbers_out_of_range(backbone, paths, tmp_path, shard):
 
 @pytest.mark.parametrize("columns", [{"year": [2020]}, {"name": ["x"] * 30}])
 def test_columns_that_do_not_fit_are_refused(backbone, paths, tmp_path, columns):
-    with pytest.raises(ClipadaptError, match="one value a picture"):
+    with pytest.raises(ClipadaptError, match="one value per image"):
         encode_shard(backbone, paths, tmp_path, columns=columns)
 
 
 def test_the_matrix_is_mapped_not_read(backbone, tmp_path):
-    pictures = np.zeros((3, 5, 5, 3), np.uint8)
-    encode_all(backbone, pictures, tmp_path, 2)
+    images = np.zeros((3, 5, 5, 3), np.uint8)
+    encode_all(backbone, images, tmp_path, 2)
     found = Embeddings(tmp_path)
     assert str(tmp_path / "part-00001-of-00002.npy") in Path("/proc/self/maps").read_text()
     assert sum(len(part) for part in found.parts) == 3
 
 
-# -- what is known of the pictures -----------------------------------------------------------------------------------
+# -- what is known of the images -----------------------------------------------------------------------------------
 
 
 def test_size_and_date_are_noted(backbone, tmp_path):
@@ -199,7 +199,7 @@ def test_size_and_date_are_noted(backbone, tmp_path):
 def test_what_a_source_knows_goes_before_what_is_noted(backbone, paths, tmp_path):
     lines = ["image,name,year", *(f"{path},n{number},{1900 + number}" for number, path in enumerate(paths))]
     (tmp_path / "list.csv").write_text("\n".join(lines))
-    encode_all(backbone, list_pictures(tmp_path / "list.csv"), tmp_path / "out", 3)
+    encode_all(backbone, list_images(tmp_path / "list.csv"), tmp_path / "out", 3)
     found = Embeddings(tmp_path / "out")
     assert found.names == paths
     assert found.table["source_name"].to_pylist() == [f"n{number}" for number in range(30)]
@@ -225,7 +225,7 @@ def bucket(request, tmp_path, monkeypatch):
     return "memory://bucket" if request.param == "memory" else (tmp_path / "bucket").as_uri()
 
 
-def test_pictures_and_parts_behind_urls(backbone, paths, tmp_path, bucket, monkeypatch):
+def test_images_and_parts_behind_urls(backbone, paths, tmp_path, bucket, monkeypatch):
     system, place = fsspec.core.url_to_fs(bucket)
     system.put(os.path.dirname(paths[0]), f"{place}/photos", recursive=True)
     read, cat_file = [], type(system).cat_file  # of the class: each thread has a file system of its own
@@ -236,7 +236,7 @@ def test_pictures_and_parts_behind_urls(backbone, paths, tmp_path, bucket, monke
         return cat_file(self, path, *args, **options)
 
     monkeypatch.setattr(type(system), "cat_file", noted)
-    encode_all(backbone, list_pictures(f"{bucket}/photos"), f"{bucket}/out", 3)
+    encode_all(backbone, list_images(f"{bucket}/photos"), f"{bucket}/out", 3)
     assert sorted(read) == sorted(f"{place}/photos/{os.path.basename(path)}" for path in paths), "each is read once"
     encode_all(backbone, paths, tmp_path / "local", 3)
     found, local = Embeddings(f"{bucket}/out"), Embeddings(tmp_path / "local")
@@ -248,14 +248,14 @@ def test_pictures_and_parts_behind_urls(backbone, paths, tmp_path, bucket, monke
     assert system.cat(f"{place}/out/{stem}.npy") == (tmp_path / "local" / f"{stem}.npy").read_bytes()
 
     backbone.seen = 0
-    encode_all(backbone, list_pictures(f"{bucket}/photos"), f"{bucket}/out", 3)
+    encode_all(backbone, list_images(f"{bucket}/photos"), f"{bucket}/out", 3)
     assert backbone.seen == 0, "what is there is not done again"
     system.rm(f"{place}/out/{stem}.json")
     with pytest.raises(ArtifactError, match="part 1 of 3 is not done yet"):
         Embeddings(f"{bucket}/out")
     system.rm(f"{place}/photos/{os.path.basename(paths[7])}")
-    with pytest.raises(ArtifactError, match="another list of pictures"):
-        encode_shard(backbone, list_pictures(f"{bucket}/photos"), f"{bucket}/out", (0, 3))
+    with pytest.raises(ArtifactError, match="another list of images"):
+        encode_shard(backbone, list_images(f"{bucket}/photos"), f"{bucket}/out", (0, 3))
 
 
 def test_an_interrupted_upload_goes_on_with_the_finished_part(backbone, paths, tmp_path, monkeypatch):
@@ -327,7 +327,7 @@ def test_fast_decode_is_kept_apart_and_stays_close(tmp_path):
     images = [tmp_path / "large.jpg", noise(1, (30, 40))]
     whole, fast = (encode_images(backbone, images, fast_decode=fast).features for fast in (False, True))
     again = encode_images(backbone, images).features
-    assert (whole == again).all(), "features of whole pictures are not those of the cache's other kind"
+    assert (whole == again).all(), "features of whole images are not those of the cache's other kind"
     assert not (whole[0] == fast[0]).all()
     assert whole[0] @ fast[0] > 0.99
     assert (whole[1] == fast[1]).all(), "what is no JPEG is decoded as ever"
@@ -335,5 +335,5 @@ def test_fast_decode_is_kept_apart_and_stays_close(tmp_path):
     found = Embeddings(tmp_path / "out")
     assert json.loads((tmp_path / "out/part-00000-of-00001.json").read_text())["fast_decode"] is True
     np.testing.assert_array_equal(found.parts[0], fast.numpy().astype(np.float16))
-    with pytest.raises(ClipadaptError, match="fast_decode is for whole pictures"):
+    with pytest.raises(ClipadaptError, match="fast_decode is for whole images"):
         encode_images(backbone, images, fast_decode=True, views=2)

@@ -15,9 +15,9 @@ import pytest
 from clipadapt.embeddings import Embeddings, encode_shard
 from clipadapt.embeddings.executors import Job, encode_shards, shards_of
 from clipadapt.embeddings.format import parts_in
-from clipadapt.embeddings.listing import Files, list_pictures
+from clipadapt.embeddings.listing import Files, list_images
 from clipadapt.errors import ArtifactError
-from tests.features.conftest import CountingBackbone, write_pictures
+from tests.features.conftest import CountingBackbone, write_images
 
 
 class Doomed(CountingBackbone):
@@ -63,7 +63,7 @@ def content(folder: Path) -> dict[str, bytes]:
 
 @pytest.fixture
 def job(paths, tmp_path):
-    """Four parts of 30 pictures."""
+    """Four parts of 30 images."""
     return Job(CountingBackbone, Files(paths), str(tmp_path / "out"), 4, {"batch_size": 2})
 
 
@@ -86,7 +86,7 @@ def test_processes_make_the_parts_that_one_would_even_after_a_stop(job, tmp_path
         {"shard": shard, "done": True} if shard in made_before else {"shard": shard, "rows": size, "skipped": 0}
         for shard, size in enumerate([7, 8, 7, 8])
     ]
-    assert sorted(told) == [f"shard {row['shard']} of 4: {row['rows']} pictures" for row in rows if "rows" in row]
+    assert sorted(told) == [f"shard {row['shard']} of 4: {row['rows']} images" for row in rows if "rows" in row]
 
     encode_shards(Job(job.load, job.listing, str(tmp_path / "alone"), 4, job.options))
     for shard in range(4):
@@ -108,7 +108,7 @@ def test_what_is_done_is_not_done_again(job, tmp_path):
     assert encode_shards(job, jobs=2, tower=tower) == [{"shard": shard, "done": True} for shard in range(4)]
 
 
-def test_a_killed_worker_and_an_unreadable_picture_spoil_only_their_parts(job, paths, tmp_path):
+def test_a_killed_worker_and_an_unreadable_image_spoil_only_their_parts(job, paths, tmp_path):
     doom = tmp_path / "doom"
     doom.touch()
     listing = Files([*paths, str(tmp_path / "missing.png")])  # in the last part
@@ -116,7 +116,7 @@ def test_a_killed_worker_and_an_unreadable_picture_spoil_only_their_parts(job, p
     rows = encode_shards(doomed, jobs=2)
     failed = {row["error"]: row["shard"] for row in rows if "error" in row}
     unreadable = f"{tmp_path / 'missing.png'} cannot be read: No such file or directory."
-    assert failed.keys() == {"its process ended (exit code -9), perhaps for lack of memory", unreadable}
+    assert failed.keys() == {"its process ended (exit code -9), perhaps out of memory", unreadable}
     assert failed[unreadable] == 4
     assert sum("rows" in row for row in rows) == 3
     with pytest.raises(ArtifactError, match=rf"part {min(failed.values())}, 4 of 5 is not done yet"):
@@ -131,12 +131,12 @@ def test_a_killed_worker_and_an_unreadable_picture_spoil_only_their_parts(job, p
 
 
 def test_a_damaged_tar_spoils_only_its_part(tmp_path):
-    picture = write_pictures(tmp_path, 1)[0]
+    image = write_images(tmp_path, 1)[0]
     for number in range(3):
         with tarfile.open(tmp_path / f"{number}.tar", "w") as archive:
-            archive.add(picture, "a.png")
+            archive.add(image, "a.png")
     (tmp_path / "1.tar").write_bytes(b"x" * 10240)
-    job = Job(CountingBackbone, list_pictures(tmp_path / "*.tar"), str(tmp_path / "out"), 3)
+    job = Job(CountingBackbone, list_images(tmp_path / "*.tar"), str(tmp_path / "out"), 3)
     rows = encode_shards(job)
     assert [row.get("rows") for row in rows] == [1, None, 1]
     assert "1.tar cannot be read as an uncompressed tar file" in rows[1]["error"]
@@ -145,7 +145,7 @@ def test_a_damaged_tar_spoils_only_its_part(tmp_path):
 def test_a_folder_that_was_begun_otherwise_is_refused(job, paths, tmp_path):
     encode_shards(job, only=0)
     for other, what in [
-        (Job(CountingBackbone, Files(paths[1:]), job.out, 4), "another list of pictures"),
+        (Job(CountingBackbone, Files(paths[1:]), job.out, 4), "another list of images"),
         (Job(partial(CountingBackbone, 1), job.listing, job.out, 4), "another model"),
         (Job(CountingBackbone, job.listing, job.out, 5), "another number of shards"),
         (Job(CountingBackbone, job.listing, job.out, 4, {"fast_decode": True}), "other choice of fast_decode"),

@@ -1,4 +1,4 @@
-"""What PHOTOS may be: each form gives its pictures in a fixed order, with what else is known of them."""
+"""What PHOTOS may be: each form gives its images in a fixed order, with what else is known of them."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
 from clipadapt.embeddings import listing
-from clipadapt.embeddings.listing import list_pictures
+from clipadapt.embeddings.listing import list_images
 from clipadapt.errors import ClipadaptError, DataError
-from tests.features.conftest import write_pictures
+from tests.features.conftest import write_images
 
 
 def read(source, start=0, stop=None, work=Path("unused")):
     """(names, columns) of a stretch; the listing travels to another process first."""
-    found = pickle.loads(pickle.dumps(list_pictures(source)))
+    found = pickle.loads(pickle.dumps(list_images(source)))
     items, table = found.stretch(start, found.count if stop is None else stop, work)
     assert len(items) == table.num_rows or not table.column_names
     return [item.name for item in items], table.to_pydict()
@@ -38,12 +38,12 @@ def write_tar(path, files):
 
 @pytest.fixture
 def folder(tmp_path) -> Path:
-    """root.png, sea/00.png, sea/deep/00.png, and what is no picture or hidden."""
+    """root.png, sea/00.png, sea/deep/00.png, and what is no image or hidden."""
     root = tmp_path / "photos"
-    (picture,) = (Path(path).read_bytes() for path in write_pictures(tmp_path / "one", 1))
+    (image,) = (Path(path).read_bytes() for path in write_images(tmp_path / "one", 1))
     for name in ("root.png", "sea/00.PNG", "sea/deep/00.png", ".hidden/00.png", "notes.md"):
         (root / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / name).write_bytes(picture)
+        (root / name).write_bytes(image)
     return root
 
 
@@ -69,8 +69,8 @@ def test_the_same_folder_behind_urls(folder, memory):
         names, columns = read(source)
         assert names == [f"{root}/{name}" for name in ("root.png", "sea/00.PNG", "sea/deep/00.png")]
         assert columns == {"folder": ["", "sea", "sea/deep"]}
-    (item, *_), _ = list_pictures("memory://bucket/photos").stretch(0, 3, Path())
-    assert item.digest() == list_pictures(folder).stretch(0, 1, Path())[0][0].digest()
+    (item, *_), _ = list_images("memory://bucket/photos").stretch(0, 3, Path())
+    assert item.digest() == list_images(folder).stretch(0, 1, Path())[0][0].digest()
 
 
 CSV = "image,place,score\nsea/00.PNG,beach,1.5\nhttps://example.org/a.jpg,,2\n"
@@ -102,29 +102,29 @@ def test_a_stretch_of_a_parquet_file_spans_row_groups(tmp_path):
         assert names == [str(tmp_path / f"{number}.png") for number in numbers[start:stop]]
 
 
-def test_pictures_in_a_parquet_file(tmp_path, monkeypatch):
-    pictures = [Path(path).read_bytes() for path in write_pictures(tmp_path, 6)]
-    for cells in (pictures, [{"bytes": data, "path": None} for data in pictures]):
+def test_images_in_a_parquet_file(tmp_path, monkeypatch):
+    images = [Path(path).read_bytes() for path in write_images(tmp_path, 6)]
+    for cells in (images, [{"bytes": data, "path": None} for data in images]):
         file = tmp_path / "in.parquet"
         pa.parquet.write_table(pa.table({"image": cells, "n": range(6)}), file, row_group_size=2)
-        found = list_pictures(file)
+        found = list_images(file)
         items, table = found.stretch(2, 5, tmp_path)
-        assert [item.read() for item in items] == pictures[2:5]
+        assert [item.read() for item in items] == images[2:5]
         assert [item.name for item in items] == [f"{file} row {row}" for row in (3, 4, 5)]
         assert table.to_pydict() == {"n": [2, 3, 4]}
         identity = found.identity
         pa.parquet.write_table(pa.table({"image": cells[::-1], "n": range(6)}), file, row_group_size=2)
-        assert list_pictures(file).identity != identity
+        assert list_images(file).identity != identity
     monkeypatch.setattr(listing, "PART_BYTES", 2000)
-    assert list_pictures(file).parts > 1, "what is held in memory is bounded"
+    assert list_images(file).parts > 1, "what is held in memory is bounded"
 
 
 def test_tar_shards(tmp_path, memory):
-    picture = Path(write_pictures(tmp_path, 1)[0]).read_bytes()
+    image = Path(write_images(tmp_path, 1)[0]).read_bytes()
     facts = [{"year": 2020, "tags": ["a"]}, {"year": "old"}, {}]
     for number, fields in enumerate(facts):
-        files = {"x.json": json.dumps(fields).encode(), "x.png": picture, "y.txt": b"a dog\n", "y.jpg": picture}
-        write_tar(tmp_path / f"pets-{number:02}.tar", files | {"z.txt": b"no picture"})
+        files = {"x.json": json.dumps(fields).encode(), "x.png": image, "y.txt": b"a dog\n", "y.jpg": image}
+        write_tar(tmp_path / f"pets-{number:02}.tar", files | {"z.txt": b"no image"})
         memory.put(str(tmp_path / f"pets-{number:02}.tar"), f"/bucket/pets-{number:02}.tar")
     stars, braces = f"{tmp_path}/pets-*.tar", f"{tmp_path}/pets-{{00..02}}.tar"
     names, columns = read(stars)
@@ -134,8 +134,8 @@ def test_tar_shards(tmp_path, memory):
         "tags": ['["a"]', None, None, None, None, None],
         "txt": [None, "a dog"] * 3,
     }
-    assert list_pictures(stars).identity == list_pictures(braces).identity
-    assert (list_pictures(stars).count, list_pictures(stars).parts) == (3, 3)
+    assert list_images(stars).identity == list_images(braces).identity
+    assert (list_images(stars).count, list_images(stars).parts) == (3, 3)
     assert read(stars, 1, 2)[1] == {"year": ["old", None], "txt": [None, "a dog"]}
     for source, root in [
         ("memory://bucket/pets-*.tar", "memory:///bucket"),
@@ -144,8 +144,8 @@ def test_tar_shards(tmp_path, memory):
         found, facts = read(source, work=tmp_path / "work")
         assert found == [name.replace(str(tmp_path), root) for name in names]
         assert facts == columns
-    items, _ = list_pictures("memory://bucket/pets-*.tar").stretch(0, 3, tmp_path / "work")
-    assert [item.read() for item in items] == [picture] * 6
+    items, _ = list_images("memory://bucket/pets-*.tar").stretch(0, 3, tmp_path / "work")
+    assert [item.read() for item in items] == [image] * 6
 
 
 def test_a_text_list(folder, memory):
@@ -156,25 +156,25 @@ def test_a_text_list(folder, memory):
     assert read("memory://bucket/list.txt")[0] == ["memory://bucket/sea/00.PNG", "https://example.org/a b.jpg"]
 
 
-def test_parts_are_of_a_bounded_number_of_pictures(folder, monkeypatch):
-    assert list_pictures(folder).parts == 1
-    monkeypatch.setattr(listing, "PART_PICTURES", 2)
-    assert list_pictures(folder).parts == 2
+def test_parts_are_of_a_bounded_number_of_images(folder, monkeypatch):
+    assert list_images(folder).parts == 1
+    monkeypatch.setattr(listing, "PART_IMAGES", 2)
+    assert list_images(folder).parts == 2
 
 
 def test_a_changed_list_has_another_identity(folder):
-    before = list_pictures(folder).identity
-    assert list_pictures(folder).identity == before
+    before = list_images(folder).identity
+    assert list_images(folder).identity == before
     (folder / "sea/00.PNG").rename(folder / "sea/01.png")
-    assert list_pictures(folder).identity != before
+    assert list_images(folder).identity != before
 
 
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
         ("none", None, "none does not exist; give a folder"),
-        ("none-*.tar", None, r"none-\*\.tar names no \.tar file"),
-        ("a.pdf", b"", r"a\.pdf is none of what can be embedded"),
+        ("none-*.tar", None, r"none-\*\.tar matches no \.tar file"),
+        ("a.pdf", b"", r"a\.pdf cannot be embedded"),
         ("a.txt", b"\n", r"a\.txt is empty"),
         ("a.txt", b"\xff", r"a\.txt is not UTF-8"),
         ("a.csv", b"file,x\na,b\n", r"a\.csv needs one column 'image' .* its columns are: file, x"),
@@ -187,13 +187,13 @@ def test_what_cannot_be_listed_has_its_sentence(tmp_path, name, content, message
     if content is not None:
         (tmp_path / name).write_bytes(content)
     with pytest.raises(DataError, match=message):
-        list_pictures(tmp_path / name)
+        list_images(tmp_path / name)
 
 
 def test_what_cannot_be_read_in_a_shard_has_its_sentence(tmp_path, memory):
-    picture = Path(write_pictures(tmp_path, 1)[0]).read_bytes()
+    image = Path(write_images(tmp_path, 1)[0]).read_bytes()
     (tmp_path / "a.tar").write_bytes(b"no tar")
-    write_tar(tmp_path / "b.tar", {"1.png": picture, "1.json": b"{"})
+    write_tar(tmp_path / "b.tar", {"1.png": image, "1.json": b"{"})
     (tmp_path / "c.csv").write_text("image,x\n,1\n")
     for name, message in [
         ("a.tar", r"a\.tar cannot be read as an uncompressed tar"),
@@ -204,7 +204,7 @@ def test_what_cannot_be_read_in_a_shard_has_its_sentence(tmp_path, memory):
             read(tmp_path / name)
     with pytest.raises(DataError, match=r"memory://bucket/x\.tar does not exist"):
         read("memory://bucket/x.tar", work=tmp_path / "work")
-    with pytest.raises(DataError, match="holds no pictures"):
-        list_pictures("memory://bucket/nothing")
+    with pytest.raises(DataError, match="holds no images"):
+        list_images("memory://bucket/nothing")
     with pytest.raises(ClipadaptError, match="Protocol not known: gopher"):
-        list_pictures("gopher://x/photos")
+        list_images("gopher://x/photos")

@@ -1,4 +1,4 @@
-"""The protocol of adversarial pictures: the figures are those of the attack itself; what has no gradient is skipped."""
+"""The protocol of adversarial images: the figures are those of the attack itself; what has no gradient is skipped."""
 
 from __future__ import annotations
 

@@ -20,7 +20,9 @@ from clipadapt.evaluation.protocols.base_to_new import (
     harmonic_of_averages,
 )
 from clipadapt.methods import create
-from clipadapt.methods.base import Card, Method
+from clipadapt.methods.card import Card
+from clipadapt.methods.kinds.features import FeatureMethod
+from clipadapt.methods.tasks.classification import Classifier
 from tests.pictures import colours
 from tests.tiny import tiny_clip
 
@@ -31,15 +33,15 @@ def backbone() -> Backbone:
 
 
 @dataclass(kw_only=True)
-class Always(Method):
+class Always(FeatureMethod, Classifier):
     """Takes everything for one class, and remembers what it was fitted on."""
 
     answer: int = 0
 
     card = Card("always", "", None, "", "", "nothing", "labels", new_classes=True)
 
-    def _fit_towers(self, backbone, support, val, run):
-        self.support_ = support
+    def _learn(self, model, data, run):
+        self.support_ = data.support
 
     def _logits(self, images):
         return torch.eye(len(self.class_names_))[self.answer].expand(len(images), -1)
@@ -75,10 +77,10 @@ def test_both_published_figures_of_gda():
 
 
 def numbered(labels: list[int], classes: int) -> Dataset:
-    """Blank pictures; a name of `names` says where each stands in `labels`."""
-    pictures = np.zeros((len(labels), 8, 8, 3), dtype=np.uint8)
-    pictures[:, 0, 0, 0] = np.arange(len(labels))
-    return image_list(pictures, labels, [f"class {c}" for c in range(classes)])
+    """Blank images; a name of `names` says where each stands in `labels`."""
+    images = np.zeros((len(labels), 8, 8, 3), dtype=np.uint8)
+    images[:, 0, 0, 0] = np.arange(len(labels))
+    return image_list(images, labels, [f"class {c}" for c in range(classes)])
 
 
 def where(data: Dataset) -> list[int]:
@@ -133,8 +135,8 @@ def test_zero_shot_recomputed(backbone):
 def test_new_names_that_a_method_was_told_of_stay_out_of_the_base_accuracy(backbone):
     @dataclass(kw_only=True)
     class Told(Always):
-        def _fit_towers(self, backbone, support, val, run):
-            self.class_names_ = [*support.class_names, "class 2", "class 3"]
+        def _learn(self, model, data, run):
+            self.class_names_ = [*data.support.class_names, "class 2", "class 3"]
 
         def _logits(self, images):
             return torch.arange(len(self.class_names_), dtype=torch.float).expand(len(images), -1)
@@ -167,7 +169,7 @@ def test_a_method_that_learns_prompts(backbone):
 
 def test_a_method_bound_to_its_classes_is_refused(backbone):
     data = colours(2, seed=1)
-    with pytest.raises(ClipadaptError, match="tip-adapter ties what it learns to its classes"):
+    with pytest.raises(ClipadaptError, match="tip-adapter cannot be applied to new classes"):
         base_to_new("tip-adapter", backbone, data, data, shots=1)
 
 

@@ -96,7 +96,7 @@ def test_a_group_whose_labels_are_no_candidates():
     assert found["rates"]["a"] == {"x": 0.5, "y": 1.0}
     none = audit([0, 1], [-1, -1], ["x", "y"], ["a", "b"])
     assert none["disparities"]["accuracy"] is none["overall"]["accuracy"] is None
-    with pytest.raises(DataError, match="at least one picture"):
+    with pytest.raises(DataError, match="at least one image"):
         audit([], [], [], ["a", "b"])
 
 
@@ -118,11 +118,11 @@ def test_zero_shot_on_styles(drawn):
     assert found.details["audits"]["classes"]["accuracy"] == pytest.approx(by_style)
     assert found.figures["accuracy"] == pytest.approx(hits.mean())
     assert found.figures["gap"] == pytest.approx(max(by_style.values()) - min(by_style.values()))
-    # Removing classes: their pictures are given other labels, and count for no accuracy.
+    # Removing classes: their images are given other labels, and count for no accuracy.
     fewer = found.details["audits"]["- round"]
     assert "circle" not in fewer["rates"]
     assert sum(sum(by_group.values()) for by_group in fewer["rates"].values()) == pytest.approx(3)
-    # Adding labels can only take pictures from the classes, so no group gains accuracy.
+    # Adding labels can only take images from the classes, so no group gains accuracy.
     more = found.details["audits"]["all"]
     assert all(more["accuracy"][g] <= found.details["audits"]["classes"]["accuracy"][g] for g in by_style)
     taken = found.figures["materials (all)"]
@@ -134,7 +134,7 @@ def test_methods_that_take_new_classes_and_those_that_do_not(drawn):
     backbone, run = clipadapt.load_backbone(), protocol("bias-audit")
     found = run(create("kgcoop", epochs=150, lr=0.01), backbone, drawn, 1, shots=2, sets={"x": ["paper"]})
     assert {"gap", "gap (+ x)", "x (+ x)", "gap of x (+ x)"} <= found.figures.keys()
-    with pytest.raises(NotApplicable, match="tip-adapter ties"):
+    with pytest.raises(NotApplicable, match="tip-adapter cannot be applied"):
         run(create("tip-adapter"), backbone, drawn, 1)
 
 

@@ -1,4 +1,4 @@
-"""The protocol of corruptions: its figures are those of the corrupted pictures, opened one by one."""
+"""The protocol of corruptions: its figures are those of the corrupted images, opened one by one."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_options():
     assert options("corruptions") == {"shots": 16, "kinds": "all", "severities": (1, 2, 3, 4, 5), "limit": None}
 
 
-def test_figures_are_those_of_corrupted_pictures(backbone, split):
+def test_figures_are_those_of_corrupted_images(backbone, split):
     kinds, severities = ["gaussian-noise", "contrast", "fog"], [1, 5]
     found = run(backbone, split, kinds=kinds, severities=severities)
     plain = create("linear-probe").fit(backbone, split.train.few_shot(4, seed=1))
@@ -58,7 +58,7 @@ def test_groups_one_severity_and_a_limit(backbone, split):
     few = split.test.few_shot(2, seed=1)
     assert found.figures["accuracy"] == found.model.score(few)
     other = run(backbone, split, "zero-shot", seed=2, kinds="digital", severities=3, limit=2)
-    assert other.figures == found.figures, "test pictures and corruptions do not hang on the seed"
+    assert other.figures == found.figures, "test images and corruptions do not hang on the seed"
 
 
 def test_what_cannot_be(backbone, split):

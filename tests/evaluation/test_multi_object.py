@@ -1,4 +1,4 @@
-"""Probes of several objects: the pictures are as said, the figures counted right, and the embedded model's biases."""
+"""Probes of several objects: the images are as said, the figures counted right, and the embedded model's biases."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from clipadapt.errors import DataError
 from clipadapt.evaluation.protocol import NotApplicable, protocol
 from clipadapt.evaluation.protocols.multi_object import (
     KINDS,
-    Picture,
+    Layout,
     draw,
     image_probe,
+    layouts,
     matching,
-    pictures,
     text_of,
     text_probes,
 )
@@ -39,13 +39,13 @@ class FirstMention:
         return normalize(rows, dim=1)
 
 
-def test_pictures_are_controlled():
-    shown = pictures(200, 12, 3, seed=1)
-    assert shown == pictures(200, 12, 3, seed=1) != pictures(200, 12, 3, seed=2)
+def test_images_are_controlled():
+    shown = layouts(200, 12, 3, seed=1)
+    assert shown == layouts(200, 12, 3, seed=1) != layouts(200, 12, 3, seed=2)
     assert all(len(set(p.kinds)) == len(set(p.corners)) == 3 for p in shown)
     large = [p.corners[0] for p in shown]
     assert all(35 < large.count(corner) < 65 for corner in range(4)), "any corner may hold the large one"
-    image = np.asarray(draw(Picture((0, 1), (0, 2)), KINDS, ("flat",), (1, 1), size=128)).astype(int)
+    image = np.asarray(draw(Layout((0, 1), (0, 2)), KINDS, ("flat",), (1, 1), size=128)).astype(int)
     differs = (image != image[-1, 0]).any(2)
     assert differs[:80, :80].sum() > 3 * differs[84:, 84:].sum() > 300, "a large square, and a small diamond apart"
     assert not differs[82:, :80].any()
@@ -64,10 +64,10 @@ def test_text_probes_see_the_first_mention():
 
 
 def test_image_probe_tells_large_from_small():
-    shown = pictures(800, 12, 3, seed=1)
+    shown = layouts(800, 12, 3, seed=1)
     features = torch.zeros(800, 4 * 12)  # a place for each corner and kind; what is small is drowned
-    for row, picture in zip(features, shown, strict=True):
-        for i, (kind, corner) in enumerate(zip(picture.kinds, picture.corners, strict=True)):
+    for row, image in zip(features, shown, strict=True):
+        for i, (kind, corner) in enumerate(zip(image.kinds, image.corners, strict=True)):
             row[12 * corner + kind] = 0.05 if i else 1.0
     noise = 0.3 * torch.randn(features.shape, generator=torch.Generator().manual_seed(0))
     large, small = image_probe(normalize(features + noise, dim=1), shown)
@@ -77,16 +77,16 @@ def test_image_probe_tells_large_from_small():
 
 
 def test_matching_equals_a_plain_count():
-    shown = pictures(30, 12, 3, seed=3)
+    shown = layouts(30, 12, 3, seed=3)
     generator = np.random.default_rng(0)
     features = torch.zeros(30, 12)
-    for row, picture in zip(features, shown, strict=True):
-        for i, kind in enumerate(picture.kinds):
+    for row, image in zip(features, shown, strict=True):
+        for i, kind in enumerate(image.kinds):
             row[kind] = (1.0, 0.5, 0.5)[i]
     features = normalize(features + 0.3 * torch.from_numpy(generator.random((30, 12))).float(), dim=1)
     tower, hits = FirstMention(), {"large first": [], "small replaced": [], "large last": []}
-    for x, picture in zip(features, shown, strict=True):
-        large, middle, last = (KINDS[k] for k in picture.kinds)
+    for x, image in zip(features, shown, strict=True):
+        large, middle, last = (KINDS[k] for k in image.kinds)
         for wrong in KINDS:
             if wrong not in (large, middle, last):
                 for name, texts in {
@@ -119,7 +119,7 @@ def test_what_cannot_be_probed():
     run = protocol("multi-object")
     with pytest.raises(NotApplicable, match="texts"):
         run(create("zero-shot"), points, None, 1)
-    with pytest.raises(NotApplicable, match="tip-adapter ties"):
+    with pytest.raises(NotApplicable, match="tip-adapter cannot be applied"):
         run(create("tip-adapter"), points, None, 1)
     backbone = clipadapt.load_backbone()
     for more in ({"objects": 1}, {"objects": 5}, {"objects": 3, "kinds": KINDS[:3]}):

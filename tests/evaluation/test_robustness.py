@@ -89,7 +89,7 @@ def test_what_cannot_be_attacked(backbone, queries, monkeypatch):
             adversarial_accuracy(model, queries, **wrong)
     with pytest.raises(ClipadaptError, match="Unknown attack 'fgsm'"):
         adversarial_accuracy(model, queries, attack="fgsm")
-    with pytest.raises(ClipadaptError, match="labelled picture"):
+    with pytest.raises(ClipadaptError, match="labelled image"):
         adversarial_accuracy(model, queries.select([]))
     monkeypatch.setattr(model, "_logits", lambda images: (images @ model.weight_.T).detach())
     with pytest.raises(ClipadaptError, match="not differentiable"):

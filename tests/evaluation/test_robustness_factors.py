@@ -1,4 +1,4 @@
-"""Pictures with one factor changed, cues in conflict, and the figures drawn from them."""
+"""Images with one factor changed, cues in conflict, and the figures drawn from them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from clipadapt.data.playground.factors import (
     STYLES_SHOWN,
     cloths,
     cue_conflicts,
-    factor_pictures,
+    factor_images,
     unknown_kinds,
 )
 from clipadapt.errors import ClipadaptError, DataError
@@ -25,7 +25,7 @@ from clipadapt.metrics.calibration import confidences, expected_calibration_erro
 from tests.pictures import colours
 
 SOME = ["heart", "ring", "tree", "car", "ladder", "flag"]
-CHANGES = {  # what of a picture's look each factor may change
+CHANGES = {  # what of an image's look each factor may change
     "style": {"style"},
     "colour": {"colour"},
     "texture": {"texture"},
@@ -46,7 +46,7 @@ def looks(data) -> list:
 
 @pytest.mark.parametrize("factor", FACTORS)
 def test_a_factor_changes_itself_alone(factor):
-    plain, changed = (factor_pictures(SOME, 4, f, seed=5) for f in (None, factor))
+    plain, changed = (factor_images(SOME, 4, f, seed=5) for f in (None, factor))
     assert plain.labels == changed.labels
     for before, after in zip(looks(plain), looks(changed), strict=True):
         differing = {name for name in before._fields if getattr(before, name) != getattr(after, name)}
@@ -56,21 +56,20 @@ def test_a_factor_changes_itself_alone(factor):
         for a, b in zip(plain.items, changed.items, strict=True)
     ]
     assert min(apart) > 0.5, "each change is seen"
-    again = factor_pictures(SOME, 4, factor, seed=5)
+    again = factor_images(SOME, 4, factor, seed=5)
     assert [item.digest() for item in again.items] == [item.digest() for item in changed.items]
     assert {item.digest() for item in plain.items}.isdisjoint(item.digest() for item in changed.items)
 
 
 def test_what_the_factors_are():
-    middle = [look.centre for look in looks(factor_pictures(SOME, 9))]
+    middle = [look.centre for look in looks(factor_images(SOME, 9))]
     assert np.abs(np.array(middle) - 0.5).max() < 0.031
-    for look in looks(factor_pictures(SOME, 6, "style")):
+    for look in looks(factor_images(SOME, 6, "style")):
         assert look.style not in STYLES_SHOWN
-    extents = {f: [look.extent for look in looks(factor_pictures(SOME, 6, f))] for f in (None, "smaller", "larger")}
+    extents = {f: [look.extent for look in looks(factor_images(SOME, 6, f))] for f in (None, "smaller", "larger")}
     assert max(extents["smaller"]) < min(extents[None]) < max(extents[None]) < min(extents["larger"])
     light, dark = (
-        np.mean([np.asarray(item.open()).mean() for item in factor_pictures(SOME, 3, f).items])
-        for f in (None, "darker")
+        np.mean([np.asarray(item.open()).mean() for item in factor_images(SOME, 3, f).items]) for f in (None, "darker")
     )
     assert 0.2 < dark / light < 0.42
 
@@ -79,16 +78,16 @@ def test_each_kind_has_a_cloth_of_its_own():
     own = cloths(SOME)
     assert len(set(own.values())) == len(SOME)
     assert cloths(SOME[::-1]) == own
-    for look in looks(factor_pictures(SOME, 5)):
+    for look in looks(factor_images(SOME, 5)):
         assert (look.colour, look.texture) == own[look.kind]
-    worn = [(look.colour, look.texture) == own[look.kind] for look in looks(factor_pictures(SOME, 100, typical=0.7))]
+    worn = [(look.colour, look.texture) == own[look.kind] for look in looks(factor_images(SOME, 100, typical=0.7))]
     assert np.mean(worn) == pytest.approx(0.7 + 0.3 / 55, abs=0.05)
     with pytest.raises(DataError, match="55 cloths"):
         cloths(KINDS)
 
 
-def test_pictures_do_not_hang_on_the_other_kinds():
-    both = factor_pictures(["ring", "heart"], 2, "position"), factor_pictures(["heart", "ring"], 2, "position")
+def test_images_do_not_hang_on_the_other_kinds():
+    both = factor_images(["ring", "heart"], 2, "position"), factor_images(["heart", "ring"], 2, "position")
     assert {item.digest() for item in both[0].items} == {item.digest() for item in both[1].items}
 
 
@@ -109,7 +108,7 @@ def test_unknown_kinds_wear_known_cloths():
     assert not {look.kind for look in shown} & set(SOME)
     assert {(look.colour, look.texture) for look in shown} == set(cloths(SOME).values())
     with pytest.raises(ClipadaptError, match="factor"):
-        factor_pictures(SOME, 1, "stile")
+        factor_images(SOME, 1, "stile")
 
 
 @pytest.fixture(scope="module")
@@ -130,8 +129,8 @@ def run(backbone, split, method, seed=1, **more):
 def test_figures(backbone, split):
     found = run(backbone, split, "zero-shot")
     model = create("zero-shot").fit(backbone, class_names=SOME)
-    assert found.figures["accuracy"] == model.score(factor_pictures(SOME, 3, typical=0.9, seed=TEST_SEED))
-    changed = {f: factor_pictures(SOME, 3, f, typical=0.9, seed=TEST_SEED) for f in FACTORS}
+    assert found.figures["accuracy"] == model.score(factor_images(SOME, 3, typical=0.9, seed=TEST_SEED))
+    changed = {f: factor_images(SOME, 3, f, typical=0.9, seed=TEST_SEED) for f in FACTORS}
     for factor, data in changed.items():
         assert found.figures[f"on {factor}"] == model.score(data)
     assert found.figures["factors"] == pytest.approx(np.mean([found.figures[f"on {f}"] for f in FACTORS]))
@@ -145,7 +144,7 @@ def test_figures(backbone, split):
     assert found.details["cue conflicts"] == {"pictures": 18, "shape": shape, "cloth": cloth}
     top = [
         model.image_logits(d)[0].softmax(1).amax(1).numpy()
-        for d in (factor_pictures(SOME, 3, typical=0.9, seed=TEST_SEED), unknown_kinds(SOME, 18, seed=TEST_SEED))
+        for d in (factor_images(SOME, 3, typical=0.9, seed=TEST_SEED), unknown_kinds(SOME, 18, seed=TEST_SEED))
     ]
     above = np.mean([(k > u) + 0.5 * (k == u) for k in top[0] for u in top[1]])
     assert found.figures["auroc"] == pytest.approx(above, abs=1e-6)
@@ -163,5 +162,5 @@ def test_learning_where_cloths_tell_lowers_the_shape_bias(backbone, split):
 
 def test_other_data_are_refused(backbone, split):
     for test in (colours(1, seed=1), split.test.rename({"heart": "love"})):
-        with pytest.raises(DataError, match="draws its own pictures"):
+        with pytest.raises(DataError, match="draws its own images"):
             run(backbone, Split(test, test, test), "zero-shot")

@@ -189,7 +189,7 @@ def test_what_learns_nothing_is_run_once_and_gives_what_each_cell_would(folder):
 
 
 def test_equal_training(folder):
-    """As many steps as with 10 x 8 = 80 pictures, whatever the shots; one epoch at least."""
+    """As many steps as with 10 x 8 = 80 images, whatever the shots; one epoch at least."""
     (folder / "small.yaml").write_text(
         "data: [playground-kinds]\nprotocols: {few-shot: {shots: [1, 8, 16]}}\nseeds: [1]\nsettings:\n"
         "  full-fine-tune: {epochs: 8, batch_size: 16}\n"

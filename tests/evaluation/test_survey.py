@@ -103,7 +103,7 @@ def test_gap_of_the_playground_is_smaller_than_that_of_digits():
 
 def test_main_prints_the_three_factors(tmp_path, capsys):
     rows = [row("digits", "small", 1, 1, 0.3, "embedded"), row("digits", "small", 4, 1, 0.6, "embedded")]
-    failed = {key: value for key, value in rows[0].items() if key != "figures"} | {"error": "no picture"}
+    failed = {key: value for key, value in rows[0].items() if key != "figures"} | {"error": "no image"}
     file = tmp_path / "results.jsonl"
     file.write_text("".join(json.dumps(r) + "\n" for r in [*rows, failed]))
     assert main(file, measure="mean")[0].correlation == pytest.approx(-1)

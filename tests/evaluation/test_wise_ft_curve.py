@@ -1,4 +1,4 @@
-"""The curve's every point equals a `wise-ft` fitted for it, while pictures are decoded once and nothing is trained."""
+"""The curve's every point equals a `wise-ft` fitted for it, while images are decoded once and nothing is trained."""
 
 from __future__ import annotations
 
@@ -56,14 +56,14 @@ def test_every_point_is_that_of_wise_ft(backbone, sets, key):
 
 
 @pytest.mark.parametrize("key", ["fine-tune", "lp++"])
-def test_pictures_are_decoded_once_and_nothing_is_trained(backbone, sets, key, monkeypatch):
+def test_images_are_decoded_once_and_nothing_is_trained(backbone, sets, key, monkeypatch):
     model = create(key, **INNER[key]).fit(backbone, colours(3, seed=1))
     fresh = {"near": colours(6, seed=20 + len(key)), "far": colours(6, seed=40 + len(key))}  # in no cache yet
     before, mine = backbone.fingerprint, model.backbone_.fingerprint
     seen: list[object] = []
     transform = type(backbone.preprocess)
     original = transform.__call__
-    monkeypatch.setattr(transform, "__call__", lambda self, picture: seen.append(picture) or original(self, picture))
+    monkeypatch.setattr(transform, "__call__", lambda self, image: seen.append(image) or original(self, image))
     monkeypatch.setattr("clipadapt.training.loop.train", None)
     wise_ft_curve(model, backbone, fresh, ALPHAS)
     assert len(seen) == sum(map(len, fresh.values()))
@@ -97,7 +97,7 @@ def test_bad_input(backbone, sets):
         with pytest.raises(ClipadaptError, match="alphas must be numbers"):
             wise_ft_curve(model, backbone, sets, alphas)
     for data in ({}, {"none": sets["near"].select([])}):
-        with pytest.raises(ClipadaptError, match="pictures in each"):
+        with pytest.raises(ClipadaptError, match="images in each"):
             wise_ft_curve(model, backbone, data)
     other = backbone.copy()
     with torch.no_grad():

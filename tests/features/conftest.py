@@ -1,4 +1,4 @@
-"""A backbone of a few numbers that counts its work, and pictures to feed it."""
+"""A backbone of a few numbers that counts its work, and images to feed it."""
 
 from __future__ import annotations
 
@@ -10,13 +10,17 @@ import pytest
 import torch
 from PIL import Image
 
+from clipadapt.data import Item
+
 
 class CountingBackbone:
-    """What the features need of a backbone; `seen` and `preprocessed` count pictures."""
+    """What the features need of a backbone; `seen` and `preprocessed` count images."""
 
     dim = 8
     device = torch.device("cpu")
     image_size = (16, 12)  # (H, W)
+    aligned = True
+    kind = "backbone"
 
     def __init__(self, seed: int = 0) -> None:
         self.source = f"counting {seed}"
@@ -25,6 +29,16 @@ class CountingBackbone:
         self.seen = self.preprocessed = 0
         self.batch_sizes: list[int] = []
         self.threads: set[str] = set()
+
+    @property
+    def encoder(self) -> CountingBackbone:
+        return self
+
+    def prepare(self, item: Item) -> torch.Tensor:
+        return self.preprocess(item.open())
+
+    def encode(self, batch: torch.Tensor) -> torch.Tensor:
+        return self.encode_images(batch)
 
     def preprocess(self, image: Image.Image) -> torch.Tensor:
         self.preprocessed += 1
@@ -52,8 +66,8 @@ def noise(seed: int, size: tuple[int, int] = (20, 24)) -> Image.Image:
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), np.uint8))
 
 
-def write_pictures(folder: Path, count: int) -> list[str]:
-    """`count` different lossless pictures of different sizes; their paths in order."""
+def write_images(folder: Path, count: int) -> list[str]:
+    """`count` different lossless images of different sizes; their paths in order."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = [str(folder / f"{number:04d}.png") for number in range(count)]
     for number, path in enumerate(paths):
@@ -73,4 +87,4 @@ def other_backbone() -> CountingBackbone:
 
 @pytest.fixture
 def paths(tmp_path) -> list[str]:
-    return write_pictures(tmp_path / "pictures", 30)
+    return write_images(tmp_path / "images", 30)

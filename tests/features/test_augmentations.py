@@ -11,7 +11,7 @@ from PIL import Image
 from clipadapt.features.augmentations import augmix, moco_v3
 
 
-def picture(seed: int = 0) -> Image.Image:
+def image_of(seed: int = 0) -> Image.Image:
     coarse = np.random.default_rng(seed).integers(0, 256, (4, 5, 3), dtype=np.uint8)
     return Image.fromarray(coarse).resize((60, 48), Image.Resampling.BICUBIC)
 
@@ -21,22 +21,22 @@ def pixels(image: Image.Image) -> torch.Tensor:
 
 
 def test_moco_views():
-    image = picture()
+    image = image_of()
     views = [moco_v3(image, random.Random(seed)) for seed in range(300)]
     assert {(view.size, view.mode) for view in views} == {((60, 48), "RGB")}
     again = moco_v3(image, random.Random(7))
     assert again.tobytes() == views[7].tobytes()
-    assert len({view.tobytes() for view in views}) > 220  # a fifth have only the blur, slight in so small a picture
+    assert len({view.tobytes() for view in views}) > 220  # a fifth have only the blur, slight in so small an image
     grey = [np.ptp(np.asarray(view), axis=2).max() == 0 for view in views]
     assert 0.1 < np.mean(grey) < 0.3
     brightness = np.array([np.asarray(view).mean() for view in views]) / np.asarray(image).mean()
     assert brightness.min() > 0.5
     assert brightness.max() < 1.5
-    assert image.tobytes() == picture().tobytes()
+    assert image.tobytes() == image_of().tobytes()
 
 
 def test_augmix_is_a_mild_convex_mix():
-    image = picture()
+    image = image_of()
     plain = pixels(image)
     views = [augmix(image, pixels, random.Random(seed)) for seed in range(100)]
     assert all(view.shape == plain.shape and view.min() >= 0 and view.max() <= 1 for view in views)

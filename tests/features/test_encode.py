@@ -48,7 +48,7 @@ def test_second_run_neither_decodes_nor_computes(backbone, paths):
     assert torch.equal(second.features, first.features.flip(0))
 
 
-def test_only_new_pictures_are_encoded(backbone, paths):
+def test_only_new_images_are_encoded(backbone, paths):
     encode_images(backbone, paths[:20])
     encoded = encode_images(backbone, paths)
     assert backbone.seen == 30
@@ -63,7 +63,7 @@ def test_copies_are_encoded_once(backbone, paths, tmp_path):
     torch.testing.assert_close(encoded.features, plain(backbone, listed))
 
 
-def test_a_picture_is_known_by_its_content_not_by_its_place(backbone, paths, tmp_path):
+def test_a_image_is_known_by_its_content_not_by_its_place(backbone, paths, tmp_path):
     before = encode_images(backbone, paths[:1]).features
     moved = shutil.move(paths[0], tmp_path / "elsewhere.png")
     assert torch.equal(encode_images(backbone, [moved]).features, before)
@@ -85,7 +85,7 @@ def test_backbones_do_not_share_features(backbone, other_backbone, paths):
     torch.testing.assert_close(encoded.features, plain(other_backbone, paths))
 
 
-def test_pictures_in_memory(backbone):
+def test_images_in_memory(backbone):
     arrays = np.random.default_rng(0).integers(0, 256, (5, 21, 17, 3), np.uint8)
     images = [Image.fromarray(array) for array in arrays]
     encoded = encode_images(backbone, images)
@@ -127,7 +127,7 @@ def with_bad_ones(paths, tmp_path):
     return [*paths[:6], str(empty), *paths[6:8], str(cut), str(cut), str(tmp_path / "absent.jpg"), *paths[8:10]]
 
 
-def test_an_unreadable_picture_is_named_and_the_work_before_it_kept(backbone, paths, with_bad_ones):
+def test_an_unreadable_image_is_named_and_the_work_before_it_kept(backbone, paths, with_bad_ones):
     with pytest.raises(DataError, match=r"empty\.jpg"):
         encode_images(backbone, with_bad_ones, batch_size=2)
     assert backbone.seen == 6
@@ -135,7 +135,7 @@ def test_an_unreadable_picture_is_named_and_the_work_before_it_kept(backbone, pa
     assert backbone.seen == 6
 
 
-def test_unreadable_pictures_are_skipped_when_asked(backbone, paths, with_bad_ones):
+def test_unreadable_images_are_skipped_when_asked(backbone, paths, with_bad_ones):
     for _ in range(2):
         encoded = encode_images(backbone, with_bad_ones, on_error="skip", batch_size=4)
         assert encoded.kept == [0, 1, 2, 3, 4, 5, 7, 8, 12, 13]
@@ -195,9 +195,9 @@ def test_views_depend_on_content_and_seed_alone(backbone, paths):
     reordered = encode_images(backbone, paths[::-1], views=3, batch_size=5, cache=False).features
     torch.testing.assert_close(reordered, views.flip(0))
     other_seed = encode_images(backbone, paths, views=3, seed=2, cache=False).features
-    picture = encode_images(backbone, paths, cache=False).features[:, None]
-    for different in (other_seed, picture, views.roll(1, dims=1)):
-        assert torch.isclose(different, views).all(-1).float().mean() < 0.05  # a crop may be the whole picture
+    image = encode_images(backbone, paths, cache=False).features[:, None]
+    for different in (other_seed, image, views.roll(1, dims=1)):
+        assert torch.isclose(different, views).all(-1).float().mean() < 0.05  # a crop may be the whole image
 
 
 def test_more_views_reuse_those_that_are_kept(backbone, paths):
@@ -233,7 +233,7 @@ def test_progress_is_shown_on_terminals_only(backbone, paths, capsys, monkeypatc
     encode_images(backbone, paths, progress=True)
     out, err = capsys.readouterr()
     assert out == ""
-    assert "Encoding pictures" in err
+    assert "Encoding images" in err
     assert "30/30" in err
     assert "/s" in err
     encode_images(backbone, paths, progress=False)

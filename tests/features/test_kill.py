@@ -15,7 +15,7 @@ from PIL import Image
 
 from clipadapt.features import encode_images
 
-# A process that encodes the pictures of argv[2:] with the backbone of argv[1], one batch of two at a time.
+# A process that encodes the images of argv[2:] with the backbone of argv[1], one batch of two at a time.
 ENCODE = """
 import runpy, sys, time
 from clipadapt.features import encode_images, store

@@ -63,7 +63,7 @@ def test_nothing_to_search():
 
 
 def test_what_cannot_be_searched_is_refused():
-    with pytest.raises(ClipadaptError, match="k = 0"):
+    with pytest.raises(ClipadaptError, match="k must be at least 1, not 0"):
         nearest(torch.ones(1, 2), torch.ones(1, 2), 0)
     with pytest.raises(ClipadaptError, match="must be"):
         nearest(torch.ones(1, 2), torch.ones(1, 3), 1)
@@ -94,18 +94,18 @@ def test_a_memory_of_sentences(tower, tmp_path):
     torch.testing.assert_close(encode_memory(tower, sentences, prefix="a photo of ")["texts"], expected)
 
 
-def test_a_memory_of_labelled_pictures(tower):
+def test_a_memory_of_labelled_images(tower):
     data = colours(2, seed=1).select([7, 6, 0, 1])  # yellow, yellow, red, red
     memory = encode_memory(tower, data)
     assert torch.equal(memory["texts"], encode_classes(tower, ["yellow", "red"]))
     assert torch.equal(memory["images"], encode_images(tower, data).features)
     assert memory["text_of"].tolist() == [0, 0, 1, 1]
-    assert encode_memory(tower, data, pictures=False)["images"].shape == (0, 16)
+    assert encode_memory(tower, data, images=False)["images"].shape == (0, 16)
 
 
 def test_a_memory_of_pairs(tower):
-    pictures = [Image.new("RGB", (32, 32), colour) for colour in ("red", "green", "blue")]
-    pairs = image_pairs(zip(pictures, ["a red star", "a star", "a red star"], strict=True))
+    images = [Image.new("RGB", (32, 32), colour) for colour in ("red", "green", "blue")]
+    pairs = image_pairs(zip(images, ["a red star", "a star", "a red star"], strict=True))
     assert isinstance(pairs, Pairs)
     memory = encode_memory(tower, pairs)
     with torch.no_grad():
@@ -121,13 +121,13 @@ def test_a_memory_of_images_with_several_captions(tower):
     memory = encode_memory(tower, pairs)
     assert memory["text_of"].tolist() == [0, 1, 1]
     assert torch.equal(memory["images"], encode_images(tower, [images[0], images[0], images[1]]).features)
-    assert encode_memory(tower, pairs, pictures=False)["images"].shape == (0, 16)
+    assert encode_memory(tower, pairs, images=False)["images"].shape == (0, 16)
     with pytest.raises(DataError, match="no image"):
         encode_memory(tower, Pairs(["un chat"], [("a cat",)]))
 
 
 def test_what_is_no_memory_is_refused(tower):
-    for wrong in (3, [Image.new("RGB", (8, 8))], [("picture", "caption")]):
+    for wrong in (3, [Image.new("RGB", (8, 8))], [("image", "caption")]):
         with pytest.raises(ClipadaptError, match="A memory is"):
             encode_memory(tower, wrong)
     with pytest.raises(ClipadaptError, match="single string"):

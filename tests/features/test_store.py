@@ -88,7 +88,7 @@ def test_only_the_damaged_part_is_lost(tmp_path):
     path.write_bytes(path.read_bytes()[:-1] + b"\xff")
     kept_keys, kept = fill(tmp_path, 10, 3)
     store = FeatureStore(tmp_path)
-    with pytest.warns(RuntimeWarning, match="its 3 pictures are encoded again"):
+    with pytest.warns(RuntimeWarning, match="its 3 images are encoded again"):
         assert store.get(lost_keys[0]) is None
     assert [store.get(key) for key in lost_keys] == [None] * 3
     assert [store.get(key).tolist() for key in kept_keys] == kept.tolist()

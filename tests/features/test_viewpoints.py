@@ -1,4 +1,4 @@
-"""Turned views: the picture itself without a turn, the geometry of a turned sheet, the same views in every run."""
+"""Turned views: the image itself without a turn, the geometry of a turned sheet, the same views in every run."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def middle_of_dot(image: Image.Image) -> tuple[float, float]:
     return float((columns * dark).sum() / dark.sum()), float((rows * dark).sum() / dark.sum())
 
 
-def test_no_turn_is_the_picture():
+def test_no_turn_is_the_image():
     image = colours(1, seed=1).items[0].open()
     np.testing.assert_array_equal(np.asarray(turn(image, 0, 0, 0)), np.asarray(image))
 
@@ -34,7 +34,7 @@ def test_no_turn_is_the_picture():
     ("yaw", "pitch", "roll"), [(0.6, 0, 0), (-0.6, 0, 0), (0, 0.5, 0), (0, 0, 0.7), (0.4, -0.5, 0.3)]
 )
 def test_geometry(yaw, pitch, roll):
-    """A point of the sheet is seen where a camera at twice the picture's side from its middle sees it."""
+    """A point of the sheet is seen where a camera at twice the image's side from its middle sees it."""
     point = np.array([50.0, -30.0, 0.0])
     cos, sin = np.cos, np.sin
     rolled = np.array([[cos(roll), -sin(roll), 0], [sin(roll), cos(roll), 0], [0, 0, 1]]) @ point

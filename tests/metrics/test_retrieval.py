@@ -43,16 +43,16 @@ def assert_equal(scores, expected):
     assert scores.median_rank == median
 
 
-PICTURE_OF = np.array([3, 0, 0, 1, 2, 2, 2, 5, 5, 1])  # of ten captions; image 4 has none
+IMAGE_OF = np.array([3, 0, 0, 1, 2, 2, 2, 5, 5, 1])  # of ten captions; image 4 has none
 
 
 def test_texts_and_images_find_each_other():
     texts, images = unit(0, 10, 6), unit(1, 6, 6)
     ks = (1, 3, 50)
-    found = text_to_image(texts, images, PICTURE_OF, ks)
-    assert_equal(found, plain(texts, images, lambda i, j: PICTURE_OF[i] == j, ks))
-    found = image_to_text(torch.from_numpy(images), torch.from_numpy(texts), torch.from_numpy(PICTURE_OF), ks)
-    assert_equal(found, plain(images, texts, lambda i, j: PICTURE_OF[j] == i, ks))
+    found = text_to_image(texts, images, IMAGE_OF, ks)
+    assert_equal(found, plain(texts, images, lambda i, j: IMAGE_OF[i] == j, ks))
+    found = image_to_text(torch.from_numpy(images), torch.from_numpy(texts), torch.from_numpy(IMAGE_OF), ks)
+    assert_equal(found, plain(images, texts, lambda i, j: IMAGE_OF[j] == i, ks))
     assert found.queries == 5
 
 
@@ -86,15 +86,15 @@ def test_of_equal_scores_the_lower_number_ranks_first():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"picture_of": [9] * 10}, "No query has anything relevant"),
-        ({"picture_of": [0.5] * 10}, "10 ints"),
-        ({"picture_of": [0]}, "10 ints"),
+        ({"image_of": [9] * 10}, "No query has anything relevant"),
+        ({"image_of": [0.5] * 10}, "10 ints"),
+        ({"image_of": [0]}, "10 ints"),
         ({"ks": (0,)}, "at least 1"),
         ({"texts": unit(0, 10, 5)}, "do not fit together"),
         ({"texts": np.full((10, 6), np.nan)}, "finite"),
     ],
 )
 def test_what_cannot_be_judged(change, message):
-    given = {"texts": unit(0, 10, 6), "images": unit(1, 6, 6), "picture_of": PICTURE_OF} | change
+    given = {"texts": unit(0, 10, 6), "images": unit(1, 6, 6), "image_of": IMAGE_OF} | change
     with pytest.raises(ClipadaptError, match=message):
         text_to_image(**given)

@@ -1,4 +1,4 @@
-"""Drawn pictures of three colours, embedded by the embedded model, which knows colours well."""
+"""Drawn images of three colours, embedded by the embedded model, which knows colours well."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 from clipadapt.backbones import Backbone, load_backbone
 from clipadapt.data import Playground
 from clipadapt.embeddings import encode_shard
-from tests.features.conftest import CountingBackbone, write_pictures
+from tests.features.conftest import CountingBackbone, write_images
 
 COLOURS = ("red", "green", "blue")
 PER_COLOUR = 5
@@ -50,8 +50,8 @@ def counting() -> CountingBackbone:
 
 @pytest.fixture
 def noise(counting, tmp_path) -> Path:
-    """Embeddings of 30 pictures of noise by a backbone of a few numbers, in three parts."""
-    paths = write_pictures(tmp_path / "noise", 30)
+    """Embeddings of 30 images of noise by a backbone of a few numbers, in three parts."""
+    paths = write_images(tmp_path / "noise", 30)
     for part in range(3):
         encode_shard(counting, paths, tmp_path / "emb", (part, 3), columns={"number": list(range(30))})
     return tmp_path / "emb"

@@ -1,4 +1,4 @@
-"""Groups of pictures: the colours that were drawn, named by colour, the same for the same seed."""
+"""Groups of images: the colours that were drawn, named by colour, the same for the same seed."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ def test_colours_are_found_and_named(emb, embedded):
         np.testing.assert_allclose(cluster.mean, embeddings.rows(cluster.rows).astype(np.float32).mean(0), atol=1e-3)
 
 
-def test_every_picture_is_in_one_group_whatever_the_blocks(noise, monkeypatch):
+def test_every_image_is_in_one_group_whatever_the_blocks(noise, monkeypatch):
     embeddings = Embeddings(noise)
     found = find_clusters(embeddings)
     assert len(found) == 4  # the root of half of 30
     assert sorted(row for cluster in found for row in cluster.rows) == list(range(30))
     for first, second in zip(found, find_clusters(embeddings), strict=True):
         np.testing.assert_array_equal(first.rows, second.rows)
-    monkeypatch.setattr(clusters, "_LEARNED", 10)  # centres of ten pictures, and all thirty assigned
+    monkeypatch.setattr(clusters, "_LEARNED", 10)  # centres of ten images, and all thirty assigned
     part = find_clusters(embeddings, 4)
     assert sorted(row for cluster in part for row in cluster.rows) == list(range(30))
 

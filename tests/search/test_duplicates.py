@@ -1,4 +1,4 @@
-"""Copies are found, chains do not sweep away what differs, and the largest picture stays."""
+"""Copies are found, chains do not sweep away what differs, and the largest image stays."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def at(*degrees):
     return np.stack([np.cos(angles), np.sin(angles)], axis=1)
 
 
-def test_a_copied_a_resized_and_an_unrelated_picture(embedded, drawn, tmp_path):
+def test_a_copied_a_resized_and_an_unrelated_image(embedded, drawn, tmp_path):
     first, second = drawn[0], drawn[1]
     copied = shutil.copy(first, tmp_path / "copied.png")
     large = str(tmp_path / "large.png")

@@ -1,4 +1,4 @@
-"""Searching: right pictures, right facts; models that share embeddings and such that do not; builds that are whole."""
+"""Searching: right images, right facts; models that share embeddings and such that do not; builds that are whole."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def colours_of(hits):
 
 
 @pytest.mark.parametrize("colour", COLOURS)
-def test_words_find_pictures(emb, colour):
+def test_words_find_images(emb, colour):
     index = Index.open(emb)
     (hits,) = index.search(query_vector(index.model, f"a {colour} star.")[None], k=4)
     assert colours_of(hits) == [colour] * 4
@@ -36,7 +36,7 @@ def test_words_find_pictures(emb, colour):
     assert [hit.score for hit in hits] == sorted((hit.score for hit in hits), reverse=True)
 
 
-def test_pictures_find_themselves_and_minus_avoids(emb, embedded, drawn):
+def test_images_find_themselves_and_minus_avoids(emb, embedded, drawn):
     index = Index.open(emb, embedded)
     (hits,) = index.search(query_vector(embedded, images=drawn[4])[None], k=1)
     assert hits[0].name == drawn[4]
@@ -105,22 +105,22 @@ def test_a_model_that_changes_texts_reuses_the_embeddings(tiny, tiny_emb, tmp_pa
     assert not Index.open(tiny_emb, create("tip-adapter").fit(tiny, colours(2, seed=1))).adapts_texts
 
 
-def test_a_model_that_changes_pictures_needs_its_own(tiny, tiny_emb, tmp_path):
+def test_a_model_that_changes_images_needs_its_own(tiny, tiny_emb, tmp_path):
     model = create("clip-lora", steps_per_shot=2, lr=1e-2).fit(tiny, colours(2, seed=1))
     saved = model.save(tmp_path / "lora")
     with pytest.raises(ArtifactError, match=r"clip-lora.*clipadapt embed PHOTOS --model"):
         Index.open(tiny_emb, saved)
-    encode_shard(model.image_tower(), colours(4, seed=5), tmp_path / "emb", model=str(saved))
+    encode_shard(model.encoder, colours(4, seed=5), tmp_path / "emb", model=str(saved))
     index = Index.open(tmp_path / "emb")
     assert index.model.card.key == "clip-lora"  # found by itself
     assert len(index.search(query_vector(index.model, "red")[None], k=3)[0]) == 3
     shutil.rmtree(saved)
-    with pytest.raises(ArtifactError, match="embedded with is not at hand"):
+    with pytest.raises(ArtifactError, match="embedded with is not available"):
         _ = Index.open(tmp_path / "emb").model
 
 
 def test_other_backbones_and_models_without_one_are_refused(emb, tiny):
-    with pytest.raises(ArtifactError, match="sees pictures otherwise"):
+    with pytest.raises(ArtifactError, match="encodes images differently"):
         Index.open(emb, tiny)
     head = create("gda-clip").fit_features(np.eye(4), [0, 1, 2, 3], np.eye(4))
     with pytest.raises(ArtifactError, match="no text tower"):
@@ -232,7 +232,7 @@ def test_an_index_of_older_embeddings_is_refused_and_made_anew(noise, counting, 
     for file in noise.glob("part-*"):
         file.unlink()
     encode_shard(counting, np.zeros((3, 20, 20, 3), np.uint8), noise, columns={"number": [0, 1, 2]})
-    with pytest.raises(ArtifactError, match="embedded anew after it was indexed"):
+    with pytest.raises(ArtifactError, match="embedded again after indexing"):
         Index.open(noise, counting)
     build_index(noise, "lance")
     assert sorted(ids_of(Index.open(noise, counting), counting)) == [0, 1, 2]
@@ -241,7 +241,7 @@ def test_an_index_of_older_embeddings_is_refused_and_made_anew(noise, counting, 
 def test_a_store_that_is_gone_is_not_searched(noise, counting):
     build_index(noise, "usearch")
     shutil.rmtree(noise / "index-usearch")
-    with pytest.raises(ArtifactError, match=r"holds nothing.*run `clipadapt index"):
+    with pytest.raises(ArtifactError, match=r"is now empty.*run `clipadapt index"):
         Index.open(noise, counting)
 
 
@@ -266,6 +266,6 @@ def test_damaged_and_newer_notes(noise, counting):
 
 
 def test_passwords_are_not_kept(noise):
-    with pytest.raises(ClipadaptError, match="would keep the password"):
-        build_index(noise, "pgvector", "postgresql://me:secret@host/pictures")
+    with pytest.raises(ClipadaptError, match="would store the password"):
+        build_index(noise, "pgvector", "postgresql://me:secret@host/images")
     assert not list(noise.glob("*index.json"))

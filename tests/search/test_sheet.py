@@ -1,4 +1,4 @@
-"""The contact sheet: well-formed, with all pictures in it, whatever files are called."""
+"""The contact sheet: well-formed, with all images in it, whatever files are called."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from clipadapt.errors import DataError
-from clipadapt.search.pictures import named_picture
+from clipadapt.search.images import named_image
 from clipadapt.search.sheet import Card, Section, write_sheet
 
 VOID = {"meta", "img", "br", "link"}
@@ -72,9 +72,9 @@ def test_hostile_names_are_only_names(tmp_path):
     assert "http://" not in text
 
 
-def test_pictures_that_cannot_be_shown_say_why(tmp_path):
+def test_images_that_cannot_be_shown_say_why(tmp_path):
     broken = tmp_path / "broken.png"
-    broken.write_bytes(b"no picture")
+    broken.write_bytes(b"no image")
     page = write_sheet(tmp_path / "s.html", "x", [Section([Card(str(broken)), Card("gone.png"), Card("a:b://c")])])
     text = page.read_text(encoding="utf-8")
     found = Page(text)
@@ -97,8 +97,8 @@ def test_members_of_tar_files_are_found_by_name(tmp_path):
         member = tarfile.TarInfo("x/1.png")
         member.size = len(data.getvalue())
         archive.addfile(member, io.BytesIO(data.getvalue()))
-    assert named_picture(f"{shard}:x/1.png").open().size == (5, 4)
-    with pytest.raises(DataError, match=r"has no member 2\.png"):
-        named_picture(f"{shard}:2.png")
+    assert named_image(f"{shard}:x/1.png").open().size == (5, 4)
+    with pytest.raises(DataError, match=r"no longer has a member 2\.png"):
+        named_image(f"{shard}:2.png")
     with pytest.raises(DataError, match=r"gone\.tar"):
-        named_picture("gone.tar:1.png")
+        named_image("gone.tar:1.png")

@@ -112,7 +112,7 @@ def place(kind, tmp_path, request, monkeypatch) -> str:
     if kind == "qdrant":  # the client's own engine, in memory, stands in for the server
         engine = qdrant_client.QdrantClient(":memory:")
         monkeypatch.setattr(qdrant_client, "QdrantClient", lambda **_: engine)
-        return "http://127.0.0.1:6333#pictures"
+        return "http://127.0.0.1:6333#images"
     if kind == "pgvector":
         return f"{request.getfixturevalue('postgres')}#t{zlib.crc32(str(tmp_path).encode())}"
     return str(tmp_path / "store")
@@ -239,7 +239,7 @@ def test_facts_follow_their_rows(opened):
 def test_a_condition_needs_facts(opened):
     store = opened()
     store.add(IDS, VECTORS)
-    with pytest.raises(ClipadaptError, match="knows only vectors"):
+    with pytest.raises(ClipadaptError, match="has vectors only"):
         store.search(QUERIES, 1, Where.parse("year > 2020"))
 
 
@@ -270,7 +270,7 @@ def test_rows_that_do_not_fit_are_refused(opened, ids, vectors, facts, message):
     store = opened()
     with pytest.raises(ClipadaptError, match=message):
         store.add(np.array(ids), vectors, facts)
-    with pytest.raises(ClipadaptError, match="k = 0"):
+    with pytest.raises(ClipadaptError, match="k must be at least 1, not 0"):
         store.search(QUERIES, 0)
     assert store.count() == 0
 

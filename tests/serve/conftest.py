@@ -1,4 +1,4 @@
-"""Two models on one tiny tower, an index of the same pictures, and the server in this process."""
+"""Two models on one tiny tower, an index of the same images, and the server in this process."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from tests.tiny import tiny_clip
 
 
 class Served(NamedTuple):
-    """Folders of what is served, and pictures to ask about."""
+    """Folders of what is served, and images to ask about."""
 
     pets: Path
     more: Path
     photos: Path
-    pictures: list[bytes]
+    images: list[bytes]
 
 
 def png(image) -> bytes:
@@ -42,15 +42,15 @@ def png(image) -> bytes:
 def folders(tmp_path_factory) -> Served:
     root = tmp_path_factory.mktemp("served")
     backbone, data = clipadapt.load_backbone(tiny_clip()), colours(4, seed=1)
-    pictures = [png(item.open()) for item in data.items]
-    paths = [root / f"{number}.png" for number in range(len(pictures))]
-    for path, picture in zip(paths, pictures, strict=True):
-        path.write_bytes(picture)
+    images = [png(item.open()) for item in data.items]
+    paths = [root / f"{number}.png" for number in range(len(images))]
+    for path, image in zip(paths, images, strict=True):
+        path.write_bytes(image)
     clipadapt.create("tip-adapter").fit(backbone, data).save(root / "pets")
     clipadapt.create("zero-shot").fit(backbone, class_names=["cat", "dog", "star"]).save(root / "more")
     years = [2000 + number for number in range(len(paths))]
     encode_shard(backbone, list(map(str, paths)), root / "photos", columns={"year": years})
-    return Served(root / "pets", root / "more", root / "photos", pictures)
+    return Served(root / "pets", root / "more", root / "photos", images)
 
 
 @pytest.fixture(scope="session")
@@ -60,7 +60,7 @@ def models(folders) -> Models:
 
 @pytest.fixture
 def tower_calls(monkeypatch) -> list[int]:
-    """How many pictures went through an image tower, call by call."""
+    """How many images went through an image tower, call by call."""
     calls: list[int] = []
     encode = Backbone.encode_images
 
@@ -107,8 +107,8 @@ def ask(app):
     return send
 
 
-def files(*pictures: bytes) -> list[tuple[str, Any]]:
-    return [("image", ("picture", picture)) for picture in pictures]
+def files(*images: bytes) -> list[tuple[str, Any]]:
+    return [("image", ("image", image)) for image in images]
 
 
 async def together(*requests: Coroutine[Any, Any, httpx.Response]) -> list[httpx.Response]:

@@ -16,8 +16,9 @@ import clipadapt
 from clipadapt.data import BytesItem
 from clipadapt.search.index import Index
 from clipadapt.search.query import query_vector
-from clipadapt.serve.models import Explain, Models, Picture, Why
+from clipadapt.serve.models import EncodedImage, Explain, Models, Why
 from tests.pictures import colours
+from tests.quick import quick
 from tests.serve.conftest import files, png, serving, together
 from tests.tiny import tiny_clip
 
@@ -28,35 +29,35 @@ def probabilities(result):
     return {entry["class"]: entry["probability"] for entry in result["predictions"]}
 
 
-def local(folder, pictures):
+def local(folder, images):
     model = clipadapt.load(folder)
-    rows = model.predict_proba([BytesItem("local", picture) for picture in pictures])
+    rows = model.predict_proba([BytesItem("local", image) for image in images])
     return [dict(zip(model.class_names_, row.tolist(), strict=True)) for row in rows]
 
 
 def test_served_predictions_are_the_local_ones(ask, folders):
     for folder in (folders.pets, folders.more):
-        answer = ask("POST", CLASSIFY, files=files(*folders.pictures), data={"model": folder.name, "top": "99"}).json()
+        answer = ask("POST", CLASSIFY, files=files(*folders.images), data={"model": folder.name, "top": "99"}).json()
         assert answer["model"] == folder.name
         served = [probabilities(result) for result in answer["results"]]
-        for ours, theirs in zip(served, local(folder, folders.pictures), strict=True):
+        for ours, theirs in zip(served, local(folder, folders.images), strict=True):
             assert ours == pytest.approx(theirs, abs=1e-5)
             assert [*ours.values()] == sorted(ours.values(), reverse=True)
 
 
-def test_a_picture_that_cannot_be_read_has_its_error_in_its_place(ask, folders):
-    answer = ask("POST", CLASSIFY, files=files(folders.pictures[0], b"no picture", folders.pictures[0][:200]))
+def test_a_image_that_cannot_be_read_has_its_error_in_its_place(ask, folders):
+    answer = ask("POST", CLASSIFY, files=files(folders.images[0], b"no image", folders.images[0][:200]))
     good, none, cut = answer.json()["results"]
     assert answer.status_code == 200
     assert len(good["predictions"]) == 4
-    assert none["error"].startswith("Picture 2 is not a picture")
-    assert cut["error"].startswith("Picture 3 is a damaged or truncated image")
+    assert none["error"].startswith("Image 2 is not an image")
+    assert cut["error"].startswith("Image 3 is a damaged or truncated image")
 
 
-def test_only_unreadable_pictures_are_a_bad_request(ask):
+def test_only_unreadable_images_are_a_bad_request(ask):
     answer = ask("POST", CLASSIFY, files=files(b""))
     assert (answer.status_code, answer.json()["error"]["type"]) == (400, "invalid_request_error")
-    assert answer.json()["error"]["message"] == "The picture is empty (0 bytes); a picture file is needed."
+    assert answer.json()["error"]["message"] == "The image is empty (0 bytes); an image file is needed."
 
 
 def test_requests_are_batched_and_models_on_one_tower_share_its_call(app, folders, tower_calls):
@@ -65,19 +66,17 @@ def test_requests_are_batched_and_models_on_one_tower_share_its_call(app, folder
             tower_calls.clear()
             return await together(
                 *(
-                    client.post(CLASSIFY, files=files(picture), data={"model": name, "top": "99"})
-                    for picture in folders.pictures[:8]
+                    client.post(CLASSIFY, files=files(image), data={"model": name, "top": "99"})
+                    for image in folders.images[:8]
                     for name in ("pets", "more")
                 )
             )
 
     answers = asyncio.run(scenario())
-    assert tower_calls == [8]  # sixteen requests, of which two each were about the same picture
+    assert tower_calls == [8]  # sixteen requests, of which two each were about the same image
     expected = [
         table
-        for pair in zip(
-            local(folders.pets, folders.pictures[:8]), local(folders.more, folders.pictures[:8]), strict=True
-        )
+        for pair in zip(local(folders.pets, folders.images[:8]), local(folders.more, folders.images[:8]), strict=True)
         for table in pair
     ]
     for answer, table in zip(answers, expected, strict=True):
@@ -87,8 +86,7 @@ def test_requests_are_batched_and_models_on_one_tower_share_its_call(app, folder
 @pytest.mark.parametrize("key", ["clip-lora", "vpt", "falip"])
 def test_models_with_another_way_to_see_are_served_as_they_predict(key, tmp_path, folders):
     backbone, data = clipadapt.load_backbone(tiny_clip()), colours(4, seed=1)
-    method = clipadapt.create(key)
-    method = clipadapt.create(key, **method.tiny).fit(backbone, data)
+    method = quick(key).fit(backbone, data)
     method.save(tmp_path / key)
 
     models = Models([tmp_path / key, folders.pets])
@@ -100,23 +98,23 @@ def test_models_with_another_way_to_see_are_served_as_they_predict(key, tmp_path
         from clipadapt.serve.app import create_app
 
         async with serving(create_app(models)) as client:
-            return await client.post(CLASSIFY, files=files(*folders.pictures[:4]), data={"top": "99"})
+            return await client.post(CLASSIFY, files=files(*folders.images[:4]), data={"top": "99"})
 
     results = asyncio.run(scenario()).json()["results"]
-    for result, table in zip(results, local(tmp_path / key, folders.pictures[:4]), strict=True):
+    for result, table in zip(results, local(tmp_path / key, folders.images[:4]), strict=True):
         assert probabilities(result) == pytest.approx(table, abs=1e-4)
 
 
-def test_embeddings_of_texts_and_pictures_in_openais_form(ask, folders):
+def test_embeddings_of_texts_and_images_in_openais_form(ask, folders):
     model = clipadapt.load(folders.pets)
-    picture = "data:image/png;base64," + base64.b64encode(folders.pictures[3]).decode()
-    body = {"input": ["a cat", {"image": picture}, "a red house"], "model": "pets"}
+    image = "data:image/png;base64," + base64.b64encode(folders.images[3]).decode()
+    body = {"input": ["a cat", {"image": image}, "a red house"], "model": "pets"}
     answer = ask("POST", "/v1/embeddings", json=body).json()
     assert [entry["index"] for entry in answer["data"]] == [0, 1, 2]
     vectors = torch.tensor([entry["embedding"] for entry in answer["data"]])
     assert torch.allclose(vectors[[0, 2]], model.encode_texts(["a cat", "a red house"]), atol=1e-6)
-    pixels = model.backbone_.preprocess(Image.open(BytesIO(folders.pictures[3])))[None]
-    assert torch.allclose(vectors[1], model.encode_pixels(pixels)[0], atol=1e-6)
+    pixels = model.backbone_.preprocess(Image.open(BytesIO(folders.images[3])))[None]
+    assert torch.allclose(vectors[1], model.encoder.encode(pixels)[0], atol=1e-6)
     assert answer["usage"]["prompt_tokens"] == 4 + 5  # start and end count
 
     packed = ask("POST", "/v1/embeddings", json={"input": "a cat", "encoding_format": "base64"}).json()
@@ -124,7 +122,7 @@ def test_embeddings_of_texts_and_pictures_in_openais_form(ask, folders):
     assert np.allclose(vector, vectors[0], atol=1e-6)
 
 
-def test_searches_by_text_and_by_picture_are_the_indexs_own(ask, folders):
+def test_searches_by_text_and_by_image_are_the_indexs_own(ask, folders):
     index = Index.open(folders.photos)
     body = {"texts": ["a red house"], "minus": ["a cat"], "top": 3, "where": "year > 2004"}
     hits = ask("POST", "/v1/search", json=body).json()["hits"]
@@ -134,34 +132,34 @@ def test_searches_by_text_and_by_picture_are_the_indexs_own(ask, folders):
     assert [hit["score"] for hit in hits] == pytest.approx([hit.score for hit in expected], abs=1e-5)
     assert all(hit["facts"]["year"] > 2004 for hit in hits)
 
-    (hit,) = ask("POST", "/v1/search", files=files(folders.pictures[7]), data={"top": "1"}).json()["hits"]
+    (hit,) = ask("POST", "/v1/search", files=files(folders.images[7]), data={"top": "1"}).json()["hits"]
     assert hit["id"] == 7
     assert hit["score"] == pytest.approx(1, abs=1e-3)
 
 
 def test_a_thumbnail_is_a_small_jpeg_of_its_row(ask, folders, app, tmp_path):
-    answer = ask("GET", "/v1/indexes/photos/pictures/5")
+    answer = ask("GET", "/v1/indexes/photos/images/5")
     image = Image.open(BytesIO(answer.content))
     assert (answer.headers["content-type"], image.format, image.size) == ("image/jpeg", "JPEG", (32, 32))
-    expected = np.asarray(Image.open(BytesIO(folders.pictures[5])).convert("RGB"), dtype=float).mean((0, 1))
+    expected = np.asarray(Image.open(BytesIO(folders.images[5])).convert("RGB"), dtype=float).mean((0, 1))
     assert np.abs(np.asarray(image, dtype=float).mean((0, 1)) - expected).max() < 5
-    assert ask("GET", "/v1/indexes/photos/pictures/16").status_code == 404
-    assert ask("GET", "/v1/indexes/photos/pictures/-1").status_code == 404
+    assert ask("GET", "/v1/indexes/photos/images/16").status_code == 404
+    assert ask("GET", "/v1/indexes/photos/images/-1").status_code == 404
 
 
 def test_a_heat_map_says_where_and_the_score_is_the_cosine(ask, folders):
     backbone = clipadapt.load_backbone(tiny_clip())
-    pixels = backbone.preprocess(Image.open(BytesIO(folders.pictures[0])))[None]
+    pixels = backbone.preprocess(Image.open(BytesIO(folders.images[0])))[None]
     with torch.no_grad():
         cosine = backbone.encode_images(pixels)[0] @ backbone.encode_texts(["a star"])[0]
-    answer = ask("POST", "/v1/explain", files=files(folders.pictures[0]), data={"text": "a star"}).json()
+    answer = ask("POST", "/v1/explain", files=files(folders.images[0]), data={"text": "a star"}).json()
     assert answer["grid"] == [4, 4]
     assert answer["box"] == [0, 0, 1, 1]
     assert [len(row) for row in answer["scores"]] == [4] * 4
     assert answer["score"] == pytest.approx(float(cosine), abs=1e-5)
-    of_class = ask("POST", "/v1/explain", files=files(folders.pictures[0]), data={"class": "red"})
+    of_class = ask("POST", "/v1/explain", files=files(folders.images[0]), data={"class": "red"})
     assert of_class.status_code == 200
-    assert ask("POST", "/v1/explain", files=files(folders.pictures[0])).status_code == 400
+    assert ask("POST", "/v1/explain", files=files(folders.images[0])).status_code == 400
 
 
 def test_heat_maps_of_the_embedded_model_are_hot_where_the_thing_is():
@@ -173,7 +171,7 @@ def test_heat_maps_of_the_embedded_model_are_hot_where_the_thing_is():
         image = Image.new("RGB", (96, 96), (245, 245, 240))
         ImageDraw.Draw(image).ellipse(left, fill=first)
         ImageDraw.Draw(image).rectangle(right, fill=second)
-        pixels, _ = served.on_backbone(Picture("drawn", png(image)), 10_000)
+        pixels, _ = served.on_backbone(EncodedImage("drawn", png(image)), 10_000)
         whys = [Why(pixels, f"a photo of a {first} circle", False), Why(pixels, f"a photo of a {second} square", False)]
         for (scores, _), box in zip(task(whys), (left, right), strict=True):
             row, column = divmod(int(scores.argmax()), scores.shape[1])
@@ -193,7 +191,7 @@ def test_without_a_model_the_backbone_embeds_and_searches(folders):
             return await together(
                 client.post("/v1/embeddings", json={"input": "a cat"}),
                 client.post("/v1/search", json={"texts": ["a cat"]}),
-                client.post(CLASSIFY, files=files(folders.pictures[0])),
+                client.post(CLASSIFY, files=files(folders.images[0])),
                 client.get("/v1/models"),
             )
 
@@ -204,7 +202,7 @@ def test_without_a_model_the_backbone_embeds_and_searches(folders):
 
 
 def test_what_does_not_exist_is_404_and_names_what_is_near(ask, folders):
-    answer = ask("POST", CLASSIFY, files=files(folders.pictures[0]), data={"model": "pet"})
+    answer = ask("POST", CLASSIFY, files=files(folders.images[0]), data={"model": "pet"})
     assert (answer.status_code, answer.json()["error"]["message"]) == (404, "Unknown model 'pet'; did you mean 'pets'?")
     assert ask("POST", "/v1/search", json={"texts": ["x"], "index": "fotos"}).status_code == 404
     assert ask("GET", "/v2").json()["error"] == {"message": "There is no such route.", "type": "not_found"}
@@ -220,8 +218,8 @@ def test_back_pressure_and_deadlines_reach_the_client(app, folders, monkeypatch)
     monkeypatch.setattr(Backbone, "encode_images", lambda self, x, **o: (time.sleep(0.2), encode(self, x, **o))[1])
 
     async def scenario(**settings):
-        async with serving(app(max_pictures=4, max_texts=4, **settings)) as client:
-            return await together(*(client.post(CLASSIFY, files=files(p, p, p, p)) for p in folders.pictures[:6]))
+        async with serving(app(max_images=4, max_texts=4, **settings)) as client:
+            return await together(*(client.post(CLASSIFY, files=files(p, p, p, p)) for p in folders.images[:6]))
 
     answers = asyncio.run(scenario(queue=8, wait=0.0))
     assert sorted(answer.status_code for answer in answers) == [200, 200, 503, 503, 503, 503]
@@ -232,17 +230,17 @@ def test_back_pressure_and_deadlines_reach_the_client(app, folders, monkeypatch)
     assert {answer.status_code for answer in late} == {504}
 
 
-def test_metrics_count_requests_batches_and_pictures(app, folders):
+def test_metrics_count_requests_batches_and_images(app, folders):
     async def scenario():
         async with serving(app()) as client:
-            await client.post(CLASSIFY, files=files(*folders.pictures[:3]))
-            await client.get("/v1/indexes/no/pictures/1")
+            await client.post(CLASSIFY, files=files(*folders.images[:3]))
+            await client.get("/v1/indexes/no/images/1")
             return (await client.get("/metrics")).text
 
     lines = asyncio.run(scenario()).splitlines()
     assert 'clipadapt_requests_total{route="/v1/classify",status="200"} 1' in lines
-    assert 'clipadapt_requests_total{route="/v1/indexes/{index}/pictures/{row}",status="404"} 1' in lines
-    assert "clipadapt_pictures_total 3" in lines
+    assert 'clipadapt_requests_total{route="/v1/indexes/{index}/images/{row}",status="404"} 1' in lines
+    assert "clipadapt_images_total 3" in lines
     assert 'clipadapt_batch_items_bucket{task="Classify",le="4"} 1' in lines
     assert 'clipadapt_batch_items_bucket{task="Classify",le="2"} 0' in lines
     assert 'clipadapt_batch_items_sum{task="Classify"} 3.000000' in lines
@@ -282,7 +280,7 @@ def test_a_model_is_replaced_under_load_and_each_answer_is_of_one_revision(app, 
 
             async def load():
                 while not stop.is_set():
-                    answers.append(await client.post(CLASSIFY, files=files(*folders.pictures[:3])))
+                    answers.append(await client.post(CLASSIFY, files=files(*folders.images[:3])))
 
             clients = [asyncio.create_task(load()) for _ in range(4)]
             for names in (["cat", "dog"], ["red", "blue", "green"], ["star", "house"]):
@@ -337,7 +335,7 @@ def test_a_damaged_new_model_leaves_the_old_one_and_says_so_once(app, changing, 
 
             await until(failed)
             await asyncio.sleep(0.1)
-            answer = await client.post(CLASSIFY, files=files(folders.pictures[0]))
+            answer = await client.post(CLASSIFY, files=files(folders.images[0]))
             complaints = [record.message for record in caplog.records if "cannot be loaded" in record.message]
             await asyncio.to_thread(shutil.rmtree, folder, True)
             await asyncio.to_thread(fitted, ["sun", "moon"], folder)
@@ -352,7 +350,7 @@ def test_a_damaged_new_model_leaves_the_old_one_and_says_so_once(app, changing, 
         answer, complaints = asyncio.run(scenario())
     assert answer.json()["revision"] == before
     assert len(complaints) == 1
-    assert complaints[0].startswith("pets changed but cannot be loaded, so the older one stays:")
+    assert complaints[0].startswith("pets changed but cannot be loaded, so the previous version stays:")
 
 
 def test_two_models_of_one_name_are_refused(folders, tmp_path):

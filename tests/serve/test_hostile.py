@@ -53,33 +53,31 @@ def png_bomb(side: int) -> bytes:
     )
 
 
-def encoded(picture: bytes, kind: str) -> bytes:
+def encoded(image: bytes, kind: str) -> bytes:
     file = BytesIO()
-    Image.open(BytesIO(picture)).convert("RGB").save(file, kind)
+    Image.open(BytesIO(image)).convert("RGB").save(file, kind)
     return file.getvalue()
 
 
 class Hostile:
     """Requests (method, path, httpx arguments), each of which deserves a 4xx."""
 
-    def __init__(self, seed: int, pictures: list[bytes]) -> None:
+    def __init__(self, seed: int, images: list[bytes]) -> None:
         self.random = random.Random(seed)
-        self.pictures = [
-            encoded(picture, kind) for picture in pictures[:2] for kind in ("PNG", "JPEG", "WEBP", "GIF", "TIFF")
-        ]
+        self.images = [encoded(image, kind) for image in images[:2] for kind in ("PNG", "JPEG", "WEBP", "GIF", "TIFF")]
 
     def requests(self, count: int):
         kinds = [getattr(self, name) for name in dir(self) if name.startswith("a_")]
         for number in range(count):
             yield kinds[number % len(kinds)]()
 
-    def a_broken_picture(self):
-        draw, picture = self.random, self.random.choice(self.pictures)
+    def a_broken_image(self):
+        draw, image = self.random, self.random.choice(self.images)
         broken = draw.choice(
             [
-                picture[: draw.randrange(1, min(60, len(picture)))],
+                image[: draw.randrange(1, min(60, len(image)))],
                 draw.randbytes(draw.randrange(1, 400)),
-                picture[:4] + draw.randbytes(60),
+                image[:4] + draw.randbytes(60),
                 b"",
                 b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n",
                 b"<svg xmlns='http://www.w3.org/2000/svg'><image href='file:///etc/passwd'/></svg>",
@@ -145,17 +143,17 @@ class Hostile:
         return "POST", draw.choice(ROUTES), {"content": body, "headers": {"Content-Type": kind}}
 
     def a_form_gone_wrong(self):
-        draw, picture = self.random, self.random.choice(self.pictures)
+        draw, image = self.random, self.random.choice(self.images)
         number = draw.choice(["0", "-1", "x", "1e9", "99999999999999999999", ""])
         return "POST", "/v1/classify", draw.choice(
             [
                 {"data": {"image": draw.choice(PATHS)}, "files": [("other", ("x", b"x"))]},
-                {"files": [*files(picture), ("url", (None, draw.choice(PATHS)))]},
-                {"files": [*files(picture), ("top", (None, number))]},
-                {"files": [*files(picture), ("top", (None, "1")), ("top", (None, "2"))]},
-                {"files": [*files(picture), ("top", ("a.txt", b"5"))]},
-                {"files": files(*[picture] * 40)},
-                {"files": [*files(picture), ("model", (None, draw.choice(PATHS)))]},
+                {"files": [*files(image), ("url", (None, draw.choice(PATHS)))]},
+                {"files": [*files(image), ("top", (None, number))]},
+                {"files": [*files(image), ("top", (None, "1")), ("top", (None, "2"))]},
+                {"files": [*files(image), ("top", ("a.txt", b"5"))]},
+                {"files": files(*[image] * 40)},
+                {"files": [*files(image), ("model", (None, draw.choice(PATHS)))]},
                 {"files": [(f"field{n}", (None, "x")) for n in range(1200)]},
             ]
         )  # fmt: skip
@@ -166,9 +164,9 @@ class Hostile:
         row = draw.choice(["-1", "16", "1e3", "0x1", "9" * 400, "٣٣", "1%00"])
         return draw.choice(
             [
-                ("GET", f"/v1/indexes/{name}/pictures/0", {}),
-                ("GET", f"/v1/indexes/photos/pictures/{name}", {}),
-                ("GET", f"/v1/indexes/photos/pictures/{row}", {}),
+                ("GET", f"/v1/indexes/{name}/images/0", {}),
+                ("GET", f"/v1/indexes/photos/images/{name}", {}),
+                ("GET", f"/v1/indexes/photos/images/{row}", {}),
                 ("GET", f"/page/{name}", {}),
                 ("GET", f"/page/%2e%2e/app.py?x={draw.randrange(9)}", {}),
                 ("GET", "/" + "a/" * draw.randrange(2, 2000), {}),
@@ -215,16 +213,16 @@ def json_typed(arguments):
 
 
 def test_a_thousand_hostile_requests_are_refused_and_the_server_serves_on(app, folders):
-    requests = list(Hostile(seed=6, pictures=folders.pictures).requests(1000))
+    requests = list(Hostile(seed=6, images=folders.images).requests(1000))
 
     async def scenario():
         async with serving(app()) as client:
-            before = (await client.post("/v1/classify", files=files(folders.pictures[0]))).json()
+            before = (await client.post("/v1/classify", files=files(folders.images[0]))).json()
             answers = []
             for start in range(0, len(requests), 20):
                 some = [client.request(m, path, **json_typed(a)) for m, path, a in requests[start : start + 20]]
                 answers += await asyncio.gather(*some)
-            after = (await client.post("/v1/classify", files=files(folders.pictures[0]))).json()
+            after = (await client.post("/v1/classify", files=files(folders.images[0]))).json()
             return before, answers, after
 
     before, answers, after = asyncio.run(scenario())

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from clipadapt.errors import ClipadaptError, DataError
-from clipadapt.serve.limits import Settings, check_picture, from_data_uri, hashed, is_known, read_keys
+from clipadapt.serve.limits import Settings, check_image, from_data_uri, hash_key, is_known, read_keys
 from clipadapt.serve.log import JsonLines
 from tests.serve.conftest import files, serving
 
@@ -24,7 +24,7 @@ def test_keys_of_file_and_environment(tmp_path):
     file = tmp_path / "keys"
     file.write_text(f"# ours\n{KEY}   # the phone's\n\n")
     keys = read_keys(file, {"CLIPADAPT_API_KEYS": "sixteen-letters-1, sixteen-letters-2"})
-    assert {hashed(KEY), hashed("sixteen-letters-1"), hashed("sixteen-letters-2")} == set(keys)
+    assert {hash_key(KEY), hash_key("sixteen-letters-1"), hash_key("sixteen-letters-2")} == set(keys)
     assert is_known(KEY, keys)
     assert not is_known(KEY + "x", keys)
     assert not is_known("", keys)
@@ -33,7 +33,7 @@ def test_keys_of_file_and_environment(tmp_path):
     with pytest.raises(ClipadaptError, match="at least 16 characters"):
         read_keys(file, {})
     file.write_text("# none\n")
-    with pytest.raises(ClipadaptError, match="holds none"):
+    with pytest.raises(ClipadaptError, match="is empty; write one key"):
         read_keys(file, {})
     with pytest.raises(ClipadaptError, match="cannot be read"):
         read_keys(tmp_path / "missing", {})
@@ -52,7 +52,7 @@ def test_keys_of_file_and_environment(tmp_path):
     ],
 )
 def test_a_key_is_asked_for_everywhere_but_at_the_door(ask, headers, status):
-    settings = {"keys": (hashed("another-key-of-someone"), hashed(KEY))}
+    settings = {"keys": (hash_key("another-key-of-someone"), hash_key(KEY))}
     for path in ("/v1/models", "/metrics", "/openapi.json"):
         answer = ask("GET", path, settings=settings, headers=headers)
         assert answer.status_code == status
@@ -79,7 +79,7 @@ def test_a_body_is_counted_while_it_comes_and_not_read_to_its_end(app):
     claimed, chunked = asyncio.run(scenario())
     for answer in (claimed, chunked):
         assert (answer.status_code, answer.json()["error"]["type"]) == (413, "too_large")
-        assert message(answer) == "The body has more than 0.01 MB, which is the most that is taken."
+        assert message(answer) == "The body has more than 0.01 MB, which is the limit."
 
 
 def test_a_body_that_does_not_come_is_given_up(app):
@@ -99,18 +99,18 @@ def test_a_body_that_does_not_come_is_given_up(app):
 @pytest.mark.parametrize(
     ("settings", "path", "request_", "status", "sentence"),
     [
-        ({"max_pictures": 2}, CLASSIFY, "three", 413, "A request takes at most 2 pictures, not 3."),
-        ({"max_pixels": 1000}, CLASSIFY, "three", 400, "Picture 1 has more than 1,000 pixels; shrink it first."),
+        ({"max_images": 2}, CLASSIFY, "three", 413, "A request takes at most 2 images, not 3."),
+        ({"max_pixels": 1000}, CLASSIFY, "three", 400, "Image 1 has more than 1,000 pixels; shrink it first."),
         ({"max_texts": 2}, "/v1/embeddings", {"input": ["a"] * 3}, 413, "A request takes at most 2 texts, not 3."),
         ({"max_text": 5}, "/v1/search", {"texts": ["a"], "minus": ["2 dogs"]}, 413, "A text has at most 5 characters."),
         ({}, "/v1/search", {"texts": ["a"], "color": "red"}, 422, "color: Extra inputs are not permitted."),
         ({}, "/v1/search", {"texts": ["a"], "top": 0}, 422, "top: Input should be greater than or equal to 1."),
         ({}, "/v1/search", {"texts": ["a"], "where": "yearr > 1"}, 400, "Unknown column 'yearr'; did you mean 'year'?"),
-        ({}, "/v1/search", {"texts": []}, 400, "A query needs a text or a picture."),
+        ({}, "/v1/search", {"texts": []}, 400, "A query needs a text or an image."),
     ],
 )  # fmt: skip
 def test_limits_have_their_sentences(ask, folders, settings, path, request_, status, sentence):
-    body = {"files": files(*folders.pictures[:3])} if request_ == "three" else {"json": request_}
+    body = {"files": files(*folders.images[:3])} if request_ == "three" else {"json": request_}
     answer = ask("POST", path, settings=settings, **body)
     assert (answer.status_code, message(answer)) == (status, sentence)
 
@@ -122,7 +122,7 @@ def test_headers_are_bounded(ask):
 
 def test_requests_in_hand_are_bounded_but_for_the_health_check(app, folders):
     async def scenario():
-        application = app(queue=4, max_pictures=4, max_texts=4)
+        application = app(queue=4, max_images=4, max_texts=4)
         async with serving(application) as client:
             hold = asyncio.Event()
 
@@ -143,11 +143,11 @@ def test_requests_in_hand_are_bounded_but_for_the_health_check(app, folders):
 
 
 def test_a_queue_shorter_than_a_request_is_refused():
-    with pytest.raises(ClipadaptError, match="too short for one request of 32 pictures"):
+    with pytest.raises(ClipadaptError, match="too short for one request of 32 images"):
         Settings(queue=16)
 
 
-def test_pictures_are_judged_by_their_headers():
+def test_images_are_judged_by_their_headers():
     def bmp_of(width, height):
         file = BytesIO()
         Image.new("1", (8, 8)).save(file, "BMP")
@@ -155,19 +155,19 @@ def test_pictures_are_judged_by_their_headers():
         data[18:26] = width.to_bytes(4, "little") + height.to_bytes(4, "little")
         return bytes(data)
 
-    check_picture(bmp_of(1000, 1000), "It", 1_000_000)
+    check_image(bmp_of(1000, 1000), "It", 1_000_000)
     for side in (1001, 30_000):  # above ours, and above Pillow's own bound
         with pytest.raises(DataError, match="It has more than 1,000,000 pixels; shrink it first"):
-            check_picture(bmp_of(side, side), "It", 1_000_000)
-    with pytest.raises(DataError, match="format that is taken"):  # Pillow would start Ghostscript
-        check_picture(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\n", "It", 100)
+            check_image(bmp_of(side, side), "It", 1_000_000)
+    with pytest.raises(DataError, match="supported format"):  # Pillow would start Ghostscript
+        check_image(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\n", "It", 100)
 
 
 @pytest.mark.parametrize(
     "uri",
     ["http://localhost/a.png", "file:///etc/passwd", "/etc/passwd", "data:text/plain;base64,QQ==", "data:image/png,A"],
 )
-def test_only_data_uris_are_pictures(uri):
+def test_only_data_uris_are_images(uri):
     with pytest.raises(DataError, match="must be given as"):
         from_data_uri(uri, "It")
     assert from_data_uri("data:image/png;base64,QUI=", "It") == b"AB"
@@ -190,7 +190,7 @@ def test_other_origins_are_let_in_only_when_named(ask):
     asking = {"Origin": "https://shop.example", "Access-Control-Request-Method": "POST"}
     assert ask("OPTIONS", CLASSIFY, headers=asking).status_code == 405
     assert "access-control-allow-origin" not in ask("GET", "/v1/models", headers=asking).headers
-    settings = {"cors": ("https://shop.example",), "keys": (hashed(KEY),)}
+    settings = {"cors": ("https://shop.example",), "keys": (hash_key(KEY),)}
     allowed = ask("OPTIONS", CLASSIFY, headers=asking, settings=settings)
     assert (allowed.status_code, allowed.headers["access-control-allow-origin"]) == (200, "https://shop.example")
     other = ask("OPTIONS", CLASSIFY, headers=asking | {"Origin": "https://evil.example"}, settings=settings)

@@ -10,16 +10,17 @@ import torch
 
 from clipadapt.backbones import load_backbone
 from clipadapt.errors import ArtifactError, ClipadaptError
-from clipadapt.methods import create, method_class
+from clipadapt.methods import create
 from clipadapt.serve.onnx import OnnxModel, export_onnx
 from tests.pictures import colours
+from tests.quick import quick
 from tests.tiny import tiny, tiny_clip
 
 TEXTS = ["a cat", "a photo of the red house"]
 
 
 def fitted(key: str, folder=None):
-    return create(key, **method_class(key).tiny).fit(load_backbone(folder or tiny_clip()), colours(4, seed=1))
+    return quick(key).fit(load_backbone(folder or tiny_clip()), colours(4, seed=1))
 
 
 @pytest.mark.parametrize("key", ["gda-clip", "tip-adapter-f", "clip-lora", "vl-adapter", "coop", "maple"])
@@ -32,7 +33,7 @@ def test_onnx_equals_torch(key, tmp_path):
     expected, _ = model.image_logits(queries)
     with torch.no_grad():
         pixels = torch.stack([model.backbone_.preprocess(item.open()) for item in queries.items])
-        np.testing.assert_allclose(features, model.encode_pixels(pixels).numpy(), atol=1e-5)
+        np.testing.assert_allclose(features, model.encoder.encode(pixels).numpy(), atol=1e-5)
     np.testing.assert_allclose(logits, expected.numpy(), rtol=1e-4, atol=1e-4)
     np.testing.assert_allclose(exported.predict_proba(queries), model.predict_proba(queries), atol=1e-4)
     assert exported.class_names == model.class_names_
@@ -61,14 +62,14 @@ def test_int8_is_smaller_and_near(tmp_path):
     assert (texts[0] * texts[1]).sum(1).min() > 0.98
 
 
-def test_what_looks_at_pictures_is_refused(tmp_path):
+def test_what_looks_at_images_is_refused(tmp_path):
     with pytest.raises(ClipadaptError, match="falip cannot be exported"):
         export_onnx(fitted("falip"), tmp_path / "out")
     assert not (tmp_path / "out" / "config.json").exists()
 
 
 def test_folders_are_checked(tmp_path):
-    with pytest.raises(ArtifactError, match="no exported model"):
+    with pytest.raises(ArtifactError, match="is not an exported model"):
         OnnxModel(tmp_path)
     (tmp_path / "photo.jpg").touch()
     with pytest.raises(ArtifactError, match="holds other files"):

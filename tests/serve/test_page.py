@@ -21,7 +21,7 @@ from clipadapt.embeddings.format import encode_shard
 from clipadapt.search import Index, query_vector
 from clipadapt.serve.app import create_app
 from clipadapt.serve.indexes import Indexes
-from clipadapt.serve.limits import Settings, hashed
+from clipadapt.serve.limits import Settings, hash_key
 from clipadapt.serve.models import Models
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
@@ -116,7 +116,7 @@ def _is_problem(message) -> bool:
 
 
 def choose(page, *paths) -> None:
-    """Choose pictures by the mouse."""
+    """Choose images by the mouse."""
     with page.expect_file_chooser() as chooser:
         page.click(".drop")
     chooser.value.set_files(list(paths))
@@ -147,14 +147,14 @@ def some(folder: Path, *kinds: str) -> list[Path]:
 # -- classify ---------------------------------------------------------------------------------------------------------
 
 
-def test_pictures_are_classified_as_the_model_does(page, address, folder):
+def test_images_are_classified_as_the_model_does(page, address, folder):
     page.goto(address)
-    pictures = some(folder, "cat", "star")
-    choose(page, *pictures)
-    said(page, "#classify-status", "2 pictures.")
+    images = some(folder, "cat", "star")
+    choose(page, *images)
+    said(page, "#classify-status", "2 images.")
     model = clipadapt.load(folder / "adapted")
-    probabilities = model.predict_proba(pictures)
-    for card, path, expected in zip(page.locator(".card").all(), pictures, probabilities, strict=True):
+    probabilities = model.predict_proba(images)
+    for card, path, expected in zip(page.locator(".card").all(), images, probabilities, strict=True):
         assert card.locator(".name").inner_text() == path.name
         ranked = sorted(range(len(KINDS)), key=lambda c: -expected[c])[:5]
         assert card.locator(".class").all_inner_texts() == [model.class_names_[c] for c in ranked]
@@ -165,14 +165,14 @@ def test_pictures_are_classified_as_the_model_does(page, address, folder):
 
 def test_two_models_are_compared(page, address, folder):
     page.goto(address)
-    pictures = sorted((folder / "photos").iterdir())[:8]
-    choose(page, *pictures)
+    images = sorted((folder / "photos").iterdir())[:8]
+    choose(page, *images)
     page.select_option("#other", "plain")
     models = [clipadapt.load(folder / name) for name in ("adapted", "plain")]
-    tops = [[model.class_names_[label] for label in model.predict(pictures)] for model in models]
+    tops = [[model.class_names_[label] for label in model.predict(images)] for model in models]
     differ = [one != other for one, other in zip(*tops, strict=True)]
-    assert 0 < sum(differ) < 8, "these pictures say nothing about comparing"
-    said(page, "#classify-status", f"8 pictures, different answers for {sum(differ)}.")
+    assert 0 < sum(differ) < 8, "these images say nothing about comparing"
+    said(page, "#classify-status", f"8 images, different answers for {sum(differ)}.")
     for card, first, second in zip(page.locator(".card").all(), *tops, strict=True):
         assert card.locator(".model").all_inner_texts() == ["adapted", "plain"]
         assert card.locator(".bars li:first-child .class").all_inner_texts() == [first, second]
@@ -180,23 +180,23 @@ def test_two_models_are_compared(page, address, folder):
         assert card.locator(".verdict").inner_text() == verdict
 
 
-def test_a_file_that_is_no_picture_is_told_in_its_place(page, address, folder, tmp_path):
+def test_a_file_that_is_no_image_is_told_in_its_place(page, address, folder, tmp_path):
     page.goto(address)
     name = "<img src=x onerror=alert(1)>.png"
-    (tmp_path / name).write_bytes(b"no picture")
+    (tmp_path / name).write_bytes(b"no image")
     choose(page, tmp_path / name, *some(folder, "fish"))
-    said(page, "#classify-status", "2 pictures, 1 without an answer.")
+    said(page, "#classify-status", "2 images, 1 without an answer.")
     wrong, right = page.locator(".card").all()
     assert wrong.locator(".name").inner_text() == name
-    assert "not a picture" in wrong.locator(".error").inner_text()
+    assert "not an image" in wrong.locator(".error").inner_text()
     assert right.locator(".bars li").count() == 5
     page.click("#clear")
-    said(page, "#classify-status", "No pictures yet.")
+    said(page, "#classify-status", "No images yet.")
     assert page.locator(".card").count() == 0
 
 
-def test_a_picture_may_show_none_of_the_classes(page, address, folder):
-    """As multi-label models say of some pictures."""
+def test_a_image_may_show_none_of_the_classes(page, address, folder):
+    """As multi-label models say of some images."""
     none = {"model": "adapted", "revision": "", "results": [{"predictions": []}]}
     page.goto(address)
     page.route("**/v1/classify", lambda route: route.fulfill(json=none))
@@ -207,10 +207,10 @@ def test_a_picture_may_show_none_of_the_classes(page, address, folder):
 
 
 @pytest.mark.parametrize("event", ["paste", "drop"])
-def test_pictures_are_pasted_and_dropped(page, address, folder, event):
+def test_images_are_pasted_and_dropped(page, address, folder, event):
     page.goto(address)
     page.locator("#model option").first.wait_for(state="attached")
-    (picture,) = some(folder, "tree")
+    (image,) = some(folder, "tree")
     page.evaluate(
         """([event, data]) => {
             const transfer = new DataTransfer();
@@ -219,9 +219,9 @@ def test_pictures_are_pasted_and_dropped(page, address, folder, event):
             const options = { bubbles: true, cancelable: true, dataTransfer: transfer, clipboardData: transfer };
             document.body.dispatchEvent(new (event === "drop" ? DragEvent : ClipboardEvent)(event, options));
         }""",
-        [event, base64.b64encode(picture.read_bytes()).decode()],
+        [event, base64.b64encode(image.read_bytes()).decode()],
     )
-    said(page, "#classify-status", "1 picture.")
+    said(page, "#classify-status", "1 image.")
     said(page, ".card .name", "given.png")
 
 
@@ -229,15 +229,15 @@ def test_waiting_can_be_cancelled_and_moves_nothing(page, address, folder):
     page.goto(address)
     page.route("**/v1/classify", lambda route: None)  # which waits
     choose(page, *some(folder, "cat", "fish"))
-    said(page, "#classify-status", "0 of 2 pictures …")
+    said(page, "#classify-status", "0 of 2 images …")
     before = page.locator(".card").first.bounding_box()
     page.click("#cancel")
-    said(page, "#classify-status", "2 pictures, 2 without an answer.")
+    said(page, "#classify-status", "2 images, 2 without an answer.")
     assert page.locator(".error").all_inner_texts() == ["Cancelled.", "Cancelled."]
     page.unroute("**/v1/classify")
     page.click("#clear")
     choose(page, *some(folder, "cat"))
-    said(page, "#classify-status", "1 picture.")
+    said(page, "#classify-status", "1 image.")
     assert page.locator(".card").first.bounding_box() == before
 
 
@@ -254,7 +254,7 @@ def test_a_busy_server_is_asked_again(page, address, folder):
     page.route("**/v1/classify", answer)
     choose(page, *some(folder, "cat"))
     said(page, "#notice", "The server is busy. Trying again in 1 second.")
-    said(page, "#classify-status", "1 picture.")
+    said(page, "#classify-status", "1 image.")
     assert page.locator("#notice").inner_text() == ""
 
 
@@ -269,7 +269,7 @@ def test_an_index_is_searched_by_words(page, address, folder):
     with page.expect_request("**/v1/search") as sent:
         page.click("text=Search >> nth=-1")
     assert sent.value.post_data_json["minus"] == ["cat", "a fish"]
-    said(page, "#search-status", "13 pictures, the best first.")
+    said(page, "#search-status", "13 images, the best first.")
     index = Index.open(folder / "index")
     query = query_vector(index.model, ["a drawing of a star"], minus=["cat", "a fish"])
     (hits,) = index.search(query[None], 24, "year >= 2015")
@@ -280,26 +280,26 @@ def test_an_index_is_searched_by_words(page, address, folder):
         card.locator("img[src^=blob]").wait_for()
     page.fill("#where", "year > 3000")
     page.keyboard.press("Enter")
-    said(page, "#search-status", "No picture fits.")
+    said(page, "#search-status", "No image fits.")
     page.fill("#where", "no such thing")
     page.keyboard.press("Enter")
     playwright.expect(page.locator("#search-status")).to_have_class("failed")
 
 
-def test_a_picture_finds_itself_and_its_like(page, address, folder):
+def test_a_image_finds_itself_and_its_like(page, address, folder):
     page.goto(address)
-    (picture,) = some(folder, "house")
-    choose(page, picture)
+    (image,) = some(folder, "house")
+    choose(page, image)
     page.click("text=Find similar")
-    said(page, ".hit .name >> nth=0", picture.name)
-    said(page, "#like-name", picture.name)
+    said(page, ".hit .name >> nth=0", image.name)
+    said(page, "#like-name", image.name)
     second = page.locator(".hit .name").nth(1).inner_text()
     page.click("text=More like this >> nth=1")
     said(page, "#like-name", second)
     said(page, ".hit .name >> nth=0", second)
     page.click("#like-remove")
     page.keyboard.press("Enter")
-    said(page, "#search-status", "Describe in words what you are looking for, or choose a picture.")
+    said(page, "#search-status", "Describe in words what you are looking for, or choose an image.")
 
 
 # -- why --------------------------------------------------------------------------------------------------------------
@@ -317,7 +317,7 @@ def test_why_shows_the_numbers_of_the_server(page, address, folder):
     said(page, "#why-low", f"{min(flat):.2f}")
     said(page, "#why-high", f"{max(flat):.2f}")
     best = page.locator(".card .class").first.inner_text()
-    words = f"Similarity to “{best}”: {answer['score']:.2f} for the whole picture; highest at row {top[0] + 1}, column"
+    words = f"Similarity to “{best}”: {answer['score']:.2f} for the whole image; highest at row {top[0] + 1}, column"
     assert words in page.locator("#why-status").inner_text()
     page.click("summary")
     cells = page.locator("#why-table td").all_inner_texts()
@@ -327,16 +327,16 @@ def test_why_shows_the_numbers_of_the_server(page, address, folder):
         Math.floor(x * canvas.width), Math.floor(y * canvas.height), 1, 1).data].slice(0, 3)"""
     place = [(top[1] + 0.5) / len(scores[0]), (top[0] + 0.5) / len(scores)]
     page.fill("#why-opacity", "100")
-    assert page.locator("#why-picture").evaluate(colour, place) == pytest.approx([253, 231, 37], abs=12)
+    assert page.locator("#why-image").evaluate(colour, place) == pytest.approx([253, 231, 37], abs=12)
     page.fill("#why-opacity", "0")
-    plain = page.locator("#why-picture").evaluate(colour, place)
+    plain = page.locator("#why-image").evaluate(colour, place)
 
     page.fill("#why-text", "a red umbrella in the rain")
     with page.expect_response("**/v1/explain") as explained:
         page.click("text=Show")
     assert explained.value.json()["scores"] != scores
     playwright.expect(page.locator("#why-status")).to_contain_text("a red umbrella in the rain")
-    assert page.locator("#why-picture").evaluate(colour, place) == plain
+    assert page.locator("#why-image").evaluate(colour, place) == plain
     page.click("#why-close")
     assert not page.locator("#why").is_visible()
 
@@ -349,7 +349,7 @@ def test_heat_lies_on_the_part_that_the_backbone_saw(page, address, tmp_path):
     playwright.expect(page.locator("#why-status")).to_contain_text("Similarity to")
     page.fill("#why-opacity", "100")
     white = "(canvas, x) => canvas.getContext('2d').getImageData(x * canvas.width, 160, 1, 1).data[0] === 255"
-    whites = [page.locator("#why-picture").evaluate(white, x) for x in (0.05, 0.22, 0.28, 0.72, 0.78, 0.95)]
+    whites = [page.locator("#why-image").evaluate(white, x) for x in (0.05, 0.22, 0.28, 0.72, 0.78, 0.95)]
     assert whites == [True, True, False, False, True, True]
 
 
@@ -363,7 +363,7 @@ def test_everything_works_by_the_keyboard_alone(page, address, folder):
     with page.expect_file_chooser() as chooser:
         page.keyboard.press("Enter")
     chooser.value.set_files(some(folder, "cat"))
-    said(page, "#classify-status", "1 picture.")
+    said(page, "#classify-status", "1 image.")
     tab_to(page, "#other", "Shift+Tab")
     page.keyboard.press("ArrowDown")
     playwright.expect(page.locator(".column .value")).to_have_count(10)
@@ -381,7 +381,7 @@ def test_everything_works_by_the_keyboard_alone(page, address, folder):
     tab_to(page, "#text")
     page.keyboard.type("a cat")
     page.keyboard.press("Enter")
-    said(page, "#search-status", "18 pictures, the best first.")
+    said(page, "#search-status", "18 images, the best first.")
     tab_to(page, ".hit .similar")
     page.keyboard.press("Enter")
     playwright.expect(page.locator("#like")).to_be_visible()
@@ -402,7 +402,7 @@ def test_a_key_is_asked_for_and_kept(page, folder, secured):
     page.fill("#key-input", KEY)
     page.click("text=Use this key")
     choose(page, *some(folder, "cat"))
-    said(page, "#classify-status", "1 picture.")
+    said(page, "#classify-status", "1 image.")
     page.click("text=Find similar")
     playwright.expect(page.locator(".hit img[src^=blob]")).to_have_count(18)
     page.reload()
@@ -414,7 +414,7 @@ def test_a_key_is_asked_for_and_kept(page, folder, secured):
 
 @pytest.fixture(scope="module")
 def secured(folder):
-    with running(folder, keys=(hashed(KEY),)) as address:
+    with running(folder, keys=(hash_key(KEY),)) as address:
         yield address
 
 
@@ -422,7 +422,7 @@ def test_the_page_says_what_the_server_is(page, address, folder):
     page.goto(address)
     revision = json.loads(page.request.get(address + "v1/models").text())["data"][0]["revision"]
     said(page, "#server li >> nth=0", f"adapted: gda-clip, 6 classes, revision {revision[:8]}")
-    said(page, "#server li >> nth=2", "index: an index of 18 pictures")
+    said(page, "#server li >> nth=2", "index: an index of 18 images")
 
 
 def test_an_empty_server_and_none_at_all(page, address):

@@ -43,13 +43,13 @@ def process(*arguments, **environment):
 class Client(threading.Thread):
     """Asks without a pause, on one connection that is kept alive, until the server takes no more."""
 
-    def __init__(self, address, picture):
+    def __init__(self, address, image):
         super().__init__()
-        self.host, self.picture = address.removeprefix("http://"), picture
+        self.host, self.image = address.removeprefix("http://"), image
         self.answered, self.lost, self.statuses = 0, [], set()
 
     def run(self):
-        body, kind = multipart(self.picture)
+        body, kind = multipart(self.image)
         while True:
             connection = http.client.HTTPConnection(self.host, timeout=30)
             try:
@@ -68,14 +68,14 @@ class Client(threading.Thread):
                 return
 
 
-def multipart(picture):
-    request = httpx.Request("POST", "http://x", files=files(picture))
+def multipart(image):
+    request = httpx.Request("POST", "http://x", files=files(image))
     return request.read(), request.headers["content-type"]
 
 
 def test_a_stop_under_load_loses_no_request_and_ends_well(folders):
     with process(folders.pets, "--wait-ms", 20) as (running, address):
-        clients = [Client(address, picture) for picture in folders.pictures[:12]]
+        clients = [Client(address, image) for image in folders.images[:12]]
         for client in clients:
             client.start()
         while any(client.answered < 3 for client in clients):
@@ -120,7 +120,7 @@ def test_raw_bytes_too_large_bodies_and_keys_on_the_wire(folders):
             client.headers["Authorization"] = f"Bearer {key}"
             answer = client.post("/v1/classify", files=large)  # the answer arrives although the body was not read
             assert (answer.status_code, answer.json()["error"]["type"]) == (413, "too_large")
-            assert client.post("/v1/classify", files=files(folders.pictures[0])).status_code == 200
+            assert client.post("/v1/classify", files=files(folders.images[0])).status_code == 200
             assert client.get("/").status_code == 200
         running.send_signal(signal.SIGINT)
         assert running.wait(30) == 130

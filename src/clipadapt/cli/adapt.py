@@ -1,4 +1,4 @@
-"""`clipadapt adapt`: from a folder of pictures to a model that knows them. The main job."""
+"""`clipadapt adapt`: from a folder of images to a model that knows them. The main job."""
 
 from __future__ import annotations
 
@@ -19,9 +19,10 @@ from clipadapt.errors import ClipadaptError
 def adapt(
     photos: Photos,
     out: Annotated[
-        Path | None, typer.Option(metavar="FOLDER", help="Where the model goes.", show_default="<PHOTOS>-adapted")
+        Path | None,
+        typer.Option(metavar="FOLDER", help="Folder to save the model to.", show_default="<PHOTOS>-adapted"),
     ] = None,
-    shots: Annotated[int, typer.Option(min=1, help="Pictures per class to learn from.")] = 16,
+    shots: Annotated[int, typer.Option(min=1, help="Images per class to learn from.")] = 16,
     method: Annotated[
         str, typer.Option(metavar="KEY", help="A method's key (see `clipadapt methods`); auto compares them.")
     ] = "auto",
@@ -42,19 +43,19 @@ def adapt(
     multi_label: MultiLabel = False,
     unlabelled: Annotated[
         Path | None,
-        typer.Option(metavar="FOLDER", help="Pictures without labels, for a --method that learns from such."),
+        typer.Option(metavar="FOLDER", help="Images without labels, for a --method that learns from them."),
     ] = None,
-    seed: Annotated[int, typer.Option(help="Which pictures are drawn.")] = 1,
+    seed: Annotated[int, typer.Option(help="Seed that decides which images are drawn.")] = 1,
     budget: Annotated[float, typer.Option(min=0, help="Seconds that the comparison of methods may take.")] = 60.0,
-    on_error: Annotated[OnError, typer.Option(help="What to do with an unreadable picture.")] = OnError.RAISE,
+    on_error: Annotated[OnError, typer.Option(help="What to do with an unreadable image.")] = OnError.RAISE,
     as_json: AsJson = False,
 ) -> None:
     """Adapt a model to PHOTOS, and say how good it is.
 
-    A few pictures of each class are learned from. With `--method auto`, the methods that fit are compared by
-    cross-validation among these, and the best is taken. The other pictures (at most 2,000; of a split file its
-    test part) check the result. With `--multi-label` a picture can show several classes, and mAP takes the place of
-    accuracy. A training that was interrupted goes on where it was when the same command is given again.
+    A few images of each class are learned from. With `--method auto`, the methods that fit are compared by
+    cross-validation among these, and the best is taken. The other images (at most 2,000; for a split file its
+    test part) check the result. With `--multi-label` an image can show several classes, and mAP takes the place of
+    accuracy. Running the same command again resumes an interrupted training run.
     """
     target = out or Path(f"{photos.resolve().stem}-adapted")
     check_target(target, photos)
@@ -89,7 +90,7 @@ def create_method(key: str, settings: list[str], templates: str) -> Any:
 
 
 def parse_value(what: str, text: str, default: Any) -> Any:
-    """`text` as a value of the default's type; where the default is no guide, as JSON or else as it stands."""
+    """`text` as a value of the default's type; if the default gives no type, as JSON or else as a string."""
     if isinstance(default, str):
         return text
     try:

@@ -1,4 +1,4 @@
-"""What `adapt` and `demo` do: draw pictures, compare methods, fit, save, and check on held-out pictures.
+"""What `adapt` and `demo` do: draw images, compare methods, fit, save, and check on held-out images.
 
 The outcome is one JSON document. `outcome.py` shows it, so that --json and the tables cannot disagree.
 """
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from clipadapt.cli import console
-from clipadapt.cli.console import counted, err, note
+from clipadapt.cli.console import count_of, err, note, with_old_key
 from clipadapt.errors import ArtifactError, DataError
 from clipadapt.files import is_model
 
@@ -24,12 +24,12 @@ if TYPE_CHECKING:
     from clipadapt.data import Dataset, MultiLabelDataset
     from clipadapt.methods import Classifier
 
-MAX_HELD_OUT = 2000  # pictures: the interval of an accuracy is then about two points to either side, or less
+MAX_HELD_OUT = 2000  # images: the interval of an accuracy is then about two points to either side, or less
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What the person asked for."""
+    """What the user asked for."""
 
     target: Path
     shots: int = 16
@@ -53,9 +53,9 @@ def check_target(target: Path, photos: Path | None = None) -> None:
     if target.exists() and not target.is_dir():
         raise ArtifactError(f"{target} is a file; the model needs a folder.")
     if photos is not None and photos.is_dir() and target.resolve().is_relative_to(photos.resolve()):
-        raise ArtifactError(f"{target} lies among the pictures of {photos}; save the model elsewhere (--out).")
+        raise ArtifactError(f"{target} is inside the image folder {photos}; save the model elsewhere (--out).")
     if target.is_dir() and any(target.iterdir()) and not is_model(target):
-        raise ArtifactError(f"{target} holds other files and no clipadapt model; give a new folder (--out).")
+        raise ArtifactError(f"{target} holds other files and is not a clipadapt model; give a new folder (--out).")
     ancestor = next(folder for folder in (target, *target.absolute().parents) if folder.exists())
     if not os.access(ancestor, os.W_OK):
         raise ArtifactError(f"{target} cannot be written: no permission to write in {ancestor}.")
@@ -65,7 +65,7 @@ D = TypeVar("D", "Dataset", "MultiLabelDataset")
 
 
 def draw(data: D, test: D | None, shots: int, seed: int) -> tuple[D, D]:
-    """(support set, held-out pictures): shots of `data`, and up to 2,000 of `test` or else of what is left over."""
+    """(support set, held-out images): shots of `data`, and up to 2,000 of `test` or else of what is left over."""
     from clipadapt.data import MultiLabelDataset
     from clipadapt.data.splits import sample_shots
 
@@ -83,13 +83,13 @@ def draw(data: D, test: D | None, shots: int, seed: int) -> tuple[D, D]:
 
 
 def describe(data: D, support: D, held_out: D, shots: int) -> None:
-    """Say what there is to learn from, and what is odd about it."""
-    note(f"{data.name}: {counted(len(data), 'picture')} of {counted(len(data.class_names), 'class')}")
-    note(f"learning from {counted(len(support), 'picture')}, checking on {counted(len(held_out), 'held-out picture')}")
+    """Say what there is to learn from, and warn about classes with few images."""
+    note(f"{data.name}: {count_of(len(data), 'image')} of {count_of(len(data.class_names), 'class')}")
+    note(f"learning from {count_of(len(support), 'image')}, checking on {count_of(len(held_out), 'held-out image')}")
     few = [f"{name} ({n})" for name, n in zip(support.class_names, support.counts, strict=True) if n < shots]
     if few:
         listed = ", ".join(few[:5]) + (", …" if len(few) > 5 else "")
-        note(f"{counted(len(few), 'class')} with fewer than {counted(shots, 'picture')}: {listed}")
+        note(f"{count_of(len(few), 'class')} with fewer than {count_of(shots, 'image')}: {listed}")
     if len(support.class_names) < 2:
         raise DataError(f"{data.name} has one class, {support.class_names[0]!r}; at least two are needed.")
 
@@ -120,7 +120,7 @@ def adapt_to(data: Any, test: Any, plan: Plan) -> dict[str, Any]:
     fitted_at = time.perf_counter()
     unfinished = plan.target.absolute().with_name(f".{plan.target.name}-training")
     if unfinished.exists():
-        note("an interrupted training is continued, where it was of these pictures and settings")
+        note("an interrupted training run is resumed if it used these images and settings")
     with console.training_progress(f"Fitting {method.card.key}") as report:
         method.fit(backbone, support, unlabelled=more, report=report, resume=unfinished)
     shutil.rmtree(unfinished, ignore_errors=True)
@@ -141,7 +141,7 @@ def adapt_to(data: Any, test: Any, plan: Plan) -> dict[str, Any]:
             "shots": plan.shots,
             "seed": plan.seed,
             "multi_label": method.multi_label_,
-            "unreadable": [{"picture": name, "reason": reason} for name, reason in unreadable],
+            "unreadable": [{**with_old_key("image", name), "reason": reason} for name, reason in unreadable],
         },
         **comparison,
         "held_out": check(method, backbone, support, held_out, plan.templates),
@@ -150,20 +150,20 @@ def adapt_to(data: Any, test: Any, plan: Plan) -> dict[str, Any]:
 
 
 def read_unlabelled(folder: Path | None) -> list[str] | None:
-    """The pictures anywhere under `folder`."""
-    from clipadapt.data import picture_files
+    """The images anywhere under `folder`."""
+    from clipadapt.data import image_files
 
     if folder is None:
         return None
-    files = picture_files(folder)
+    files = image_files(folder)
     if not files:
-        raise DataError(f"{folder} holds no pictures.")
-    note(f"{counted(len(files), 'unlabelled picture')} in {folder}")
+        raise DataError(f"{folder} holds no images.")
+    note(f"{count_of(len(files), 'unlabelled image')} in {folder}")
     return files
 
 
 def encode(backbone: Backbone, support: D, held_out: D, on_error: str) -> tuple[D, D, list[tuple[str, str]]]:
-    """Encode all pictures under one progress bar, so that later steps find their features; drop what is unreadable."""
+    """Encode all images under one progress bar, so that later steps find their features; drop unreadable ones."""
     from clipadapt.features import encode_images
 
     encoded = encode_images(backbone, [*support.items, *held_out.items], progress=True, on_error=on_error)
@@ -174,7 +174,7 @@ def encode(backbone: Backbone, support: D, held_out: D, on_error: str) -> tuple[
 
 
 def note_duplicates(support: D, held_out: D) -> None:
-    """Say how many held-out pictures are also learned from, which would flatter the result."""
+    """Say how many held-out images are also learned from, which would flatter the result."""
     from clipadapt.data import find_duplicates
 
     groups = find_duplicates({"support": support, "held out": held_out})
@@ -182,7 +182,7 @@ def note_duplicates(support: D, held_out: D) -> None:
         sum(place.part == "held out" for place in group) for group in groups if any(p.part == "support" for p in group)
     )
     if flattered:
-        note(f"{counted(flattered, 'held-out picture')} with a copy among those learned from (identical files)")
+        note(f"{count_of(flattered, 'held-out image')} with a copy among those learned from (identical files)")
 
 
 def compare(
@@ -213,19 +213,19 @@ def compare(
 def check(
     model: Classifier, backbone: Backbone, support: Dataset | MultiLabelDataset, held_out: Any, templates: str
 ) -> dict[str, Any] | None:
-    """How good zero-shot and `model` are on held-out pictures; None where there are none."""
+    """How good zero-shot and `model` are on held-out images; None if there are none."""
     from clipadapt.data import MultiLabelDataset
     from clipadapt.methods import create
 
     if len(held_out) == 0 or (isinstance(held_out, MultiLabelDataset) and not held_out.targets.any()):
         return None
     zero_shot = create("zero-shot", templates=templates).fit(backbone, support)
-    measured = _measured_sets if isinstance(held_out, MultiLabelDataset) else _measured
+    measured = _measure_sets if isinstance(held_out, MultiLabelDataset) else _measure
     scores = {"zero_shot": measured(zero_shot, held_out), "adapted": measured(model, held_out)}
-    return {"pictures": len(held_out), **scores}
+    return {**with_old_key("images", len(held_out)), **scores}
 
 
-def _measured(model: Classifier, held_out: Dataset) -> dict[str, Any]:
+def _measure(model: Classifier, held_out: Dataset) -> dict[str, Any]:
     from clipadapt.metrics.classification import accuracy, wilson
 
     predicted = model.predict(held_out)
@@ -233,7 +233,7 @@ def _measured(model: Classifier, held_out: Dataset) -> dict[str, Any]:
     return {"accuracy": accuracy(held_out.labels, predicted), "interval": wilson(correct, len(held_out))}
 
 
-def _measured_sets(model: Classifier, held_out: MultiLabelDataset) -> dict[str, Any]:
+def _measure_sets(model: Classifier, held_out: MultiLabelDataset) -> dict[str, Any]:
     from clipadapt.metrics.multilabel import f1_scores, mean_average_precision
 
     scores = model.image_logits(held_out)[0]

@@ -1,4 +1,4 @@
-"""The commands put together; how errors, Ctrl-C and the noise of other libraries reach the person at the terminal."""
+"""The commands put together; how errors, Ctrl-C and the noise of other libraries reach the terminal."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ from clipadapt.cli.console import err, out
 from clipadapt.errors import ClipadaptError
 
 EPILOG = """
-Exit codes: **0** all is well; **1** something could not be done, and one line on stderr says what (for `predict`
-also when some of the pictures could not be read); **2** the command line itself is wrong; **130** stopped by Ctrl-C.
+Exit codes: **0** all is well; **1** something failed, and one line on stderr says what (for `predict`
+also when some of the images could not be read); **2** the command line itself is wrong; **130** stopped by Ctrl-C.
 """
 
-# What a person can cause and mend: bad input, a full or write-protected disk, a learning rate that is too high.
+# What a user can cause and fix: bad input, a full or write-protected disk, a learning rate that is too high.
 _ANSWERABLE = (ClipadaptError, OSError, FloatingPointError)
 
 
@@ -44,7 +44,7 @@ class Commands(TyperGroup):
     """The commands, whose errors become one line and an exit code."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        if "--debug" in args:  # it may stand behind the command's name too
+        if "--debug" in args:  # it may also come after the command's name
             args = ["--debug", *(arg for arg in args if arg != "--debug")]
         return super().parse_args(ctx, args)
 
@@ -60,14 +60,14 @@ class Commands(TyperGroup):
         except KeyboardInterrupt:
             if ctx.params["debug"]:
                 raise
-            err.print("interrupted; features and training so far are kept, and the same command goes on from there")
+            err.print("interrupted; features and training so far are kept, and the same command resumes from there")
             raise typer.Exit(130) from None
 
 
 app = typer.Typer(
     name="clipadapt",
     cls=Commands,
-    help="Make a pretrained CLIP-like model good at your pictures.",
+    help="Make a pretrained CLIP-like model good at your images.",
     epilog=EPILOG,
     no_args_is_help=True,
     add_completion=False,
@@ -88,8 +88,9 @@ def prepare(
     version: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
     ] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show an error's traceback; may stand anywhere.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show an error's traceback; may be given anywhere.")] = False,
 ) -> None:
+    """What every command does first: print the version if asked, and silence other libraries' noise."""
     if debug:
         return
     for library in ("TRANSFORMERS", "HF_HUB"):

@@ -7,12 +7,12 @@ from typing import Annotated
 
 import typer
 
-from clipadapt.cli.console import AsJson, counted, err, note, out, print_json, table
+from clipadapt.cli.console import AsJson, count_of, err, note, out, print_json, table
 from clipadapt.errors import ClipadaptError
 
 Data = Annotated[
     Path | None,
-    typer.Option(metavar="FOLDER", envvar="CLIPADAPT_DATA", help="Where the data sets lie that consist of files."),
+    typer.Option(metavar="FOLDER", envvar="CLIPADAPT_DATA", help="Folder of the data sets that consist of files."),
 ]
 
 
@@ -27,7 +27,7 @@ def bench(
     tiny: Annotated[bool, typer.Option("--tiny", help="The suite's small version, minutes at most.")] = False,
     jobs: Annotated[int, typer.Option(min=1, help="Cells at a time.")] = 1,
     threads: Annotated[
-        int | None, typer.Option(min=1, help="Threads of each; by default the cores shared out.")
+        int | None, typer.Option(min=1, help="Threads per cell; by default the cores are divided evenly.")
     ] = None,
     ray: Annotated[
         str | None, typer.Option(metavar="ADDRESS", help="Run on a Ray cluster: its address, auto, or local.")
@@ -39,7 +39,7 @@ def bench(
     list_suites: Annotated[bool, typer.Option("--list", help="Show the shipped suites and stop.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Run SUITE and report on it. What is in DIR already is not run again, so the same command goes on after a stop."""
+    """Run SUITE and report on it. Results already in DIR are kept, so the same command resumes after a stop."""
     from clipadapt.evaluation.bench.run import run_suite
     from clipadapt.evaluation.bench.suite import cells, load_suite, suites
     from clipadapt.evaluation.report.page import check_installed, write_report
@@ -70,7 +70,7 @@ def bench(
     if as_json:
         print_json({"suite": chosen.name, "results": str(results), "cells": len(rows), "failed": len(failed)})
     else:
-        out.print(f"{counted(len(rows), 'cell')}, {len(failed)} failed; {results}")
+        out.print(f"{count_of(len(rows), 'cell')}, {len(failed)} failed; {results}")
 
 
 def _command(suite: str, out_folder: Path, tiny: bool) -> str:

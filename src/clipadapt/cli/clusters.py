@@ -1,4 +1,4 @@
-"""`clipadapt clusters`: what kinds of pictures there are, before anybody has looked at them."""
+"""`clipadapt clusters`: what kinds of images there are, without labels."""
 
 from __future__ import annotations
 
@@ -9,31 +9,31 @@ import typer
 from rich.text import Text
 
 from clipadapt.cli import console
-from clipadapt.cli.console import AsJson, counted, err, note, out
+from clipadapt.cli.console import AsJson, count_of, err, note, out, with_old_key
 from clipadapt.cli.index import Embedded
 from clipadapt.cli.search import ToHtml
 
-EXAMPLES = 12  # pictures of a group on the page
+EXAMPLES = 12  # images of a group on the page
 
 
 def clusters(
     embedded: Embedded,
     k: Annotated[
-        int | None, typer.Option("--k", min=2, help="How many groups.", show_default="by number of pictures")
+        int | None, typer.Option("--k", min=2, help="How many groups.", show_default="by number of images")
     ] = None,
     names: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Words to name groups by, one a line.", show_default="common things"),
+        typer.Option(metavar="FILE", help="Words to name groups by, one per line.", show_default="common things"),
     ] = None,
     seed: Annotated[int, typer.Option(help="Another seed can give other groups.")] = 1,
     as_json: AsJson = False,
     html: ToHtml = None,
 ) -> None:
-    """Divide the pictures in EMB into groups of similar ones, and name each by the words that tell it from the others.
+    """Divide the images in EMB into groups of similar ones, and name each by the words that distinguish it.
 
-    Names come from a list of words by the model that the pictures were embedded with; they are a hint, no label.
+    The model that embedded the images chooses the names from a list of words; they are hints, not labels.
     """
-    with err.status("Grouping pictures"):
+    with err.status("Grouping images"):
         from clipadapt.search import Index, find_clusters, name_clusters, read_words
 
         words = read_words(names)
@@ -50,22 +50,26 @@ def clusters(
                     for hit in index.hits(group.rows[:EXAMPLES], group.scores[:EXAMPLES])
                 ],
                 ", ".join(title),
-                counted(len(group.rows), "picture"),
+                count_of(len(group.rows), "image"),
             )
             for group, title in zip(groups, titles, strict=True)
         ]
-        found = f"{counted(len(index), 'picture')} in {counted(len(groups), 'group')}; the nearest to each middle."
+        found = f"{count_of(len(index), 'image')} in {count_of(len(groups), 'group')}; those nearest to each centre."
         note(f"wrote {write_sheet(html, 'Groups', sections, found)}")
     if as_json:
         names_of = index.embeddings.names
-        document: dict[str, Any] = {"pictures": len(index), "seed": seed}
+        document: dict[str, Any] = {**with_old_key("images", len(index)), "seed": seed}
         document["clusters"] = [
-            {"words": title, "size": len(group.rows), "pictures": [names_of[row] for row in group.rows]}
+            {
+                "words": title,
+                "size": len(group.rows),
+                **with_old_key("images", [names_of[row] for row in group.rows]),
+            }
             for group, title in zip(groups, titles, strict=True)
         ]
         console.print_json(document)
     elif html is None:
-        drawn = console.table("group", "pictures", "nearest to its middle", right=("pictures",))
+        drawn = console.table("group", "images", "nearest to its centre", right=("images",))
         drawn.columns[2].overflow = "fold"
         for group, title in zip(groups, titles, strict=True):
             examples = [hit.name for hit in index.hits(group.rows[:2], group.scores[:2])]

@@ -1,4 +1,4 @@
-"""How the commands talk: results on stdout, everything else on stderr, and figures the way people read them."""
+"""How the commands talk: results on stdout, everything else on stderr, and figures in readable form."""
 
 from __future__ import annotations
 
@@ -21,20 +21,25 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document in
 
 
 class OnError(StrEnum):
-    """What to do with a picture that cannot be read."""
+    """What to do with an image that cannot be read."""
 
     RAISE = "raise"
     SKIP = "skip"
 
 
 def note(text: str) -> None:
-    """Something worth knowing on the way, on stderr."""
+    """Print a remark on stderr."""
     err.print(text, style="dim", markup=False, soft_wrap=not err.is_terminal)
 
 
 def print_json(document: Any) -> None:
     """One JSON document on stdout, indented."""
     typer.echo(json.dumps(document, indent=2, ensure_ascii=False))
+
+
+def with_old_key(key: str, value: Any) -> dict[str, Any]:
+    """The field `image` or `images` of a JSON document, and the same under its old name for scripts that read that."""
+    return {key: value, key.replace("image", "picture"): value}
 
 
 def table(*columns: str, right: tuple[str, ...] = (), title: str | None = None) -> Table:
@@ -49,12 +54,12 @@ def table(*columns: str, right: tuple[str, ...] = (), title: str | None = None) 
 
 
 def percent(share: float | None) -> str:
-    """0.912 -> "91.2 %"; a share that is not defined is a dash."""
+    """0.912 -> "91.2 %"; an undefined share is a dash."""
     return "–" if share is None else f"{100 * share:.1f} %"
 
 
 def interval(bounds: tuple[float, float] | None) -> str:
-    """(0.901, 0.922) -> "90.1–92.2"; of a share that is not defined a dash."""
+    """(0.901, 0.922) -> "90.1–92.2"; for an undefined share, a dash."""
     return "–" if bounds is None else f"{100 * bounds[0]:.1f}–{100 * bounds[1]:.1f}"
 
 
@@ -72,8 +77,8 @@ def size(count: int) -> str:
     return f"{count / 1e3:.0f} kB" if count < 1e6 else f"{count / 1e6:.1f} MB"
 
 
-def counted(number: int, noun: str) -> str:
-    """(1, "picture") -> "1 picture"; (2000, "class") -> "2,000 classes"."""
+def count_of(number: int, noun: str) -> str:
+    """(1, "image") -> "1 image"; (2000, "class") -> "2,000 classes"."""
     plural = noun + ("es" if noun.endswith("s") else "s")
     return f"{number:,} {noun if number == 1 else plural}"
 

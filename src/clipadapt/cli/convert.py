@@ -26,7 +26,7 @@ def convert(
     backbone = convert_checkpoint(source, out, activation=activation, tokenizer=tokenizer)
     text = backbone.model.config.text_config
     typer.echo(
-        f"{out}: CLIP with pictures of {backbone.image_size[0]} px in patches of {backbone.patch_size}, features of "
+        f"{out}: CLIP with images of {backbone.image_size[0]} px in patches of {backbone.patch_size}, features of "
         f"{backbone.dim}, activation {text.hidden_act}, "
         + ("with its tokenizer" if backbone.tokenizer else "without a tokenizer (token ids only)")
     )

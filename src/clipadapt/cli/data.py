@@ -1,4 +1,4 @@
-"""`clipadapt data`: the public data sets that are known by name, and whether a folder holds one as published."""
+"""`clipadapt data`: public data sets by name, and whether a folder holds one as published."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from typing import Annotated
 
 import typer
 
-from clipadapt.cli.console import AsJson, counted, out, print_json, table
+from clipadapt.cli.console import AsJson, count_of, out, print_json, table
 
 app = typer.Typer(help="Public data sets by name: what they are, and whether yours is complete.", no_args_is_help=True)
 
 
 @app.command("list")
 def list_data(as_json: AsJson = False) -> None:
-    """The data sets that suites can name, with their licence and where a person gets them."""
+    """The data sets that suites can name, with their licence and where to get them."""
     from clipadapt.data.definitions import definition, definitions
 
     known = [definition(name) for name in definitions()]
@@ -31,11 +31,12 @@ def list_data(as_json: AsJson = False) -> None:
 def check(
     name: Annotated[str, typer.Argument(metavar="NAME", help="A data set's name, or the path of its YAML file.")],
     folder: Annotated[
-        Path | None, typer.Argument(metavar="DIR", envvar="CLIPADAPT_DATA", help="The folder that data sets lie in.")
+        Path | None,
+        typer.Argument(metavar="DIR", envvar="CLIPADAPT_DATA", help="The folder that contains the data sets."),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Say exactly what of the data set NAME is missing from DIR or differs; exit code 1 if anything does."""
+    """Say exactly what is missing from DIR or differs from the data set NAME; exit code 1 if anything does."""
     from clipadapt.data import definitions
 
     what = definitions.definition(name)
@@ -48,6 +49,6 @@ def check(
         if not problems:
             parts = definitions.load(what, folder).split
             counts = ", ".join(f"{part} {len(getattr(parts, part)):,}" for part in ("train", "val", "test"))
-            out.print(f"{what.name} is complete: {counts}; {counted(len(parts.test.class_names), 'class')}")
+            out.print(f"{what.name} is complete: {counts}; {count_of(len(parts.test.class_names), 'class')}")
     if problems:
         raise typer.Exit(1)

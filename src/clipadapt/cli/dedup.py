@@ -1,4 +1,4 @@
-"""`clipadapt dedup`: pictures that are there twice, and which of them to keep."""
+"""`clipadapt dedup`: duplicate images, and which of them to keep."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import typer
 from rich.text import Text
 
 from clipadapt.cli import console
-from clipadapt.cli.console import AsJson, counted, err, note, out
+from clipadapt.cli.console import AsJson, count_of, err, note, out, with_old_key
 from clipadapt.cli.index import Embedded
 from clipadapt.cli.search import ToHtml
 
@@ -22,18 +22,18 @@ SHOWN_GROUPS = 20
 def dedup(
     embedded: Embedded,
     threshold: Annotated[
-        float, typer.Option(metavar="COSINE", help="From which similarity on pictures count as duplicates.")
+        float, typer.Option(metavar="COSINE", help="Cosine at or above which images count as duplicates.")
     ] = 0.95,
     as_list: Annotated[
-        bool, typer.Option("--list", help="Print only the paths of pictures that could go, one a line.")
+        bool, typer.Option("--list", help="Print only the paths of images that could be removed, one per line.")
     ] = False,
     every: Annotated[bool, typer.Option("--all", help=f"Show all groups, not only {SHOWN_GROUPS}.")] = False,
     as_json: AsJson = False,
     html: ToHtml = None,
 ) -> None:
-    """Find pictures in EMB that are the same or nearly so, and say which to keep. Nothing is deleted.
+    """Find images in EMB that are the same or nearly the same, and say which to keep. Nothing is deleted.
 
-    Of each group the largest picture is kept, and every other that is not itself similar enough to a kept one. Look at
+    The largest image of each group is kept, and every other that is not itself similar enough to a kept one. Look at
     the page of --html before you delete anything: what counts as nearly the same differs from model to model.
     """
     with err.status("Opening the embeddings"):
@@ -42,19 +42,19 @@ def dedup(
         from clipadapt.search.duplicates import near_duplicates
 
         embeddings = Embeddings(embedded)
-    with progress_bar("Comparing pictures", len(embeddings), True) as advance:
+    with progress_bar("Comparing images", len(embeddings), True) as advance:
         groups = near_duplicates(embeddings, threshold, report=advance)
     copies = sum(len(group.copies) for group in groups)
     if html is not None:
         write_page(
             html,
             groups,
-            f"{counted(copies, 'picture')} of {len(embeddings):,} could go, at a cosine of {threshold:g} or more.",
+            f"{count_of(copies, 'image')} of {len(embeddings):,} could be removed (cosine of {threshold:g} or more).",
         )
     if as_json:
         console.print_json(
             {
-                "pictures": len(embeddings),
+                **with_old_key("images", len(embeddings)),
                 "threshold": threshold,
                 "copies": copies,
                 "groups": list(map(document, groups)),
@@ -63,12 +63,12 @@ def dedup(
     elif as_list:
         print_list(groups)
     elif not groups:
-        out.print(f"no duplicates among {counted(len(embeddings), 'picture')}")
+        out.print(f"no duplicates among {count_of(len(embeddings), 'image')}")
     elif html is None:
         show(groups if every else groups[:SHOWN_GROUPS])
         if len(groups) > SHOWN_GROUPS and not every:
-            out.print(f"and {counted(len(groups) - SHOWN_GROUPS, 'group')} more; --all shows them", style="dim")
-        out.print(f"{counted(copies, 'picture')} of {len(embeddings):,} could go; --list prints their paths")
+            out.print(f"and {count_of(len(groups) - SHOWN_GROUPS, 'group')} more; --all shows them", style="dim")
+        out.print(f"{count_of(copies, 'image')} of {len(embeddings):,} could be removed; --list prints their paths")
 
 
 def document(group: Group) -> dict[str, Any]:
@@ -96,12 +96,12 @@ def print_list(groups: list[Group]) -> None:
             if len(copy.name.splitlines()) == 1:
                 typer.echo(copy.name)
             else:
-                note(f"left out, as it holds a line break: {copy.name!r}; --json has it")
+                note(f"omitted, as its name has a line break: {copy.name!r}; --json has it")
 
 
 def show(groups: list[Group]) -> None:
-    """A line for each picture, what is kept in bold."""
-    drawn = console.table("", "picture", "cosine", "why", right=("cosine",))
+    """A line for each image, what is kept in bold."""
+    drawn = console.table("", "image", "cosine", "why", right=("cosine",))
     drawn.columns[1].overflow = "fold"
     for group in groups:
         for kept in group.keep:
@@ -113,6 +113,7 @@ def show(groups: list[Group]) -> None:
 
 
 def likeness(same_content: bool) -> str:
+    """How a copy is like the kept image, in words."""
     return "same content" if same_content else "similar"
 
 

@@ -1,4 +1,4 @@
-"""`clipadapt demo`: the main job on pictures that are already there, scikit-learn's handwritten digits."""
+"""`clipadapt demo`: the main job on scikit-learn's handwritten digits, which need no download."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from clipadapt.cli.outcome import show
 
 
 def demo(
-    out: Annotated[Path, typer.Option(metavar="FOLDER", help="Where the model goes.")] = Path("digits-adapted"),
+    out: Annotated[Path, typer.Option(metavar="FOLDER", help="Folder to save the model to.")] = Path("digits-adapted"),
     as_json: AsJson = False,
 ) -> None:
     """Adapt the embedded model to 160 handwritten digits. Needs no download and less than a minute."""

@@ -1,4 +1,4 @@
-"""`clipadapt embed`: pictures to a folder of embeddings, in parts that any number of machines can make."""
+"""`clipadapt embed`: images to a folder of embeddings, in parts that any number of machines can make."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from clipadapt.cli.console import AsJson, OnError, counted, duration, err, note, out, print_json
+from clipadapt.cli.console import AsJson, OnError, count_of, duration, err, note, out, print_json, with_old_key
 
 
 def embed(
@@ -18,11 +18,11 @@ def embed(
         str,
         typer.Argument(
             metavar="PHOTOS",
-            help="A folder of pictures; a .csv, .tsv or .parquet table with the column image; WebDataset .tar shards "
-            "(* and {000..123} stand for several); a .txt list of paths and URLs; or the URL of any of these.",
+            help="A folder of images; a .csv, .tsv or .parquet table with the column image; WebDataset .tar shards "
+            "(* and {000..123} are wildcards); a .txt list of paths and URLs; or the URL of any of these.",
         ),
     ],
-    target: Annotated[str, typer.Option("--out", metavar="EMB", help="Folder or URL that the parts go to.")],
+    target: Annotated[str, typer.Option("--out", metavar="EMB", help="Folder or URL to save the parts to.")],
     backbone: Annotated[
         str | None, typer.Option(metavar="SOURCE", help="Hub id, folder or file of weights.", show_default="embedded")
     ] = None,
@@ -33,40 +33,40 @@ def embed(
         str | None, typer.Option(metavar="I/N", help="Make only part I of N, counted from 0; others make the rest.")
     ] = None,
     shards: Annotated[
-        int | None, typer.Option(min=1, help="Parts to make; by default of at most 100,000 pictures, or one a .tar.")
+        int | None, typer.Option(min=1, help="Parts to make; by default at most 100,000 images each, or one per .tar.")
     ] = None,
-    jobs: Annotated[int, typer.Option(min=1, help="Worker processes, each with a model of its own.")] = 1,
+    jobs: Annotated[int, typer.Option(min=1, help="Worker processes, each with its own model.")] = 1,
     ray: Annotated[
         str | None, typer.Option(metavar="ADDRESS", help="Workers on a Ray cluster: its address, auto, or local.")
     ] = None,
     device: Annotated[str, typer.Option(help="Where the model runs: cpu, cuda, cuda:1, …")] = "cpu",
-    batch_size: Annotated[int, typer.Option(min=1, help="Pictures that go through the model at once.")] = 64,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images that go through the model at once.")] = 64,
     fast_decode: Annotated[
-        bool, typer.Option("--fast-decode", help="Decode large JPEGs at reduced size; features move a little.")
+        bool, typer.Option("--fast-decode", help="Decode large JPEGs at reduced size; features change slightly.")
     ] = False,
-    on_error: Annotated[OnError, typer.Option(help="What to do with an unreadable picture.")] = OnError.RAISE,
+    on_error: Annotated[OnError, typer.Option(help="What to do with an unreadable image.")] = OnError.RAISE,
     as_json: AsJson = False,
 ) -> None:
-    """Encode PHOTOS into EMB, once: the same command goes on after a stop, and does again what failed.
+    """Encode PHOTOS into EMB: the same command resumes after a stop and retries what failed.
 
-    A part is a matrix (.npy), a table of what is known of its pictures (.parquet) and a note that it is done (.json).
-    A shard that fails spoils only itself; the others are made all the same, and the exit code is then 1.
+    A part is a matrix (.npy), a table of facts about its images (.parquet) and a note that it is done (.json).
+    If a shard fails, the others are still made, and the exit code is 1.
     """
     number, count = parse_shard(shard)
     if number is not None and (shards is not None or jobs > 1 or ray is not None):
-        raise typer.BadParameter("is one part; leave --shards, --jobs and --ray away.", param_hint="--shard")
+        raise typer.BadParameter("makes one part; omit --shards, --jobs and --ray.", param_hint="--shard")
     if model is not None and backbone is not None:
-        raise typer.BadParameter("comes with a backbone of its own; leave --backbone away.", param_hint="--model")
+        raise typer.BadParameter("has its own backbone; omit --backbone.", param_hint="--model")
     with err.status("Loading the model"):
         from clipadapt.embeddings.executors import Job, encode_shards, shards_of
-        from clipadapt.embeddings.listing import list_pictures
+        from clipadapt.embeddings.listing import list_images
 
         adapted = None if model is None else str(model.resolve())
         tower, plain = load_both(backbone, adapted, device)
     if model is not None and tower.image_fingerprint == plain.image_fingerprint:
-        note(f"{model} encodes pictures as its backbone does: embeddings made without --model serve it, too.")
-    with err.status("Listing the pictures"):
-        listing = list_pictures(photos)
+        note(f"{model} encodes images as its backbone does: embeddings made without --model serve it, too.")
+    with err.status("Listing the images"):
+        listing = list_images(photos)
         total = shards_of(listing, target, count if count is not None else shards)
     options: dict[str, Any] = {
         "model": adapted,
@@ -89,7 +89,7 @@ def embed(
 
 
 def parse_shard(text: str | None) -> tuple[int | None, int | None]:
-    """From I/N the numbers I and N."""
+    """The numbers I and N of I/N."""
     if text is None:
         return None, None
     found = re.fullmatch(r"(\d+)/(\d+)", text)
@@ -99,12 +99,12 @@ def parse_shard(text: str | None) -> tuple[int | None, int | None]:
 
 
 def load_tower(backbone: str | None, model: str | None, device: str) -> Any:
-    """What encodes the pictures: a backbone, or the image tower of an adapted model."""
+    """What encodes the images: a backbone, or the image tower of an adapted model."""
     return load_both(backbone, model, device)[0]
 
 
 def load_both(backbone: str | None, model: str | None, device: str) -> tuple[Any, Any]:
-    """What encodes the pictures, and the backbone that it was adapted from, or is."""
+    """What encodes the images, and its backbone."""
     from clipadapt.backbones import load_backbone
     from clipadapt.features.encoder import in_text_space
     from clipadapt.methods import load
@@ -122,28 +122,28 @@ def report(rows: list[dict[str, Any]], target: str, total: int, seconds: float, 
     """What was made, what was there already, and what failed, which makes the exit code 1."""
     made = [row for row in rows if "rows" in row]
     failed = {row["shard"]: row["error"] for row in rows if "error" in row}
-    pictures, skipped = sum(row["rows"] for row in made), sum(row["skipped"] for row in made)
+    images, skipped = sum(row["rows"] for row in made), sum(row["skipped"] for row in made)
     document = {
         "out": target,
         "shards": total,
         "made": [row["shard"] for row in made],
         "done_before": sum("done" in row for row in rows),
         "failed": {str(shard): error for shard, error in failed.items()},
-        "pictures": pictures,
+        **with_old_key("images", images),
         "skipped": skipped,
         "seconds": round(seconds, 3),
     }
     if as_json:
         print_json(document)
     else:
-        rate = f", {(pictures + skipped) / seconds:,.1f} pictures/s" if made else ""
-        before = f"; {counted(document['done_before'], 'part')} done before" if document["done_before"] else ""
-        line = f"{target}: {counted(pictures, 'picture')} in {counted(len(made), 'part')} of {total:,}{before}"
+        rate = f", {(images + skipped) / seconds:,.1f} images/s" if made else ""
+        before = f"; {count_of(document['done_before'], 'part')} done before" if document["done_before"] else ""
+        line = f"{target}: {count_of(images, 'image')} in {count_of(len(made), 'part')} of {total:,}{before}"
         out.print(line, markup=False, soft_wrap=True)
-        note(f"{duration(seconds)}{rate}" + (f"; {counted(skipped, 'picture')} skipped" if skipped else ""))
+        note(f"{duration(seconds)}{rate}" + (f"; {count_of(skipped, 'image')} skipped" if skipped else ""))
     if failed:
         err.print(
-            f"{counted(len(failed), 'shard')} of {total:,} failed: {', '.join(map(str, failed))}; the same command "
+            f"{count_of(len(failed), 'shard')} of {total:,} failed: {', '.join(map(str, failed))}; the same command "
             "makes only what is missing.",
             style="red",
             markup=False,

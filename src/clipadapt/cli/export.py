@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from clipadapt.cli import console
-from clipadapt.cli.console import AsJson, counted, err, note, out
+from clipadapt.cli.console import AsJson, count_of, err, note, out
 from clipadapt.cli.evaluate import labels_among
 from clipadapt.cli.photos import read_photos
 from clipadapt.errors import ClipadaptError
@@ -36,26 +36,24 @@ def export(
         bool, typer.Option("--int8", help="Also 8-bit graphs, smaller and less exact; --data measures how much.")
     ] = False,
     data: Annotated[
-        Path | None, typer.Option(metavar="PHOTOS", help="Labelled pictures to compare the exported model on.")
+        Path | None, typer.Option(metavar="PHOTOS", help="Labelled images to compare the exported model on.")
     ] = None,
-    root: Annotated[Path | None, typer.Option(help="Folder of the pictures of a split file.")] = None,
+    root: Annotated[Path | None, typer.Option(help="Folder of the images of a split file.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Write MODEL to OUT for programs that have no clipadapt.
+    """Write MODEL to OUT for use without clipadapt.
 
-    ONNX graphs are compared with the model before they count as written. 8 bits cost accuracy: with --int8, --data must
-    say on what to measure it.
+    ONNX graphs are checked against the model before they are kept. 8 bits cost accuracy: --int8 needs --data to
+    measure how much.
     """
     if int8 and data is None:
-        raise ClipadaptError(
-            "--int8 changes predictions: give --data PHOTOS, labelled pictures to measure by how much."
-        )
+        raise ClipadaptError("--int8 changes predictions: give --data PHOTOS, labelled images to measure how much.")
     if int8 and form is not Format.ONNX:
-        raise ClipadaptError("--int8 is for --format onnx.")
-    pictures = None
+        raise ClipadaptError("--int8 needs --format onnx.")
+    images = None
     if data is not None:
         whole, test = read_photos(data, root)
-        pictures = whole if test is None else test
+        images = whole if test is None else test
     with err.status("Loading the model"):
         from clipadapt.methods import load
 
@@ -63,8 +61,8 @@ def export(
     if form is Format.TRANSFORMERS:
         if fitted.kind != "weights":
             raise ClipadaptError(
-                f"{fitted.card.key} changes no weights of the towers, so there is nothing but its backbone to write; "
-                "--format onnx has the head, too."
+                f"{fitted.card.key} changes no weights of the towers, so there is only its backbone to write; "
+                "--format onnx includes the head."
             )
         fitted.export(folder)
         out.print(f"{folder}: towers as a plain transformers folder", markup=False, soft_wrap=True)
@@ -75,17 +73,17 @@ def export(
         export_onnx(fitted, folder, int8=int8)
     document: dict[str, Any] = {"model": str(model), "onnx": str(folder), "method": fitted.card.key}
     document["bytes"] = {file.name: file.stat().st_size for file in sorted(folder.glob("*.onnx"))}
-    if pictures is not None:
-        document["compared"] = compare(fitted, folder, pictures, int8)
+    if images is not None:
+        document["compared"] = compare(fitted, folder, images, int8)
     if as_json:
         console.print_json(document)
         return
     for name, size in document["bytes"].items():
         out.print(f"{folder / name}: {size / 1e6:.1f} MB", markup=False, soft_wrap=True)
     if not (folder / "text.onnx").exists():
-        note("no text.onnx: this model's texts go through learned prompts, whose classes are in the head")
-    if pictures is not None:
-        show(document["compared"], len(pictures))
+        note("no text.onnx: this model encodes texts with learned prompts, and its classes are in the head")
+    if images is not None:
+        show(document["compared"], len(images))
 
 
 def compare(fitted: Any, folder: Path, data: Dataset, int8: bool) -> list[dict[str, Any]]:
@@ -110,7 +108,7 @@ def compare(fitted: Any, folder: Path, data: Dataset, int8: bool) -> list[dict[s
     ]
 
 
-def show(rows: list[dict[str, Any]], pictures: int) -> None:
+def show(rows: list[dict[str, Any]], images: int) -> None:
     """A table, and the loss in one sentence."""
     drawn = console.table("run by", "accuracy", "same class as torch", right=("accuracy", "same class as torch"))
     for row in rows:
@@ -118,6 +116,4 @@ def show(rows: list[dict[str, Any]], pictures: int) -> None:
     out.print(drawn)
     if rows[-1]["form"] == "int8":
         lost = 100 * (rows[0]["accuracy"] - rows[-1]["accuracy"])
-        out.print(
-            f"8 bits {'cost' if lost >= 0 else 'gained'} {abs(lost):.1f} points on {counted(pictures, 'picture')}"
-        )
+        out.print(f"8 bits {'cost' if lost >= 0 else 'gained'} {abs(lost):.1f} points on {count_of(images, 'image')}")

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from clipadapt.cli.console import counted, err, out
+from clipadapt.cli.console import count_of, err, out
 
 Embedded = Annotated[Path, typer.Argument(metavar="EMB", help="A folder that `clipadapt embed` wrote.")]
 
@@ -24,11 +24,10 @@ def index(
         ),
     ] = None,
 ) -> None:
-    """Put the embeddings EMB into a vector store; `clipadapt search` uses it from then on.
+    """Put the embeddings EMB into a vector store; `clipadapt search` then uses it.
 
-    Without a store searches are exact and need nothing; up to about a million pictures that is fast enough. A build
-    that was interrupted is never taken for a whole one, and the same command goes on where it was. `--store exact`
-    goes back.
+    Without a store, searches are exact and need no extra package, which is fast enough up to about a million images.
+    An interrupted build is never used, and the same command resumes it. `--store exact` undoes the indexing.
     """
     with err.status("Opening the embeddings"):
         from clipadapt.embeddings import Embeddings
@@ -36,7 +35,7 @@ def index(
         from clipadapt.search.index import build_index
 
         total = len(Embeddings(embedded))
-    with progress_bar("Indexing pictures", total, True) as advance:
+    with progress_bar("Indexing images", total, True) as advance:
         built = build_index(embedded, store, to, report=advance)
     if store == "exact":
         out.print(f"{embedded} is searched exactly, without a store.", markup=False, soft_wrap=True)
@@ -44,7 +43,7 @@ def index(
         place = f"{embedded}/index-{store}" if to is None else to
         where = "" if "://" in place else f" in {place}"  # a URL can hold a password
         out.print(
-            f"{counted(total, 'picture')} {'indexed' if built else 'indexed already'}{where} ({store})",
+            f"{count_of(total, 'image')} {'indexed' if built else 'indexed already'}{where} ({store})",
             markup=False,
             soft_wrap=True,
         )

@@ -12,7 +12,7 @@ from rich.padding import Padding
 from rich.table import Table
 
 from clipadapt.cli import console
-from clipadapt.cli.console import AsJson, counted, out
+from clipadapt.cli.console import AsJson, count_of, out
 from clipadapt.errors import ClipadaptError
 
 SIGNALS = {"none": "class names", "labels": "labels", "unlabelled": "unlabelled images", "pairs": "captions"}
@@ -65,7 +65,7 @@ def entry(key: str) -> dict[str, Any]:
 
 
 def show_all(entries: list[dict[str, Any]]) -> None:
-    """The keys by family, each with its paper and what it takes."""
+    """The keys by family, each with its paper and requirements."""
     by_family = sorted(entries, key=lambda card: (card["family"], card["key"]))
     for family, members in groupby(by_family, key=lambda card: card["family"]):
         out.print(f"\n{family}", style="bold cyan", markup=False)
@@ -74,7 +74,7 @@ def show_all(entries: list[dict[str, Any]]) -> None:
         for card in members:
             drawn.add_row(card["key"], f"{escape(card['title'])}\n[dim]{escape(facts(card))}[/]")
         out.print(Padding(drawn, (0, 0, 0, 2)))
-    out.print(f"\n{counted(len(entries), 'method')}; clipadapt methods KEY shows one.", style="dim", markup=False)
+    out.print(f"\n{count_of(len(entries), 'method')}; clipadapt methods KEY shows one.", style="dim", markup=False)
 
 
 def facts(card: dict[str, Any]) -> str:
@@ -101,7 +101,7 @@ def show_one(card: dict[str, Any]) -> None:
 
 
 def value_text(value: Any) -> str:
-    """A default as one would type it after `--set name=`."""
+    """A default as typed after `--set name=`."""
     if value is None:
         return "–"
     return ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)

@@ -1,4 +1,4 @@
-"""The outcome of `adapt` and `demo` as tables: how the methods compare, how good the model is, where it lies."""
+"""The outcome of `adapt` and `demo` as tables: how the methods compare, how good the model is, where it was saved."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from typing import Any
 from rich.table import Table
 
 from clipadapt.cli import console
-from clipadapt.cli.console import counted, out
+from clipadapt.cli.console import count_of, out
 
 ACCURACY = {"accuracy": "accuracy", "interval": "95 % interval"}
 
 
 def show(document: dict[str, Any], next_command: str) -> None:
-    """The document as tables, where the model lies, and what to type next."""
+    """The document as tables, where the model was saved, and what to type next."""
     if document["trials"]:
         out.print(comparison_table(document))
         out.print(f"Chosen: {document['reason']}.", markup=False)
@@ -23,13 +23,13 @@ def show(document: dict[str, Any], next_command: str) -> None:
             out.print(f"Not tried: {methods}: {reason.rstrip('.')}.", style="dim", markup=False)
     else:
         seconds, parameters = console.duration(document["fit_seconds"]), document["trained_parameters"]
-        out.print(f"{document['method']}: fitted in {seconds}, {counted(parameters, 'trained parameter')}.")
+        out.print(f"{document['method']}: fitted in {seconds}, {count_of(parameters, 'trained parameter')}.")
     if document["held_out"] is None:
-        out.print("No picture is left over to check the model on: fewer --shots would leave some.")
+        out.print("No images are left to check the model on; use fewer --shots to leave some.")
     else:
         out.print()
         out.print(held_out_table(document))
-    out.print(f"The model lies in [bold]{document['model']}[/] ({console.size(document['bytes'])}). Next:")
+    out.print(f"Model saved to [bold]{document['model']}[/] ({console.size(document['bytes'])}). Next:")
     out.print(f"  {next_command}", style="cyan", markup=False, soft_wrap=True)
 
 
@@ -37,7 +37,7 @@ def comparison_table(document: dict[str, Any]) -> Table:
     """Zero-shot and each method: accuracy across the folds of the support set."""
     measure = "mAP" if document["data"]["multi_label"] else "accuracy"
     right = (measure, "95 % interval", "seconds", "trained parameters")
-    title = f"Cross-validation within the {counted(document['data']['support'], 'picture')} learned from"
+    title = f"Cross-validation within the {count_of(document['data']['support'], 'image')} learned from"
     drawn = console.table("", "method", *right, right=right, title=title)
     for trial in document["trials"]:
         drawn.add_row(
@@ -53,10 +53,10 @@ def comparison_table(document: dict[str, Any]) -> Table:
 
 
 def held_out_table(document: dict[str, Any]) -> Table:
-    """Zero-shot and the adapted model on pictures that neither has seen."""
+    """Zero-shot and the adapted model on images that neither has seen."""
     held_out = document["held_out"]
     columns = {"mAP": "mAP", "OF1": "OF1", "CF1": "CF1"} if document["data"]["multi_label"] else ACCURACY
-    title = f"Check on {counted(held_out['pictures'], 'held-out picture')}"
+    title = f"Check on {count_of(held_out['images'], 'held-out image')}"
     drawn = console.table("model", *columns.values(), right=tuple(columns.values()), title=title)
     for name, key in (("zero-shot", "zero_shot"), (f"adapted ({document['method']})", "adapted")):
         figures = [

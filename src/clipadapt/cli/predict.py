@@ -1,4 +1,4 @@
-"""`clipadapt predict`: what is in these pictures, by an adapted model."""
+"""`clipadapt predict`: what an adapted model sees in images."""
 
 from __future__ import annotations
 
@@ -10,21 +10,23 @@ import typer
 from rich.text import Text
 
 from clipadapt.cli import console
-from clipadapt.cli.console import counted, err, out
+from clipadapt.cli.console import count_of, err, out
 from clipadapt.errors import DataError
 
 
 def predict(
     model: Annotated[Path, typer.Argument(metavar="MODEL", help="A folder that `clipadapt adapt` wrote.")],
-    files: Annotated[list[Path], typer.Argument(metavar="FILES", help="Pictures, or folders of pictures.")],
+    files: Annotated[list[Path], typer.Argument(metavar="FILES", help="Images, or folders of images.")],
     top: Annotated[int, typer.Option(min=1, help="How many classes to name.")] = 3,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object a line, one line a picture.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON object per line, one line per image.")
+    ] = False,
 ) -> None:
-    """Name the most probable classes of FILES; of a multi-label model, those that it sees, at most --top of them.
+    """Name the most probable classes of FILES; for a multi-label model, the classes present, at most --top of them.
 
-    A picture that cannot be read is reported; the others are predicted all the same, and the exit code is then 1.
+    An image that cannot be read is reported; the others are still predicted, and the exit code is 1.
     """
-    paths = picture_paths(files)
+    paths = image_paths(files)
     with err.status("Loading the model"):
         from clipadapt.methods import load
 
@@ -50,37 +52,37 @@ def predict(
     for reason in unreadable.values():
         err.print(reason, style="red", markup=False, soft_wrap=True)
     if unreadable:
-        err.print(f"{counted(len(unreadable), 'picture')} of {len(paths):,} could not be read")
+        err.print(f"{count_of(len(unreadable), 'image')} of {len(paths):,} could not be read")
         raise typer.Exit(1)
 
 
-def picture_paths(files: list[Path]) -> list[str]:
-    """The files, and in place of each folder the pictures in it and below."""
-    from clipadapt.data import picture_files
+def image_paths(files: list[Path]) -> list[str]:
+    """The files, and in place of each folder the images in it and below."""
+    from clipadapt.data import image_files
 
     paths: list[str] = []
     for file in files:
-        found = picture_files(file) if file.is_dir() else [str(file)]
+        found = image_files(file) if file.is_dir() else [str(file)]
         if not found:
-            raise DataError(f"The folder {file} holds no pictures.")
+            raise DataError(f"The folder {file} holds no images.")
         paths += found
     return paths
 
 
 def reason_of(path: str) -> str:
-    """Why a picture could not be read."""
+    """Why an image could not be read."""
     from clipadapt.data import FileItem
 
     try:
         FileItem(path).open()
     except DataError as error:
         return str(error)
-    return f"{path} could not be read a moment ago, and now can."
+    return f"{path} could not be read before, but can now."
 
 
 def show(rows: list[tuple[str, list[dict[str, Any]]]]) -> None:
-    """A line for each class of each picture."""
-    drawn = console.table("picture", "class", "probability", right=("probability",))
+    """A line for each class of each image."""
+    drawn = console.table("image", "class", "probability", right=("probability",))
     drawn.columns[0].overflow = "fold"
     for path, classes in rows:
         if not classes:

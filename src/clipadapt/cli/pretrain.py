@@ -8,14 +8,14 @@ from typing import Annotated, Any
 
 import typer
 
-app = typer.Typer(help="Train a small CLIP from scratch on images that anybody can get again.", no_args_is_help=True)
+app = typer.Typer(help="Train a small CLIP from scratch on images that anyone can download.", no_args_is_help=True)
 
 
 @app.command()
 def corpus(
     out: Annotated[Path, typer.Argument(help="Folder to build the corpus in.")],
     archives: Annotated[
-        Path | None, typer.Option("--from", help="Folder of packages fetched before; missing ones are put there.")
+        Path | None, typer.Option("--from", help="Folder of packages fetched before; missing ones are added.")
     ] = None,
     playground: Annotated[int, typer.Option(help="Images of the playground to draw.")] = 22_000,
     workers: Annotated[int | None, typer.Option(help="Processes that draw; default: one per core.")] = None,
@@ -29,7 +29,7 @@ def corpus(
 @app.command()
 def run(
     corpus: Annotated[Path, typer.Argument(help="Folder built by `clipadapt pretrain corpus`.")],
-    out: Annotated[Path, typer.Option(help="Folder of the run; a run that it holds is continued.")],
+    out: Annotated[Path, typer.Option(help="Folder of the run; an unfinished run there is resumed.")],
     recipe: Annotated[Path, typer.Option(help="JSON file with the keys of Recipe, and preset, vocabulary.")],
     steps: Annotated[int | None, typer.Option(help="Length of the run, instead of the recipe's.")] = None,
     sharded: Annotated[

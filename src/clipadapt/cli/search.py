@@ -1,4 +1,4 @@
-"""`clipadapt search`: find pictures by words, by pictures, by both, or by a class of an adapted model."""
+"""`clipadapt search`: find images by words, by images, by both, or by a class of an adapted model."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ import typer
 from rich.text import Text
 
 from clipadapt.cli import console
-from clipadapt.cli.console import AsJson, counted, err, note, out
+from clipadapt.cli.console import AsJson, count_of, err, note, out, with_old_key
 from clipadapt.cli.index import Embedded
 
 if TYPE_CHECKING:
     from clipadapt.search import Hit, Index
 
 ToHtml = Annotated[
-    Path | None, typer.Option("--html", metavar="FILE", help="Write a page with the pictures, for any browser.")
+    Path | None, typer.Option("--html", metavar="FILE", help="Write a page with the images, for any browser.")
 ]
 
 
 def search(
     embedded: Embedded,
-    texts: Annotated[list[str] | None, typer.Argument(metavar="TEXT", help="What pictures should show.")] = None,
+    texts: Annotated[list[str] | None, typer.Argument(metavar="TEXT", help="What images should show.")] = None,
     images: Annotated[
-        list[Path] | None, typer.Option("--image", metavar="FILE", help="A picture they should be like; repeatable.")
+        list[Path] | None, typer.Option("--image", metavar="FILE", help="An image they should resemble; repeatable.")
     ] = None,
     minus: Annotated[
         list[str] | None, typer.Option(metavar="TEXT", help="What they should not show; repeatable.")
@@ -43,17 +43,17 @@ def search(
         typer.Option(metavar="MODEL", help="An adapted model.", show_default="the one that EMB was made with"),
     ] = None,
     where: Annotated[
-        str | None, typer.Option(metavar="CONDITION", help='Only pictures of which this is true: "year > 2020".')
+        str | None, typer.Option(metavar="CONDITION", help='Only images that meet this condition: "year > 2020".')
     ] = None,
-    top: Annotated[int, typer.Option(min=1, help="How many pictures to show.")] = 20,
+    top: Annotated[int, typer.Option(min=1, help="How many images to show.")] = 20,
     as_json: AsJson = False,
     html: ToHtml = None,
 ) -> None:
-    """Find the pictures in EMB that fit best.
+    """Find the images in EMB that fit best.
 
     The score is the cosine with what is searched for; with --class it is the probability by the model's classifier.
-    Scores say which picture fits better; what is a high one differs from model to model, and between texts and
-    pictures.
+    Scores rank images; what counts as a high score differs from model to model, and between text and image
+    queries.
     """
     check_query(texts or [], images or [], minus or [], weights or [], class_name)
     with err.status("Loading the model"):
@@ -69,9 +69,9 @@ def search(
     else:
         parts = [*(texts or []), *map(str, images or []), *(minus or [])]
         weighted = list(zip(parts, weights or [1.0] * len(parts), strict=True))
-        pictures, unwanted = len(texts or []), len(texts or []) + len(images or [])
+        wanted, unwanted = len(texts or []), len(texts or []) + len(images or [])
         with err.status("Searching"):
-            vector = query_vector(searched, weighted[:pictures], weighted[pictures:unwanted], weighted[unwanted:])
+            vector = query_vector(searched, weighted[:wanted], weighted[wanted:unwanted], weighted[unwanted:])
             (hits,) = index.search(vector[None], top, where)
         asked = ", ".join([*parts[:unwanted], *(f"not {text}" for text in minus or [])])
     answer(index, hits, asked, where, class_name is not None, as_json, html)
@@ -81,9 +81,7 @@ def check_query(texts: list[str], images: list[Path], minus: list[str], weights:
     """Refuse a command line that asks for nothing, or for two things at once."""
     parts = len(texts) + len(images) + len(minus)
     if name is not None and (parts or weights):
-        raise typer.BadParameter(
-            "stands alone: no TEXT, --image, --minus or --weight goes with it.", param_hint="--class"
-        )
+        raise typer.BadParameter("cannot be combined with TEXT, --image, --minus or --weight.", param_hint="--class")
     if name is None and not parts:
         raise typer.BadParameter("give a TEXT, an --image or a --class.", param_hint="TEXT")
     if weights and len(weights) != parts:
@@ -92,47 +90,54 @@ def check_query(texts: list[str], images: list[Path], minus: list[str], weights:
             param_hint="--weight",
         )
     if any(not 0 < weight < float("inf") for weight in weights):
-        raise typer.BadParameter("weights are positive, also those of --minus.", param_hint="--weight")
+        raise typer.BadParameter("weights must be positive, including those of --minus.", param_hint="--weight")
 
 
 def what_changes(index: Index, folder: Path) -> str:
-    """What an adapted model does to a search whose pictures it need not embed anew."""
+    """What an adapted model changes in a search whose images need not be embedded again."""
     if index.adapts_texts:
-        return f"pictures need not be embedded again: {folder} changes texts only"
-    return f"pictures need not be embedded again: {folder} changes neither them nor texts; --class uses its classifier"
+        return f"images need not be embedded again: {folder} changes texts only"
+    return f"images need not be embedded again: {folder} changes neither images nor texts; --class uses its classifier"
 
 
 def answer(
     index: Index, hits: list[Hit], asked: str, where: str | None, probable: bool, as_json: bool, html: Path | None
 ) -> None:
     """The hits as JSON, as a page, or as a table."""
-    searched = f"{counted(len(index), 'picture')}" + (f" where {where}" if where else "")
+    searched = f"{count_of(len(index), 'image')}" + (f" where {where}" if where else "")
     if html is not None:
         from clipadapt.search.sheet import Card, Section, write_sheet
 
-        cards = [Card(hit.name, [f"{hit.rank}. {figure(hit.score, probable)}", *shown(hit, where)]) for hit in hits]
+        cards = [Card(hit.name, [f"{hit.rank}. {figure(hit.score, probable)}", *facts_of(hit, where)]) for hit in hits]
         page = write_sheet(html, asked, [Section(cards)], f"The best {len(hits):,} of {searched}.")
         note(f"wrote {page}")
     if as_json:
         console.print_json(
-            {"query": asked, "where": where, "pictures": len(index), "store": index.kind, "hits": list(map(vars, hits))}
+            {
+                "query": asked,
+                "where": where,
+                **with_old_key("images", len(index)),
+                "store": index.kind,
+                "hits": list(map(vars, hits)),
+            }
         )
     elif not hits:
         out.print(f"nothing found among {searched}", markup=False)
     elif html is None:
         score = "probability" if probable else "score"
-        drawn = console.table("", score, "picture", "", right=(score,))
+        drawn = console.table("", score, "image", "", right=(score,))
         drawn.columns[2].overflow = "fold"
         for hit in hits:
-            facts = ", ".join(shown(hit, where))
+            facts = ", ".join(facts_of(hit, where))
             drawn.add_row(str(hit.rank), figure(hit.score, probable), Text(hit.name), Text(facts, style="dim"))
         out.print(drawn)
 
 
 def figure(score: float, probable: bool) -> str:
+    """A score as text: a probability in per cent, a cosine with three decimals."""
     return console.percent(score) if probable else f"{score:.3f}"
 
 
-def shown(hit: Hit, where: str | None) -> list[str]:
+def facts_of(hit: Hit, where: str | None) -> list[str]:
     """The facts that a condition speaks of."""
     return [f"{name} {value}" for name, value in hit.facts.items() if where and name in where and value is not None]

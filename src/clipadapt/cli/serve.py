@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from clipadapt.cli.console import counted, err, out
+from clipadapt.cli.console import count_of, err, out
 from clipadapt.errors import ClipadaptError
 
 
@@ -22,25 +22,31 @@ def serve(
     backbone: Annotated[
         str | None, typer.Option(help="Serve a backbone as it is, too. Without MODELS: the embedded one.")
     ] = None,
-    host: Annotated[str, typer.Option(help="The address to listen on; 0.0.0.0 is every one.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
-    batch_size: Annotated[int, typer.Option(min=1, help="Pictures that go through a model at once.")] = 32,
-    wait_ms: Annotated[float, typer.Option(min=0, help="How long one waits for others to join it.")] = 5.0,
-    queue: Annotated[int, typer.Option(min=1, help="Pictures, texts and requests in hand; more get a 503.")] = 256,
-    deadline: Annotated[float, typer.Option(min=0.1, help="Seconds to the answer; after that a 504.")] = 30.0,
-    max_body_mb: Annotated[float, typer.Option(min=0.01, help="Size of a request.")] = 20.0,
-    max_pictures: Annotated[int, typer.Option(min=1, help="Pictures of a request.")] = 32,
-    max_pixels: Annotated[int, typer.Option(min=1, help="Pixels of a picture.")] = 50_000_000,
+    host: Annotated[str, typer.Option(help="The address to listen on; 0.0.0.0 is all addresses.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 picks a free one.")] = 8000,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images that go through a model at once.")] = 32,
+    wait_ms: Annotated[
+        float, typer.Option(min=0, help="Milliseconds that an item waits for others to fill a batch.")
+    ] = 5.0,
+    queue: Annotated[
+        int, typer.Option(min=1, help="Most images, texts and requests in progress; more get a 503.")
+    ] = 256,
+    deadline: Annotated[float, typer.Option(min=0.1, help="Seconds until the answer; after that a 504.")] = 30.0,
+    max_body_mb: Annotated[float, typer.Option(min=0.01, help="Largest size of a request.")] = 20.0,
+    max_images: Annotated[int, typer.Option(min=1, help="Most images in a request.")] = 32,
+    max_pictures: Annotated[int | None, typer.Option(min=1, hidden=True)] = None,  # its old name
+    max_pixels: Annotated[int, typer.Option(min=1, help="Most pixels in an image.")] = 50_000_000,
     api_key_file: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="API keys, one a line; also $CLIPADAPT_API_KEYS.")
+        Path | None, typer.Option(metavar="FILE", help="API keys, one per line; also $CLIPADAPT_API_KEYS.")
     ] = None,
     cors: Annotated[
-        list[str] | None, typer.Option(metavar="ORIGIN", help="Pages of this origin may ask; may be repeated.")
+        list[str] | None,
+        typer.Option(metavar="ORIGIN", help="Pages of this origin may send requests; may be repeated."),
     ] = None,
 ) -> None:
     """Serve MODELS over HTTP: classify, embed, search, explain; a page for people, an API for programs.
 
-    A model whose folder changes is loaded anew. The log is JSON lines on stderr.
+    A model whose folder changes is reloaded. The log is JSON lines on stderr.
     """
     with err.status("Loading the models"):
         if not all(map(find_spec, ("fastapi", "uvicorn", "python_multipart", "pyarrow"))):
@@ -58,7 +64,7 @@ def serve(
             queue=queue,
             deadline=deadline,
             max_body=round(max_body_mb * 1e6),
-            max_pictures=min(max_pictures, queue),
+            max_images=min(max_pictures or max_images, queue),
             max_pixels=max_pixels,
             max_texts=min(Settings.max_texts, queue),
             keys=read_keys(api_key_file),
@@ -70,8 +76,8 @@ def serve(
     log_to_stderr()
 
     def ready(address: str) -> None:
-        names = [f"{name} ({counted(len(one.class_names), 'class')})" for name, one in served.served.items()]
-        names += [f"{name} ({counted(len(one.index), 'picture')})" for name, one in indexes.searched.items()]
+        names = [f"{name} ({count_of(len(one.class_names), 'class')})" for name, one in served.served.items()]
+        names += [f"{name} ({count_of(len(one.index), 'image')})" for name, one in indexes.searched.items()]
         out.print(f"Serving {', '.join(names)} at {address}", markup=False, soft_wrap=True)
 
     try:

@@ -10,12 +10,13 @@ from clipadapt.data.items import BytesItem, EncodedItem, FileItem, GeneratedItem
 from clipadapt.data.multilabel import MultiLabelDataset
 from clipadapt.data.pairs import Pairs, image_pairs
 from clipadapt.data.readers.coop import coop_split
-from clipadapt.data.readers.folders import image_files, image_folder, picture_files
+from clipadapt.data.readers.folders import image_files, image_folder
 from clipadapt.data.readers.hub import hub_dataset
 from clipadapt.data.readers.lists import image_list
 from clipadapt.data.readers.shards import webdataset
 from clipadapt.data.readers.tables import image_table
 from clipadapt.data.templates.sets import class_texts, template_sets, with_published_names
+from clipadapt.renamed import old_names
 
 if TYPE_CHECKING:
     from clipadapt.data.playground.drawing import Playground as Playground
@@ -45,7 +46,6 @@ __all__ = [
     "image_list",
     "image_pairs",
     "image_table",
-    "picture_files",
     "template_sets",
     "webdataset",
     "with_published_names",
@@ -53,6 +53,6 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name != "Playground":  # imported on first use: most callers need no drawing code
-        raise AttributeError(f"module 'clipadapt.data' has no attribute {name!r}")
-    return import_module("clipadapt.data.playground.drawing").Playground
+    if name == "Playground":  # imported on first use: most callers need no drawing code
+        return import_module("clipadapt.data.playground.drawing").Playground
+    return old_names(__name__)(name)

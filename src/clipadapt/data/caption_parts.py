@@ -1,4 +1,4 @@
-"""Who does what to whom in a caption, by a few rules of English: enough for captions such as "a dog on a red sofa"."""
+"""Who does what to whom in a caption, by a few rules of English, enough for captions such as "a dog on a red sofa"."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _DETERMINERS = _set("a an the this that these those some his her its their my yo
 _ADJECTIVES = _set("""
     red orange yellow green blue purple pink brown black white grey gray golden silver small large big little tiny huge
     tall short long young old new plain striped spotted dotted checkered wooden metal one two three four five""")
-# Words that stand between two things; verbs that end in -ing are links without being listed.
+# Words that link two things; verbs that end in -ing are links without being listed.
 _LINKS = _set("""
     above across against along among around at atop before behind below beneath beside besides between beyond by down
     during from in inside into like near off on onto opposite out outside over past through to toward towards under
@@ -41,9 +41,9 @@ _INTRODUCTION = re.compile(r"(?:an?|the) (?:photo|picture|image|drawing|painting
 
 
 def parse(caption: str) -> Parts | None:
-    """The first two things of a caption and the words between them, by rules; None where there are no two.
+    """The first two things of a caption and the words between them, by rules; None if there are not two.
 
-    A thing is what stands before or after a link, without its article; common adjectives alone are none. A link is the
+    A thing is what comes before or after a link, without its article; adjectives alone do not count. A link is the
     longest row of words that are prepositions, common verbs, words that end in -ing, or a phrase such as "to the left
     of"; the first word is never in one. "and" or a comma between two things links them without a predicate. What
     follows the second thing is not looked at, nor is "a photo of" in front.

@@ -69,7 +69,7 @@ def named_classes(
 
 
 def read_captions(captions: str | Path | Iterable[str]) -> list[str]:
-    """Sentences from a list, a text file (one a line), or a .jsonl file of strings or of objects with a "caption"."""
+    """Sentences from a list, a text file (one per line), or a .jsonl file of strings or of objects with a "caption"."""
     if not isinstance(captions, str | Path):
         return list(captions)
     path = Path(captions)

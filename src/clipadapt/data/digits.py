@@ -1,4 +1,4 @@
-"""Handwritten digits, which come with scikit-learn: real pictures on every machine."""
+"""Handwritten digits, which come with scikit-learn: real images on every machine."""
 
 from __future__ import annotations
 

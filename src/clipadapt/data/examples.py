@@ -20,9 +20,9 @@ Label = TypeVar("Label")
 
 
 class Examples(Generic[Target]):
-    """Items with a target each: what data sets have in common, whatever they hold and whatever is asked of them.
+    """Items with a target each: what all data sets have in common.
 
-    Every kind is a frozen dataclass of its own; `_parallel` names its lists of one entry per item.
+    Every kind is a frozen dataclass; `_parallel` names its lists of one entry per item.
 
     Attributes:
         items: N items, read lazily.
@@ -84,7 +84,7 @@ class Labelled(Examples[Label]):
         outside = {c for label in self.labels for c in self.classes_of(label)} - set(range(len(self.class_names)))
         if outside:
             raise DataError(
-                f"{self.name}: label {min(outside)} does not point into its {len(self.class_names)} class names."
+                f"{self.name}: label {min(outside)} is not an index into its {len(self.class_names)} class names."
             )
 
     def __repr__(self) -> str:
@@ -97,7 +97,7 @@ class Labelled(Examples[Label]):
 
     @staticmethod
     def classes_of(label: Label) -> Collection[int]:
-        """The indices into `class_names` that an image's label stands for."""
+        """The indices into `class_names` that an image's label holds."""
         raise NotImplementedError
 
     @property
@@ -132,18 +132,18 @@ class Labelled(Examples[Label]):
     def _only(self, old_labels: Sequence[int]) -> Self:
         new_label = {old: new for new, old in enumerate(old_labels)}
         if len(new_label) != len(old_labels):
-            raise DataError(f"{self.name}: a class is asked for twice.")
+            raise DataError(f"{self.name}: a class is given twice.")
         chosen = self.select(
             i for i, label in enumerate(self.labels) if not new_label.keys().isdisjoint(self.classes_of(label))
         )
         return replace(
             chosen,
-            labels=[self._relabelled(label, new_label) for label in chosen.labels],
+            labels=[self._relabel(label, new_label) for label in chosen.labels],
             class_names=[self.class_names[old] for old in old_labels],
         )
 
     @staticmethod
-    def _relabelled(label: Label, new_label: Mapping[int, int]) -> Label:
+    def _relabel(label: Label, new_label: Mapping[int, int]) -> Label:
         raise NotImplementedError
 
     def _label(self, name: str) -> int:
@@ -171,7 +171,7 @@ class Dataset(Labelled[int]):
         return (label,)
 
     @staticmethod
-    def _relabelled(label: int, new_label: Mapping[int, int]) -> int:
+    def _relabel(label: int, new_label: Mapping[int, int]) -> int:
         return new_label[label]
 
     def split(self, test: float = 0.3, seed: int = 1) -> tuple[Dataset, Dataset]:
@@ -241,7 +241,7 @@ class Split:
         return Split(*(base for base, _ in parts)), Split(*(new for _, new in parts))
 
     def duplicates(self) -> list[list[Occurrence]]:
-        """Groups of identical images that are in more than one part; such an image is learned from and tested on."""
+        """Groups of identical images in more than one part; such an image is both learned from and tested on."""
         groups = find_duplicates({"train": self.train, "val": self.val, "test": self.test})
         return [group for group in groups if len({occurrence.part for occurrence in group}) > 1]
 
@@ -310,5 +310,5 @@ def _as_item(image: Any, index: int) -> Item:
 
 
 def _unnamed(index: int) -> str:
-    """What an image without a name is called; embeddings and benchmark results on disk are identified by it."""
+    """The name of an image that has none; it identifies embeddings and benchmark results on disk."""
     return f"picture {index}"

@@ -43,7 +43,7 @@ Content = TypeVar("Content", covariant=True)
 
 
 class Item(ABC, Generic[Content]):
-    """One item, whose content `open` gives. `name` is what people see (a path, or "pets.parquet row 12")."""
+    """One item, whose content `open` gives. `name` is shown to users (a path, or "pets.parquet row 12")."""
 
     name: str
 
@@ -154,7 +154,7 @@ class GeneratedItem(Item[Image.Image]):
 
 @dataclass(frozen=True)
 class FeatureItem(Item[Image.Image]):
-    """An example of which only the unit feature (D,) is known; `features.encode_images` takes it as it is."""
+    """An example whose only content is its unit feature (D,); `features.encode_images` uses it unchanged."""
 
     name: str
     feature: torch.Tensor = field(repr=False)
@@ -242,7 +242,7 @@ def _upright(image: Image.Image) -> Image.Image:
     # Not ImageOps.exif_transpose: it rewrites the whole EXIF block and fails where any part of it is damaged.
     try:
         orientation = image.getexif().get(ExifTags.Base.Orientation)
-    except (SyntaxError, ValueError, struct.error):  # the pixels are sound all the same
+    except (SyntaxError, ValueError, struct.error):  # the pixels are still sound
         return image
     return image.transpose(_TURNS[orientation]) if orientation in _TURNS else image
 

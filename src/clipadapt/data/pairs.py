@@ -55,7 +55,7 @@ def image_pairs(pairs: Iterable[tuple[Any, str | Iterable[str]]], *, name: str =
     """Pairs from (image, caption) or (image, captions) tuples; images in any form `as_items` takes.
 
     Raises:
-        DataError: there is no pair, or one of them is something else.
+        DataError: there are no pairs, or one is something else.
     """
     images, captions = [], []
     for number, pair in enumerate(pairs):
@@ -65,7 +65,7 @@ def image_pairs(pairs: Iterable[tuple[Any, str | Iterable[str]]], *, name: str =
         images.append(pair[0])
         captions.append(several)
     if not images:
-        raise DataError(f"{name} holds no pair.")
+        raise DataError(f"{name} holds no pairs.")
     return Pairs(as_items(images), captions, name)
 
 

@@ -1,4 +1,4 @@
-"""Choosing pictures by their labels: the published few-shot sampler, stratified splits and folds, groups of classes.
+"""Choosing images by their labels: the published few-shot sampler, stratified splits and folds, groups of classes.
 
 Everything here works on lists of labels and returns indices, so that it serves data sets and features alike.
 """
@@ -13,7 +13,7 @@ from clipadapt.errors import DataError
 
 
 def group_by_label(labels: Sequence[int]) -> dict[int, list[int]]:
-    """label -> indices of its pictures, both in order of first appearance."""
+    """label -> indices of its images, both in order of first appearance."""
     groups: dict[int, list[int]] = {}
     for index, label in enumerate(labels):
         groups.setdefault(label, []).append(index)
@@ -21,9 +21,9 @@ def group_by_label(labels: Sequence[int]) -> dict[int, list[int]]:
 
 
 def sample_shots(labels: Sequence[int], shots: int, rng: random.Random) -> list[int]:
-    """Indices of `shots` pictures per class, as CoOp's code (arXiv 2109.01134) draws them.
+    """Indices of `shots` images per class, as CoOp's code (arXiv 2109.01134) draws them.
 
-    Classes come in order of first appearance in `labels`. Of a class with fewer than `shots` pictures all are
+    Classes come in order of first appearance in `labels`. Of a class with fewer than `shots` images all are
     taken, none twice, and nothing is drawn from `rng`.
     """
     if shots < 1:
@@ -37,10 +37,10 @@ def sample_shots(labels: Sequence[int], shots: int, rng: random.Random) -> list[
 def stratified_split(labels: Sequence[int], test: float, seed: int) -> tuple[list[int], list[int]]:
     """(train, test) indices, ascending; about the share `test` of every class goes to test.
 
-    A class of two or more pictures is on both sides; a single picture stays in train.
+    A class of two or more images is on both sides; a single image stays in train.
     """
     if not 0 < test < 1:
-        raise DataError(f"test must be a share between 0 and 1 (such as 0.3), not {test}.")
+        raise DataError(f"test must be a fraction between 0 and 1 (such as 0.3), not {test}.")
     rng = random.Random(seed)
     held_out: set[int] = set()
     for _, members in sorted(group_by_label(labels).items()):
@@ -53,10 +53,10 @@ def stratified_split(labels: Sequence[int], test: float, seed: int) -> tuple[lis
 def stratified_folds(labels: Sequence[int], k: int, seed: int) -> list[list[int]]:
     """`k` disjoint lists of indices, ascending, whose sizes and whose counts per class differ by at most one."""
     if not 2 <= k <= len(labels):
-        raise DataError(f"The number of folds must lie between 2 and the number of pictures ({len(labels)}), not {k}.")
+        raise DataError(f"The number of folds must be between 2 and the number of images ({len(labels)}), not {k}.")
     rng = random.Random(seed)
     folds: list[list[int]] = [[] for _ in range(k)]
-    dealt = 0  # dealing goes on from class to class, so that small classes do not all land in the first fold
+    dealt = 0  # dealing continues from class to class, so that small classes do not all land in the first fold
     for _, members in sorted(group_by_label(labels).items()):
         for index in rng.sample(members, len(members)):
             folds[dealt % k].append(index)
@@ -71,7 +71,7 @@ def class_groups(classes: int, tasks: int, seed: int | None) -> list[list[int]]:
     """
     if not 1 <= tasks <= classes // 2:
         raise DataError(
-            f"{classes} classes do not make {tasks} tasks; there must be a task, and at least two classes in each."
+            f"{classes} classes cannot be divided into {tasks} tasks; each task needs at least two classes."
         )
     order = random.Random(seed).sample(range(classes), classes) if seed else list(range(classes))
     size, larger = divmod(classes, tasks)

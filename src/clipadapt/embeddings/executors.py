@@ -1,7 +1,7 @@
 """Who makes the parts of an embedding: this process, local processes, or a Ray cluster; all make the same parts.
 
-A worker holds one model and makes one part after another. A part that fails, or whose worker dies, spoils only itself:
-the others are made, and the next run makes those that are missing.
+A worker holds one model and makes one part after another. If a part fails or its worker dies, the
+others are still made, and the next run makes those that are missing.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Job:
     """What a worker is told; it travels to other processes and machines.
 
     load     makes the backbone or image tower, once in each worker: a function that can be pickled
-    listing  the pictures
+    listing  the images
     out      folder or URL of the parts
     shards   how many parts there are
     options  those of `encode_shard`
@@ -61,16 +61,16 @@ def encode_shards(
 
     Args:
         only: make this part, and no other.
-        jobs: workers at a time, each a process of its own; 1 without `ray` is this process.
+        jobs: workers at a time, each a separate process; 1 without `ray` is this process.
         ray: run the workers on a Ray cluster: its address, "auto" for the one that runs here, or "local" for one of
             this run's own. Needs the extra `[ray]`; the cluster's machines need this library and must reach the same
-            pictures and `job.out`.
+            images and `job.out`.
         gpus: GPUs that Ray gives to each worker.
-        tower: what `job.load` gives, if it is at hand.
+        tower: what `job.load` returns, if it is loaded already.
         tell: gets a line for each part that ends.
 
     Raises:
-        ArtifactError: `job.out` was begun with other pictures, another model or another number of parts.
+        ArtifactError: `job.out` was begun with other images, another model or another number of parts.
     """
     tower = job.load() if tower is None else tower
     made_of = describe(tower, job.listing, job.shards, job.options.get("fast_decode", False))
@@ -98,12 +98,12 @@ def encode_shards(
 
 
 def one_line(row: Row, shards: int) -> str:
-    """What became of a part, for people."""
+    """The outcome of a part, in words."""
     what = f"shard {row['shard']} of {shards}"
     if "error" in row:
         return f"{what} failed: {row['error']}"
     skipped = f", {row['skipped']:,} skipped" if row["skipped"] else ""
-    return f"{what}: {row['rows']:,} pictures{skipped}"
+    return f"{what}: {row['rows']:,} images{skipped}"
 
 
 class Worker:

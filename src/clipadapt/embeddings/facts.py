@@ -68,10 +68,12 @@ def join_tables(tables: Sequence[pyarrow.Table]) -> pyarrow.Table:
     try:
         return pa.concat_tables(tables, promote_options="permissive")
     except pa.ArrowException:
-        return pa.concat_tables([_as_text(table, _mixed(tables)) for table in tables], promote_options="permissive")
+        return pa.concat_tables(
+            [_as_text(table, _mixed_columns(tables)) for table in tables], promote_options="permissive"
+        )
 
 
-def _mixed(tables: Sequence[pyarrow.Table]) -> set[str]:
+def _mixed_columns(tables: Sequence[pyarrow.Table]) -> set[str]:
     """The columns whose types in different parts have none in common."""
     pa, schemas = arrow(), [table.schema for table in tables]
     mixed = set()

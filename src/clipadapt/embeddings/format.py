@@ -1,8 +1,8 @@
-"""Embeddings of many pictures: a folder of parts, in a format that any program can read.
+"""Embeddings of many images: a folder of parts, in a format that any program can read.
 
     part-00002-of-00010.npy      (n, D) float16, rows of unit norm, C order: `numpy.load(file, mmap_mode="r")`
-    part-00002-of-00010.parquet  n rows: `name`, `digest` (of the content), then whatever else is known of the pictures
-    part-00002-of-00010.json     written last, it marks the part as done and says what it is of
+    part-00002-of-00010.parquet  n rows: `name`, `digest` (of the content), then other facts about the images
+    part-00002-of-00010.json     written last: marks the part as done and says what it was made from
 
 The parts in the order of their numbers are the whole; they are never joined, so that a part can be written, checked,
 copied or made again on its own, on any machine. `encode_shard` writes one part, `Embeddings` reads them all.
@@ -39,7 +39,7 @@ FORMAT = 1  # raised when an older version of the library could not read the fol
 # What the parts of a folder have in common, and what to say where one has not.
 _COMMON = {
     "image_fingerprint": "by another model",
-    "pictures": "of another list of pictures",
+    "pictures": "of another list of images",
     "shards": "in another number of shards",
     "fast_decode": "with the other choice of fast_decode",
 }
@@ -59,15 +59,15 @@ def encode_shard(
     """Write the i-th of n stretches of `images` into the folder `out`; any launcher may run the n calls anywhere.
 
     Calling again for a part that is done changes nothing and takes no time, and one that was interrupted continues
-    where it was. `width`, `height`, `taken` (EXIF) and its `year` are noted of each picture, null where it does not
+    where it was. `width`, `height`, `taken` (EXIF) and its `year` are noted of each image, null if it does not
     tell.
 
     Args:
-        backbone: encodes the pictures: a `Backbone`, or the `encoder` of an adapted model.
-        images: all pictures, the same in every call: what `as_items` or `list_pictures` gives.
+        backbone: encodes the images: a `Backbone`, or the `encoder` of an adapted model.
+        images: all images, the same in every call: what `as_items` or `list_images` gives.
         out: folder that the n calls share, or its URL; parts for a URL are made on this machine and then copied.
         shard: (i, n) with 0 <= i < n.
-        columns: what else is known of each picture of `images`, by name; kept in the Parquet file.
+        columns: what else is known of each image of `images`, by name; kept in the Parquet file.
         model: the folder of the adapted model that the tower belongs to, to be remembered.
         fast_decode: see `encode_images`.
         options: `batch_size`, `workers`, `progress` and `on_error` of `encode_images`.
@@ -78,7 +78,7 @@ def encode_shard(
     Raises:
         ClipadaptError: the numbers of the shard or the lengths of the columns are wrong, pyarrow is missing, or the
             disk is full.
-        ArtifactError: `out` has this part already, of other pictures or by another tower.
+        ArtifactError: `out` has this part already, of other images or by another tower.
     """
     arrow()
     index, count = shard
@@ -87,11 +87,11 @@ def encode_shard(
     listing = _listing(images, columns or {})
     made_of = describe(backbone, listing, count, fast_decode)
     stem = f"part-{index:05d}-of-{count:05d}"
-    marker = remote.joined(str(out), f"{stem}.json")
+    marker = remote.join(str(out), f"{stem}.json")
     if (text := remote.read_text(marker)) is not None:
         check_same(_marker(text, marker), made_of, marker)
     elif remote.is_url(out):
-        # A folder for what is made of the same: an upload that was interrupted goes on with the finished part.
+        # A folder for what is made of the same: an interrupted upload resumes with the finished part.
         place = cache_root() / "embeddings" / hash_lines([str(out), json.dumps(made_of)])
         if not (place / f"{stem}.json").exists():
             _write_part(backbone, listing, place, index, made_of, model, options)
@@ -105,7 +105,7 @@ def encode_shard(
 
 
 def describe(backbone: Any, listing: Listing, shards: int, fast_decode: bool = False) -> dict[str, Any]:
-    """What a part is of, besides its number: parts that agree in this belong together."""
+    """What a part was made from, apart from its number: parts that agree in this belong together."""
     return {
         "format": FORMAT,
         "image_fingerprint": backbone.image_fingerprint,
@@ -116,20 +116,20 @@ def describe(backbone: Any, listing: Listing, shards: int, fast_decode: bool = F
 
 
 def check_same(state: Mapping[str, Any], made_of: Mapping[str, Any], where: str) -> None:
-    """Raise `ArtifactError` naming `where` if a part is of something else than `made_of`."""
+    """Raise `ArtifactError` naming `where` if a part was made from something other than `made_of`."""
     for key, other in _COMMON.items():
         if state[key] != made_of[key]:
-            raise ArtifactError(f"{where} was made {other}; use a new folder, or make the same as before.")
+            raise ArtifactError(f"{where} was made {other}; use a new folder, or the same inputs as before.")
 
 
 def parts_in(out: Path | str) -> dict[tuple[int, int], str]:
     """The markers of the parts that are done in a folder, by (number, count); paths, or URLs."""
     found = [(name, re.fullmatch(r"part-(\d+)-of-(\d+)\.json", name)) for name in remote.names_in(str(out))]
-    return {(int(m[1]), int(m[2])): remote.joined(str(out), name) for name, m in sorted(found) if m}
+    return {(int(m[1]), int(m[2])): remote.join(str(out), name) for name, m in sorted(found) if m}
 
 
 def read_marker(path: Path | str) -> dict[str, Any]:
-    """What a part's `.json` says; raises `ArtifactError` where it is missing, damaged or of a newer version."""
+    """What a part's `.json` says; raises `ArtifactError` if it is missing, damaged or of a newer version."""
     text = remote.read_text(str(path))
     if text is None:
         raise ArtifactError(f"{path} does not exist; embed that shard.")
@@ -156,7 +156,7 @@ def _listing(images: Any, columns: Mapping[str, Sequence[Any]]) -> Listing:
     for name, values in columns.items():
         if len(values) != len(items) or name in OWN:
             raise ClipadaptError(
-                f"The column {name!r} must have one value a picture, and not be called name or digest."
+                f"The column {name!r} must have one value per image, and not be called name or digest."
             )
     return Given(items, columns)
 
@@ -172,7 +172,7 @@ def _write_part(
 ) -> None:
     pa, count = arrow(), made_of["shards"]
     stem = f"part-{index:05d}-of-{count:05d}"
-    work = out / f".{stem}"  # what an interrupted run goes on with
+    work = out / f".{stem}"  # what an interrupted run resumes from
     try:
         out.mkdir(parents=True, exist_ok=True)
         items, known = listing.stretch(listing.count * index // count, listing.count * (index + 1) // count, work)
@@ -205,7 +205,7 @@ def _write_part(
     except OSError as error:
         raise ClipadaptError(
             f"{out / stem} cannot be written: {error.strerror or error}; what is done so far is kept, and the same "
-            "command goes on from there."
+            "command resumes from there."
         ) from None
     shutil.rmtree(work, ignore_errors=True)
 
@@ -220,16 +220,16 @@ class Embeddings:
         backbone: {"source", "fingerprint"} of the backbone.
         model: the folder of the adapted model whose image tower it was, or None.
         image_fingerprint: of the image tower; queries must come from a model with the same.
-        skipped: (name, reason) of the pictures that could not be read.
+        skipped: (name, reason) of the images that could not be read.
     """
 
     def __init__(self, folder: Path | str) -> None:
-        """Open a folder; what lies at a URL is copied to this machine first, once.
+        """Open a folder; what is at a URL is copied to this machine first, once.
 
         Raises:
             ArtifactError: parts are missing (it names them), damaged, or do not belong together.
         """
-        self.folder = _at_hand(str(folder)) if remote.is_url(folder) else Path(folder)
+        self.folder = _local_copy(str(folder)) if remote.is_url(folder) else Path(folder)
         states = [read_marker(path) for path in parts_in(self.folder).values()]
         if not states:
             raise ArtifactError(f"{folder} holds no finished embeddings; `clipadapt embed` makes them.")
@@ -247,7 +247,7 @@ class Embeddings:
         self.model: str | None = first["model"]
         self.image_fingerprint: str = first["image_fingerprint"]
         self.skipped: list[tuple[str, str]] = [(name, why) for state in states for name, why in state["skipped"]]
-        self.parts = [self._mapped(state) for state in states]
+        self.parts = [self._map(state) for state in states]
 
     def __len__(self) -> int:
         return sum(len(part) for part in self.parts)
@@ -274,7 +274,7 @@ class Embeddings:
 
     @cached_property
     def table(self) -> pyarrow.Table:
-        """What is known of the pictures, N rows in the order of the matrix."""
+        """The facts about the images, N rows in the order of the matrix."""
         pa = arrow()
         tables = [pa.parquet.read_table(self._path(state, "parquet")) for state in self._states]
         for state, table in zip(self._states, tables, strict=True):
@@ -284,33 +284,33 @@ class Embeddings:
 
     @cached_property
     def names(self) -> list[str]:
-        """The pictures' names: paths, where they are files."""
+        """The images' names: paths, where they are files."""
         return self.table["name"].to_pylist()
 
     def check(self) -> None:
         """Read everything once and compare it with what was written; raises `ArtifactError` naming a damaged part."""
         for state, part in zip(self._states, self.parts, strict=True):
             if checksum(np.ascontiguousarray(part)) != state["checksum"]:
-                raise self._damaged(state, "its checksum differs")
+                raise self._damage_error(state, "its checksum differs")
 
-    def _mapped(self, state: dict[str, Any]) -> np.ndarray:
+    def _map(self, state: dict[str, Any]) -> np.ndarray:
         try:
             part = np.load(self._path(state, "npy"), mmap_mode="r", allow_pickle=False)
         except (OSError, ValueError, EOFError) as error:
-            raise self._damaged(state, str(error)) from None
+            raise self._damage_error(state, str(error)) from None
         if part.shape != (state["rows"], state["dim"]) or part.dtype != np.float16:
-            raise self._damaged(state, f"it holds {part.shape} {part.dtype}")
+            raise self._damage_error(state, f"it holds {part.shape} {part.dtype}")
         return part
 
     def _path(self, state: dict[str, Any], ending: str) -> Path:
         return self.folder / f"part-{state['shard']:05d}-of-{state['shards']:05d}.{ending}"
 
-    def _damaged(self, state: dict[str, Any], why: str) -> ArtifactError:
+    def _damage_error(self, state: dict[str, Any], why: str) -> ArtifactError:
         path = self._path(state, "npy")
         return ArtifactError(f"{path} is missing or damaged ({why}); delete its .json and embed that shard again.")
 
 
-def _at_hand(url: str) -> Path:
+def _local_copy(url: str) -> Path:
     """A local copy of the parts at a URL; parts that did not change since the last time are not copied again."""
     place, markers = cache_root() / "embeddings" / hash_lines([url]), parts_in(url)
     place.mkdir(parents=True, exist_ok=True)
@@ -324,7 +324,7 @@ def _at_hand(url: str) -> Path:
             continue
         for ending in ("npy", "parquet"):
             with written_aside(place / f"{stem}.{ending}") as aside:
-                remote.download(remote.joined(url, f"{stem}.{ending}"), aside)
+                remote.download(remote.join(url, f"{stem}.{ending}"), aside)
         with written_aside(copy) as aside:
             aside.write_text(text, encoding="utf-8")
     return place

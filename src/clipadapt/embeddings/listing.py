@@ -1,7 +1,7 @@
-"""What a folder, a table, a list or tar shards hold: pictures in an order of their own, to be shared out among shards.
+"""What a folder, a table, a list or tar shards hold: images in a fixed order, to be divided among shards.
 
 A listing is cheap to make, is the same on every machine, and travels to other processes. What costs more, such as a
-tar's table of contents or a picture's header, is read by the shard that it belongs to.
+tar's table of contents or an image's header, is read by the shard that it belongs to.
 """
 
 from __future__ import annotations
@@ -19,27 +19,28 @@ from itertools import product
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
-from clipadapt.data import BytesItem, FileItem, Item, picture_files
+from clipadapt.data import BytesItem, FileItem, Item, image_files
 from clipadapt.data.readers.folders import IMAGE_SUFFIXES
 from clipadapt.data.readers.shards import read_samples
 from clipadapt.embeddings import remote
 from clipadapt.errors import ClipadaptError, DataError
+from clipadapt.renamed import old_names
 
 if TYPE_CHECKING:
     import pyarrow
 
-PART_PICTURES = 100_000  # of a part, at most, unless something else is asked for
-PART_BYTES = 1 << 30  # of pictures that lie in a table's own rows, which a shard holds in memory
+PART_IMAGES = 100_000  # of a part, at most, unless something else is asked for
+PART_BYTES = 1 << 30  # of images stored in a table's rows, which a shard holds in memory
 
 _TABLES = (".csv", ".tsv", ".parquet", ".pq")
-_FORMS = "a folder of pictures, a table (.csv, .tsv, .parquet), .tar shards, or a .txt list of paths and URLs"
+_FORMS = "a folder of images, a table (.csv, .tsv, .parquet), .tar shards, or a .txt list of paths and URLs"
 
 
 @runtime_checkable
 class Listing(Protocol):
-    """Pictures to be shared out.
+    """Images to be divided among shards.
 
-    count     how many things there are to share out: pictures, or tar files
+    count     how many things there are to divide: images, or tar files
     parts     into how many shards they are divided by default
     identity  32 hex digits: of the things' names, in their order
     """
@@ -54,27 +55,27 @@ class Listing(Protocol):
     def identity(self) -> str: ...
 
     def stretch(self, start: int, stop: int, work: Path) -> tuple[list[Item], pyarrow.Table]:
-        """The pictures in things `start` to `stop`, and a table with what is known of each, a row a picture.
+        """The images in things `start` to `stop`, and a table of facts about them, one row per image.
 
-        `work` is a folder of this shard's own, for what has to be copied first; it may not exist yet.
+        `work` is a folder for this shard alone, for what has to be copied first; it may not exist yet.
         """
         ...
 
 
-def list_pictures(source: str | Path) -> Listing:
-    """The pictures that `source` stands for.
+def list_images(source: str | Path) -> Listing:
+    """The images that `source` names.
 
     Args:
         source: a path, or a URL that fsspec opens, of one of:
-            a folder: all pictures in it and below, sorted; column `folder`, where in it they are;
+            a folder: all images in it and below, sorted; column `folder`, where in it they are;
             a .csv, .tsv or .parquet table: column `image` with paths (relative to the table) or URLs, in Parquet also
-            with encoded pictures; all other columns are kept;
+            with encoded images; all other columns are kept;
             .tar shards in WebDataset's form, with * or {000..123} for several: the fields of each `.json`, and each
             `.txt` and `.cls`, become columns `txt` and `cls`;
             a .txt file with a path (relative to it) or URL a line.
 
     Raises:
-        DataError: there is no such thing, or no picture in it.
+        DataError: it does not exist, or holds no images.
     """
     source = str(source)
     suffix = PurePosixPath(source.split("?")[0]).suffix.lower()
@@ -90,7 +91,7 @@ def list_pictures(source: str | Path) -> Listing:
         return _text_list(source)
     if remote.is_url(source):
         return _folder(source)
-    raise DataError(f"{source} is none of what can be embedded: {_FORMS}.")
+    raise DataError(f"{source} cannot be embedded; give {_FORMS}.")
 
 
 def arrow() -> Any:
@@ -119,7 +120,7 @@ def hash_lines(lines: Iterable[str]) -> str:
 
 @dataclass(frozen=True)
 class Given:
-    """Pictures that a caller has in a list, with columns that he has of them."""
+    """Images in a list, with columns of facts about them."""
 
     items: Sequence[Item]
     columns: Mapping[str, Sequence[Any]]
@@ -146,7 +147,7 @@ class Given:
 
 @dataclass(frozen=True)
 class Files:
-    """Pictures by their paths or URLs; below `root`, if they are those of a folder."""
+    """Images by their paths or URLs; below `root`, if they are those of a folder."""
 
     names: Sequence[str]
     root: str | None = None
@@ -178,28 +179,28 @@ def _item(name: str) -> Item:
 def _folder(source: str) -> Files:
     if remote.is_url(source):
         root, found = remote.files_below(source)
-        names = [name for name in found if _is_picture(name[len(root) :])]
+        names = [name for name in found if _is_image(name[len(root) :])]
     else:
-        root, names = source.rstrip("/\\"), picture_files(source)
+        root, names = source.rstrip("/\\"), image_files(source)
     if not names:
-        raise DataError(f"The folder {source} holds no pictures.")
+        raise DataError(f"The folder {source} holds no images.")
     return Files(names, root)
 
 
-def _is_picture(path: str) -> bool:
+def _is_image(path: str) -> bool:
     hidden = any(part.startswith(".") or part == "__MACOSX" for part in path.split("/"))
     return not hidden and os.path.splitext(path)[1].lower() in IMAGE_SUFFIXES
 
 
 def _text_list(source: str) -> Files:
-    with remote.opened(source) as file:
+    with remote.open_path(source) as file:
         try:
             lines = file.read().decode("utf-8-sig").splitlines()
         except UnicodeDecodeError as error:
             raise DataError(f"{source} is not UTF-8 text: {error}.") from None
-    names = [remote.joined(remote.parent(source), line.strip()) for line in lines if line.strip()]
+    names = [remote.join(remote.parent(source), line.strip()) for line in lines if line.strip()]
     if not names:
-        raise DataError(f"{source} is empty; a path or URL a line is needed.")
+        raise DataError(f"{source} is empty; write one path or URL per line.")
     return Files(names)
 
 
@@ -222,12 +223,12 @@ class Rows:
         else:
             rows, first = self._read(start, stop), 1
         cells = rows["image"].to_pylist()
-        items = [self._picture(cell, first + start + number) for number, cell in enumerate(cells)]
+        items = [self._image(cell, first + start + number) for number, cell in enumerate(cells)]
         return items, rows.drop_columns("image")
 
     def _read(self, start: int, stop: int) -> pyarrow.Table:
         pa, found, first = arrow(), [], 0
-        with remote.opened(self.source) as file, _readable(self.source):
+        with remote.open_path(self.source) as file, _readable(self.source):
             parquet = pa.parquet.ParquetFile(file)
             for group in range(parquet.num_row_groups):
                 after = first + parquet.metadata.row_group(group).num_rows
@@ -237,21 +238,19 @@ class Rows:
                 first = after
             return pa.concat_tables(found) if found else parquet.schema_arrow.empty_table()
 
-    def _picture(self, cell: Any, row: int) -> Item:
+    def _image(self, cell: Any, row: int) -> Item:
         if isinstance(cell, dict):  # the {bytes, path} form that Hugging Face writes
             cell = cell.get("bytes") or cell.get("path")
         if isinstance(cell, bytes):
             return BytesItem(f"{self.source} row {row}", cell)
         if not isinstance(cell, str) or not cell.strip():
-            raise DataError(
-                f"{self.source} row {row}: a path, a URL or an encoded picture is needed in column 'image'."
-            )
-        return _item(remote.joined(remote.parent(self.source), cell.strip()))
+            raise DataError(f"{self.source} row {row}: a path, a URL or an encoded image is needed in column 'image'.")
+        return _item(remote.join(remote.parent(self.source), cell.strip()))
 
 
 def _table(source: str, suffix: str) -> Rows:
     pa = arrow()
-    with remote.opened(source) as file, _readable(source):
+    with remote.open_path(source) as file, _readable(source):
         if suffix in (".csv", ".tsv"):
             options = pa.csv.ParseOptions(delimiter="\t" if suffix == ".tsv" else ",", newlines_in_values=True)
             text = pa.csv.ConvertOptions(column_types={"image": pa.string()})
@@ -324,25 +323,25 @@ class Tars:
 
 def _tars(source: str) -> Tars:
     shards: list[tuple[str, int | None]] = []
-    for pattern in _braced(source):
+    for pattern in _expand_braces(source):
         if not remote.is_url(pattern):
             paths = sorted(glob.glob(pattern)) or [pattern]
             missing = next((path for path in paths if not os.path.isfile(path)), None)
             if missing is not None:
-                raise DataError(f"{missing} names no .tar file.")
+                raise DataError(f"{missing} matches no .tar file.")
             shards += [(path, os.path.getsize(path)) for path in paths]
         elif "*" in pattern or "?" in pattern:
             found = remote.matching(pattern)
             if not found:
-                raise DataError(f"{pattern} names no .tar file.")
+                raise DataError(f"{pattern} matches no .tar file.")
             shards += found
         else:
             shards.append((pattern, None))
     return Tars(shards)
 
 
-def _braced(pattern: str) -> list[str]:
-    """All that braces stand for, as WebDataset's users write it: a-{00..11}.tar is a-00.tar to a-11.tar."""
+def _expand_braces(pattern: str) -> list[str]:
+    """All names that braces expand to, as in WebDataset: a-{00..11}.tar is a-00.tar to a-11.tar."""
     pieces = re.split(r"\{(\d+)\.\.(\d+)\}", pattern)  # text, first, last, text, …
     ranges = [
         [str(number).zfill(len(first)) for number in range(int(first), int(last) + 1)]
@@ -380,8 +379,8 @@ def _facts(texts: Mapping[str, bytes], where: str) -> dict[str, Any]:
 # -- values ----------------------------------------------------------------------------------------------------------
 
 
-def _parts(pictures: int) -> int:
-    return max(1, -(-pictures // PART_PICTURES))
+def _parts(images: int) -> int:
+    return max(1, -(-images // PART_IMAGES))
 
 
 def _array(values: Sequence[Any]) -> Any:
@@ -396,3 +395,6 @@ def _text(value: Any) -> str | None:
     if value is None or isinstance(value, str):
         return value
     return json.dumps(value, ensure_ascii=False, default=str)
+
+
+__getattr__ = old_names(__name__)

@@ -22,7 +22,7 @@ def file_system(url: str) -> tuple[Any, str]:
     """fsspec's file system for `url`, and the path in it.
 
     Raises:
-        ClipadaptError: fsspec, or what it needs for this kind of URL, is not installed; or it knows no such kind.
+        ClipadaptError: fsspec, or what it needs for this kind of URL, is not installed; or the kind is unknown.
     """
     try:
         from fsspec.core import url_to_fs
@@ -36,7 +36,7 @@ def file_system(url: str) -> tuple[Any, str]:
 
 @dataclass(frozen=True)
 class RemoteItem(EncodedItem):
-    """A picture behind a URL; encoding transfers it once."""
+    """An image behind a URL; encoding transfers it once."""
 
     url: str
 
@@ -46,14 +46,14 @@ class RemoteItem(EncodedItem):
 
     def read(self) -> bytes:
         system, path = file_system(self.url)
-        with _answered(self.url):
+        with _plain_errors(self.url):
             return system.cat_file(path)
 
     def fetched(self) -> BytesItem:
         return BytesItem(self.url, self.read())
 
 
-def joined(folder: str, name: str) -> str:
+def join(folder: str, name: str) -> str:
     """The path or URL of `name` in `folder`; a `name` that is absolute, or a URL, is taken as it is."""
     if is_url(name):
         return name
@@ -66,10 +66,10 @@ def parent(path: str) -> str:
 
 
 @contextmanager
-def opened(path: str) -> Iterator[IO[bytes]]:
-    """A path or URL to read bytes from; raises DataError naming it where that is impossible."""
+def open_path(path: str) -> Iterator[IO[bytes]]:
+    """A path or URL to read bytes from; raises DataError naming it if that is impossible."""
     with ExitStack() as stack:
-        with _answered(path):
+        with _plain_errors(path):
             if is_url(path):
                 system, place = file_system(path)
                 file = stack.enter_context(system.open(place, "rb"))
@@ -79,11 +79,11 @@ def opened(path: str) -> Iterator[IO[bytes]]:
 
 
 def read_text(path: str) -> str | None:
-    """The content of a UTF-8 file, or None where there is no such file."""
+    """The content of a UTF-8 file, or None if there is no such file."""
     if not is_url(path):
         return Path(path).read_text(encoding="utf-8") if os.path.isfile(path) else None
     system, place = file_system(path)
-    with _answered(path):
+    with _plain_errors(path):
         try:
             return system.cat_file(place).decode()
         except FileNotFoundError:
@@ -91,12 +91,12 @@ def read_text(path: str) -> str | None:
 
 
 def names_in(folder: str) -> list[str]:
-    """The names of what lies in a folder, unsorted; none where the folder does not exist."""
+    """The names of the files in a folder, unsorted; none if the folder does not exist."""
     if not is_url(folder):
         return os.listdir(folder) if os.path.isdir(folder) else []
     system, place = file_system(folder)
     system.invalidate_cache()
-    with _answered(folder):
+    with _plain_errors(folder):
         try:
             return [entry.rstrip("/").rsplit("/", 1)[-1] for entry in system.ls(place, detail=False)]
         except FileNotFoundError:
@@ -106,15 +106,15 @@ def names_in(folder: str) -> list[str]:
 def files_below(url: str) -> tuple[str, list[str]]:
     """(the folder's URL, the URLs of all files in it and below, sorted); both begin alike."""
     system, place = file_system(url)
-    with _answered(url):
+    with _plain_errors(url):
         found = system.find(place)
     return system.unstrip_protocol(place), sorted(map(system.unstrip_protocol, found))
 
 
 def matching(pattern: str) -> list[tuple[str, int | None]]:
-    """(URL, bytes) of the files that a URL with wildcards stands for, sorted."""
+    """(URL, bytes) of the files that a URL with wildcards matches, sorted."""
     system, place = file_system(pattern)
-    with _answered(pattern):
+    with _plain_errors(pattern):
         found = system.glob(place, detail=True)
     return [(system.unstrip_protocol(path), found[path].get("size")) for path in sorted(found)]
 
@@ -122,22 +122,22 @@ def matching(pattern: str) -> list[tuple[str, int | None]]:
 def upload(files: Sequence[Path], folder: str) -> None:
     """Copy local files into the folder at a URL, one after another in the order given."""
     system, place = file_system(folder)
-    with _answered(folder):
+    with _plain_errors(folder):
         system.makedirs(place, exist_ok=True)
         for file in files:
             system.put_file(str(file), f"{place.rstrip('/')}/{file.name}")
 
 
 def download(url: str, file: Path) -> None:
-    """Copy what is at a URL into a local file, which must be one that nobody else reads yet."""
+    """Copy what is at a URL into a local file, which no one else may be reading yet."""
     system, place = file_system(url)
-    with _answered(url):
+    with _plain_errors(url):
         system.get_file(place, str(file))
 
 
 @contextmanager
-def _answered(path: str) -> Iterator[None]:
-    """Each file system has errors of its own; they all become a sentence that names the path."""
+def _plain_errors(path: str) -> Iterator[None]:
+    """Turn the errors of the various file systems into a sentence that names the path."""
     try:
         yield
     except (ClipadaptError, KeyboardInterrupt):

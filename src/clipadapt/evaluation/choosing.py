@@ -46,7 +46,7 @@ def with_chosen(
 
     Returns:
         The method, unfitted, and the accuracy in [0, 1] of each combination, by its values in JSON; 0 if its training
-        diverged. The earliest of equal ones is chosen.
+        diverged. Ties go to the earliest.
 
     Raises:
         DataError: the pool has no other images, or the grid is not as described.
@@ -59,7 +59,7 @@ def with_chosen(
     taken = {id(item) for item in support.items}
     held_out = pool.select(i for i, item in enumerate(pool.items) if id(item) not in taken)
     if not len(held_out):
-        raise DataError(f"To choose {', '.join(tried)}, {pool.name} needs training images that are not learned from.")
+        raise DataError(f"To choose {', '.join(tried)}, {pool.name} needs training images beyond those learned from.")
     trial = _set(method, "seed", SEED)
     facts = [recipe(trial), tried, backbone.fingerprint, support.paths, held_out.paths, held_out.labels]
     key = blake2b(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()

@@ -25,10 +25,11 @@ from clipadapt.errors import ClipadaptError, unknown_name
 from clipadapt.methods import Method, TrainingData
 from clipadapt.metrics.calibration import confidences, expected_calibration_error, risk_coverage
 from clipadapt.metrics.classification import accuracy, macro_accuracy, per_class
+from clipadapt.renamed import old_names
 
 
 class NotApplicable(ClipadaptError):
-    """The method cannot be judged so, whatever the data: it is skipped, and not counted as failed."""
+    """The method cannot be judged by this protocol on any data: it is skipped, not counted as failed."""
 
 
 @dataclass(frozen=True)
@@ -39,8 +40,8 @@ class Outcome:
         figures: what is compared and averaged, by name; shares in [0, 1] unless the name says otherwise.
         model: the fitted method.
         seconds: how long it learned.
-        per_class: accuracy of each class that has test pictures.
-        details: whatever else a report can show, in JSON values.
+        per_class: accuracy of each class that has test images.
+        details: anything else a report can show, as JSON values.
     """
 
     figures: dict[str, float]
@@ -91,8 +92,8 @@ def fit(method: Method, backbone: Backbone, support: Dataset | None, **more: Any
     return model, time.perf_counter() - start
 
 
-def judged(model: Method, test: Dataset) -> tuple[dict[str, float], dict[str, float], dict[str, Any]]:
-    """(figures, per class, details) of a model on labelled pictures of its own classes, in its own order."""
+def judge(model: Method, test: Dataset) -> tuple[dict[str, float], dict[str, float], dict[str, Any]]:
+    """(figures, per class, details) of a model on labelled images of its own classes, in its own order."""
     return figures_of(model.image_logits(test)[0][:, : len(test.class_names)], test)
 
 
@@ -115,3 +116,6 @@ def figures_of(logits: Tensor, test: Dataset) -> tuple[dict[str, float], dict[st
     figures |= {"ece": ece, "aurc": risk_coverage(confidence, hits)[0]}
     classes = {s.name: s.recall for s in per_class(labels, predicted, test.class_names) if s.recall is not None}
     return figures, classes, {"reliability": bins}
+
+
+__getattr__ = old_names(__name__)

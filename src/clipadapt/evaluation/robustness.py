@@ -1,9 +1,9 @@
-"""Adversarial accuracy: how many pictures a fitted model still recognises when each may be changed a little.
+"""Adversarial accuracy: how many images a fitted model still recognises when each may be changed a little.
 
 White-box attacks in the L-infinity ball of plain pixel values, through the model's own image tower and classifier, as
 in Mao et al., "Understanding Zero-Shot Adversarial Robustness for Large-Scale Models" (arXiv 2212.07016): PGD, or
-AutoAttack (Croce and Hein, arXiv 2003.01690) where the package `torchattacks` is at hand. A picture that is not
-recognised as it is counts as lost and is not attacked; the unchanged picture is in the ball, too.
+AutoAttack (Croce and Hein, arXiv 2003.01690) if the package `torchattacks` is installed. An image that is not
+recognised unchanged counts as lost and is not attacked; the unchanged image is in the ball, too.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from clipadapt.training.pixels import Pixels
 
 
 class NotAttackable(ClipadaptError):
-    """The model's predictions cannot be differentiated down to pixels, whatever the data."""
+    """The model's predictions cannot be differentiated with respect to pixels, on any data."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Robustness:
     """Accuracies in [0, 1] of one model on one data set.
 
     Attributes:
-        clean: of the pictures as they are.
+        clean: of the images as they are.
         attacked: of the attacked ones, by the attack's radius in levels of 1/255.
     """
 
@@ -50,16 +50,16 @@ def adversarial_accuracy(
     batch_size: int = 64,
     seed: int = 1,
 ) -> Robustness:
-    """Clean and attacked accuracy, each picture decoded once; classes are matched by name, as in `Method.score`.
+    """Clean and attacked accuracy, each image decoded once; classes are matched by name, as in `Method.score`.
 
     Args:
-        model: fitted on a backbone whose encodings are differentiable, with one class for each picture.
+        model: fitted on a backbone whose encodings are differentiable, with one class for each image.
         eps: radii of the attacks, in levels of 1/255 of a channel's range.
         attack: "pgd" or "autoattack" (standard version; needs the package `torchattacks`).
         steps: of PGD.
         step_size: of PGD, in levels of 1/255; by default 2.5 radii over the number of steps, which reaches any corner
             of the ball from any start.
-        batch_size: pictures attacked at a time.
+        batch_size: images attacked at a time.
         seed: of the random starts.
 
     Raises:
@@ -71,7 +71,7 @@ def adversarial_accuracy(
     if steps < 1 or any(radius < 0 for radius in eps):
         raise ClipadaptError("adversarial_accuracy: steps must be at least 1 and every eps at least 0.")
     if not len(data):
-        raise ClipadaptError("adversarial_accuracy needs at least one labelled picture.")
+        raise ClipadaptError("adversarial_accuracy needs at least one labelled image.")
     places = _places(model, data)
     backbone = model.backbone_
     assert backbone is not None  # `_places` has looked
@@ -101,9 +101,9 @@ def adversarial_accuracy(
 
 
 def _places(model: Method, data: Dataset) -> Tensor:
-    """(N,) each picture's class as a column of the model's logits."""
+    """(N,) each image's class as a column of the model's logits."""
     if model.multi_label_ or not isinstance(data, Dataset):
-        raise ClipadaptError("adversarial_accuracy is for models and pictures of one class each.")
+        raise ClipadaptError("adversarial_accuracy is for models and images of one class each.")
     if model.head is None:
         raise NotAttackable(f"{model.card.key} has a custom prediction path that cannot be differentiated.")
     if model.backbone_ is None or "gradients" not in model.backbone_.capabilities:
@@ -113,7 +113,7 @@ def _places(model: Method, data: Dataset) -> Tensor:
 
 
 def _scores(model: Method, space: PixelSpace) -> Callable[[Tensor], Tensor]:
-    """Plain pictures (B, 3, H, W) -> the model's logits (B, C) on the CPU, differentiable."""
+    """Plain images (B, 3, H, W) -> the model's logits (B, C) on the CPU, differentiable."""
 
     def scores(plain: Tensor) -> Tensor:
         logits = model.head.logits(model.encoder.encode(space.pixels(plain)).cpu())

@@ -38,7 +38,7 @@ UNJUDGED = "tip-adapter"
 class Trial:
     """A method with its best setting, judged on images of the support set that it had not seen.
 
-    `accuracy` is in [0, 1] with its 95 % `interval`; both are None where one image of each class allows no judgement.
+    `accuracy` is in [0, 1] with its 95 % `interval`; both are None if one image of each class allows no judgement.
     Where images have several labels, it is the mean of the folds' average precisions, without an interval. `seconds` is
     the time of all its fits and predictions.
     """
@@ -124,7 +124,9 @@ def select(
         k, measure, best_is = min(folds, max(support.counts)), "", "is best"
         if k < 2:
             trials = [Trial(key, {"templates": templates}, None, None, 0.0, 0) for key in ("zero-shot", UNJUDGED)]
-            reason = f"one image of each class leaves none to judge by, so {UNJUDGED} runs with its published setting"
+            reason = (
+                f"with one image per class none is left for validation, so {UNJUDGED} runs with its published setting"
+            )
             return Selection(trials, trials[-1], reason, [])
 
     end = time.perf_counter() + budget
@@ -132,7 +134,9 @@ def select(
         judge = _SetJudge(backbone, support, k, seed, templates, overrides)
     else:
         judge = _Judge(backbone, support, k, seed, templates, overrides, frequencies)
-    found = {"zero-shot": judge("zero-shot", until=math.inf)}  # whatever the budget: it is what the others must beat
+    found = {
+        "zero-shot": judge("zero-shot", until=math.inf)
+    }  # regardless of the budget: it is what the others must beat
     order = [key for key in order_of(keys) if key != "zero-shot"]
     refused: dict[str, str] = {}
     late: dict[str, str] = {}
@@ -152,7 +156,7 @@ def select(
                 refused[key] = str(error)
                 tell(f"{key}: skipped, {error}")
     if late:
-        tell(f"not tried for lack of time: {', '.join(late)}")
+        tell(f"not tried, out of time: {', '.join(late)}")
 
     skipped = refused | late
     trials = [found[key] for key in ["zero-shot", *order] if key in found]
@@ -161,7 +165,7 @@ def select(
     if best is zero_shot:
         reason = f"no method did better than zero-shot on {len(support):,} images of the support set"
     elif best.interval and zero_shot.interval and best.interval[0] <= zero_shot.interval[1]:
-        reason += "; its lead over zero-shot may be chance, so few images tell little"
+        reason += "; its lead over zero-shot may be chance, as there are few images"
     return Selection(trials, best, reason, [(key, skipped[key]) for key in order if key in skipped])
 
 
@@ -210,7 +214,7 @@ class _Judge:
             for c in hits:
                 fit_begun = time.perf_counter()
                 model = self._fit(key, combos[c], held_out, stop_when_late(fits_after, until))
-                hits[c] = np.append(hits[c], self._found(model, held_out))
+                hits[c] = np.append(hits[c], self._evaluate(model, held_out))
                 parameters = model.trained_parameters
                 longest = max(longest, time.perf_counter() - fit_begun)
                 if time.perf_counter() + longest * (fits_after + 1) > until:
@@ -226,7 +230,7 @@ class _Judge:
         setting = {"templates": self.templates} | combos[best]
         return Trial(key, setting, accuracy, interval, time.perf_counter() - begun, parameters)
 
-    def _found(self, model: Method, held_out: Any) -> np.ndarray:
+    def _evaluate(self, model: Method, held_out: Any) -> np.ndarray:
         """What counts for a setting: hits (V,)."""
         return self._predict(model, held_out) == self.labels[held_out]
 
@@ -236,7 +240,7 @@ class _Judge:
     def _estimate(self, hits: np.ndarray) -> tuple[float, tuple[float, float] | None]:
         """Accuracy with its interval, from the hits (N,) on all folds."""
         w = self.weights
-        total = w.sum() ** 2 / (w @ w)  # as many images of equal weight would tell as much (Kish)
+        total = w.sum() ** 2 / (w @ w)  # the effective sample size (Kish)
         correct = (w @ hits) * total / w.sum()
         return correct / total, wilson(correct, total)
 
@@ -273,7 +277,7 @@ class _SetJudge(_Judge):
     def _fit(self, key: str, setting: dict[str, Any], held_out: Any, watch: Report) -> Method:
         return create(key, **{"templates": self.templates} | setting).fit(self.backbone, held_out[0], report=watch)
 
-    def _found(self, model: Method, held_out: Any) -> np.ndarray:
+    def _evaluate(self, model: Method, held_out: Any) -> np.ndarray:
         """(1,) the fold's figure, or (0,) where none of its images has a label."""
         return np.array([model.score(held_out[1])] if held_out[1].targets.any() else [])
 
@@ -319,4 +323,5 @@ def sees_features(key: str) -> bool:
 
 
 def duration(seconds: float) -> str:
+    """Seconds as text, minutes from 100 s on."""
     return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"

@@ -1,11 +1,11 @@
-"""Is a difference more than noise: bootstrap intervals, paired tests, ranks over data sets.
+"""Is a difference more than noise? Bootstrap intervals, paired tests, ranks over data sets.
 
 Demšar, "Statistical Comparisons of Classifiers over Multiple Data Sets" (JMLR 7, 2006); Benavoli, Corani and Mangili,
 "Should We Really Use Post-Hoc Tests Based on Mean-Ranks?" (JMLR 17, 2016): pairs are compared by Wilcoxon's
 signed-rank test, not by the distance of mean ranks, with Holm's correction for their number.
 
 A block is what methods are compared on side by side: one data set with its backbone and options, averaged over seeds,
-since seeds of one data set are no independent evidence about others.
+since seeds of one data set are not independent evidence about others.
 """
 
 from __future__ import annotations

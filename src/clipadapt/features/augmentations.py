@@ -15,7 +15,7 @@ def moco_v3(image: Image.Image, rng: random.Random) -> Image.Image:
     """Colour jitter in four of five cases, grey in one of five, and a blur (MoCo v3, arXiv 2104.02057).
 
     Factors of brightness and contrast in 0.6-1.4, of saturation in 0.8-1.2, hue turned by up to a tenth of the circle,
-    in random order; the blur's deviation is 0.1-2 pixels of a picture of 224, and shrinks with smaller ones.
+    in random order; the blur's deviation is 0.1-2 pixels of an image of 224, and shrinks with smaller ones.
     """
     if rng.random() < 0.8:
         steps: list[Callable[[Image.Image], Image.Image]] = [
@@ -39,10 +39,10 @@ def _turn_hue(image: Image.Image, share: float) -> Image.Image:
 
 
 def augmix(image: Image.Image, preprocess: Callable[[Image.Image], Tensor], rng: random.Random) -> Tensor:
-    """A random mix (3, H, W) of the preprocessed picture and three chains of one to three mild operations each.
+    """A random mix (3, H, W) of the preprocessed image and three chains of one to three mild operations each.
 
     AugMix (Hendrycks et al., arXiv 1912.02781) at severity 1: the chains are weighed by Dirichlet(1, 1, 1), their sum
-    and the picture itself by Beta(1, 1).
+    and the image itself by Beta(1, 1).
     """
     cuts = sorted([0.0, rng.random(), rng.random(), 1.0])  # the gaps of uniform cuts are Dirichlet(1, 1, 1)
     share = rng.random()  # Beta(1, 1)

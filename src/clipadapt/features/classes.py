@@ -28,7 +28,7 @@ def encode_classes(
     ensembling of arXiv 2103.00020, section 3.1.4). Sentences that classes share are encoded once. No gradient flows.
 
     Args:
-        backbone: gives `encode_texts` and `dim`; of `PublishedFeatures` the classes' features are given back.
+        backbone: gives `encode_texts` and `dim`; for `PublishedFeatures`, the classes' features are returned.
         class_names: C names.
         templates: what `clipadapt.data.class_texts` takes: a shipped set's name, a template with "{}", a list of
             them, a file, or a mapping from class to sentences.

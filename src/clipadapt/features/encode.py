@@ -1,4 +1,4 @@
-"""Pictures to features: decoded by workers while the model runs, each content once, and kept on disk."""
+"""Images to features: decoded by workers while the model runs, each content once, and kept on disk."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from clipadapt.features.progress import progress_bar
 from clipadapt.features.store import KEY_BYTES, FeatureStore, cache_root
 from clipadapt.features.views import RandomView
 
-# Part of every key: raise it when decoding or `RandomView` change, and with them the features of a picture.
+# Part of every key: raise it when decoding or `RandomView` change, and with them the features of an image.
 VERSION = 1
 
 T = TypeVar("T")
@@ -34,12 +34,12 @@ R = TypeVar("R")
 
 @dataclass(frozen=True)
 class Encoded:
-    """Features of N pictures in the order given, without those that were skipped.
+    """Features of N images in the order given, without those that were skipped.
 
     Attributes:
         features: (N, D) float32 on the CPU, rows of unit norm; (N, V, D) where V views were asked for.
         kept: N positions in the list that was given.
-        skipped: (name, reason) of every picture that could not be read.
+        skipped: (name, reason) of every image that could not be read.
         digests: N contents, 32 hex digits each; empty where pixels or features were given.
     """
 
@@ -66,28 +66,28 @@ def encode_images(
 ) -> Encoded:
     """Image features of `images`, computed once per content and backbone.
 
-    A picture is recognised by its bytes, wherever it lies; a run that was interrupted, even killed, continues where it
+    An image is recognised by its bytes, not its path; a run that was interrupted, even killed, continues where it
     was. No gradient flows. The backbone's fingerprint covers its weights, preprocessing and tokenizer; inside
     `backbone.inserted(...)` or `backbone.attention(...)`, which it does not cover, pass `cache=False`.
 
     Args:
         encoder: a backbone, or what wraps one; see `Encoder`.
-        images: whatever `clipadapt.data.as_items` takes; or pixels (N, 3, H, W), which are encoded but not kept. Of
-            `FeatureItem`s the features are given back.
+        images: what `clipadapt.data.as_items` takes; or pixels (N, 3, H, W), which are encoded but not kept. For
+            `FeatureItem`s the features are returned.
         cache: keep features under $CLIPADAPT_CACHE (~/.cache/clipadapt), in the given folder, or nowhere.
         batch_size: rows per call of the model.
         workers: threads that read, decode and preprocess; as many as there are cores by default.
         progress: show a bar on stderr, if that is a terminal.
-        on_error: "raise" a `DataError` that names the unreadable picture (what was done so far is kept), or "skip" it.
-        views: V > 0 gives V random resized crops with flips instead of the picture: (N, V, D), see `RandomView`.
+        on_error: "raise" a `DataError` that names the unreadable image (what was done so far is kept), or "skip" it.
+        views: V > 0 gives V random resized crops with flips instead of the image: (N, V, D), see `RandomView`.
         seed: of the views.
         min_scale: smallest share of the area that a view shows, in (0, 1]; 0.5 is Tip-Adapter's choice, 0.08 CoOp's.
         precision: "float32", or "float16" to keep half the bytes, which rounds the features.
         fast_decode: decode large JPEGs at a half, quarter or eighth of their size, but no smaller than twice what the
-            model sees; faster, and the features move a little. Kept apart from those of whole pictures.
+            model sees; faster, and the features change slightly. Kept apart from those of whole images.
 
     Raises:
-        DataError: a picture cannot be read and `on_error` is "raise".
+        DataError: an image cannot be read and `on_error` is "raise".
         ClipadaptError: an argument is out of range, or the cache cannot be written.
     """
     if on_error not in ("raise", "skip"):
@@ -97,7 +97,7 @@ def encode_images(
     if batch_size < 1 or views < 0 or not 0 < min_scale <= 1:
         raise ClipadaptError("batch_size must be at least 1, views at least 0, and min_scale in (0, 1].")
     if fast_decode and views:
-        raise ClipadaptError("fast_decode is for whole pictures; views are cropped from all of a picture's pixels.")
+        raise ClipadaptError("fast_decode is for whole images; views are cropped from all of an image's pixels.")
 
     if isinstance(images, torch.Tensor):
         batches = [_features(encoder, pixels) for pixels in images.split(batch_size)] if len(images) else []
@@ -108,7 +108,7 @@ def encode_images(
     ready = [item.feature for item in items if isinstance(item, FeatureItem)]
     if ready and len(ready) == len(items):
         if views:
-            raise ClipadaptError("Views are crops of pictures, and these are features without pixels.")
+            raise ClipadaptError("Views are crops of images, and these are features without pixels.")
         return Encoded(torch.stack(ready), list(range(len(items))), [])
 
     store = None
@@ -132,7 +132,7 @@ class _Cell(NamedTuple):
 
 
 class _Wanted(NamedTuple):
-    """One picture to load: or the reason why not even its digest is known."""
+    """One image to load: or the reason why not even its digest is known."""
 
     item: Item | DataError
     content: str
@@ -148,7 +148,7 @@ class _Encoding:
 
     encoder: Encoder
     items: list[Item]
-    plan: list[RandomView | None]  # V columns; None: the picture as it is
+    plan: list[RandomView | None]  # V columns; None: the image as it is
     store: FeatureStore | None
     precision: str
     skip: bool
@@ -161,11 +161,11 @@ class _Encoding:
     def run(self, batch_size: int, workers: int, progress: bool) -> None:
         columns = len(self.plan)
         self.table = np.empty((len(self.items), columns, self.encoder.dim), np.float32)  # (N, V, D)
-        # Enough pictures in flight to fill a batch while the model runs on another, and no more: each holds its pixels.
+        # Enough images in flight to fill a batch while the model runs on another, and no more: each holds its pixels.
         ahead = max(2 * batch_size // columns, workers)
         pool = ThreadPoolExecutor(workers, thread_name_prefix="decode")
         self.may_decode.set()
-        bar = progress_bar("Encoding pictures", self.table.shape[0] * columns, progress)
+        bar = progress_bar("Encoding images", self.table.shape[0] * columns, progress)
         with self.store or nullcontext(), bar as self.advance:
             try:
                 digests = _in_order(pool, _digest, self.items, ahead)
@@ -187,7 +187,7 @@ class _Encoding:
     def _missing(self, digests: Iterable[tuple[Item, str | DataError]]) -> Iterator[_Wanted]:
         """The items whose features are neither in the store nor under way, with what is to be computed of each.
 
-        Failures go down the same stream: whatever precedes an unreadable picture is encoded before it is reported.
+        Failures go down the same stream: everything before an unreadable image is encoded before it is reported.
         """
         for item, digest in digests:
             content = digest if isinstance(digest, str) else f"unread {len(self.contents)}"
@@ -211,7 +211,7 @@ class _Encoding:
         return True
 
     def _load(self, wanted: _Wanted) -> _Loaded:
-        """In a worker: decode one picture and preprocess those of its views that are missing."""
+        """In a worker: decode one image and preprocess those of its views that are missing."""
         item, content, cells = wanted
         if isinstance(item, DataError):
             return content, item

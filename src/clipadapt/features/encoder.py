@@ -88,7 +88,7 @@ class Adapted:
 
 
 def in_text_space(encoder: Any) -> Any:
-    """The encoder itself; ClipadaptError where its image features do not live in the text space."""
+    """The encoder itself; ClipadaptError if its image features do not live in the text space."""
     if not encoder.aligned:
         raise ClipadaptError(
             f"The model produces {encoder.dim}-dimensional image features that are not comparable with text features: "

@@ -1,4 +1,4 @@
-"""An external memory of captions, alone or with their pictures, as features."""
+"""An external memory of captions, alone or with their images, as features."""
 
 from __future__ import annotations
 
@@ -13,26 +13,28 @@ from clipadapt.data.pairs import Pairs
 from clipadapt.errors import ClipadaptError, DataError
 from clipadapt.features.classes import encode_classes
 from clipadapt.features.encode import encode_images
+from clipadapt.renamed import old_argument
 
 if TYPE_CHECKING:
     from clipadapt.backbones import Backbone
 
 
+@old_argument("pictures", "images")
 def encode_memory(
-    backbone: Backbone, memory: Any, templates: Any = "photo", *, prefix: str = "", pictures: bool = True
+    backbone: Backbone, memory: Any, templates: Any = "photo", *, prefix: str = "", images: bool = True
 ) -> dict[str, Tensor]:
     """The features of a memory, on the CPU; a text that occurs several times is kept once, in the order of first use.
 
     Args:
-        memory: sentences (a list, or a .txt or .jsonl file, one a line); `Pairs`; or another data set, whose texts
+        memory: sentences (a list, or a .txt or .jsonl file, one per line); `Pairs`; or another data set, whose texts
             are the sentences of its classes.
         templates: makes those sentences.
         prefix: put before each caption, but not before sentences of classes.
-        pictures: whether pictures are encoded too.
+        images: whether images are encoded too.
 
     Returns:
         texts: (T, D) unit rows.
-        images: (M, D) unit rows; M is 0 for sentences alone, and with `pictures` off.
+        images: (M, D) unit rows; M is 0 for sentences alone, and with `images` off.
         text_of: (M,) int64, the text of each image; an image with several captions is there once for each.
 
     Raises:
@@ -44,15 +46,15 @@ def encode_memory(
         names = memory.texts
         row_of_text = {text: row for row, text in enumerate(names)}
         text_of, items = [], []
-        if pictures:
+        if images:
             if any(isinstance(item, str) for item in memory.items):
-                raise DataError(f"{memory.name}: its items are texts, so that there is no image to remember.")
+                raise DataError(f"{memory.name}: its items are texts, so there are no images to remember.")
             text_of = [row_of_text[text] for captions in memory.captions for text in captions]
             items = [item for item, captions in zip(memory.items, memory.captions, strict=True) for _ in captions]
     elif isinstance(memory, Dataset):
         row_of = {label: row for row, label in enumerate(dict.fromkeys(memory.labels))}
         names = [memory.class_names[label] for label in row_of] if len(memory) else memory.class_names
-        text_of = [row_of[label] for label in memory.labels] if pictures else []
+        text_of = [row_of[label] for label in memory.labels] if images else []
     elif isinstance(memory, str) and not memory.lower().endswith((".txt", ".jsonl")):
         raise ClipadaptError(f"memory = {memory!r} is a single string; give a list of sentences or a .txt file.")
     else:
@@ -63,11 +65,11 @@ def encode_memory(
         if not all(isinstance(name, str) for name in names):
             raise ClipadaptError(
                 "A memory is a list of sentences, a .txt or .jsonl file of them, a data set, or "
-                f"clipadapt.data.image_pairs([(picture, caption), ...]), not {type(memory).__name__} of other things."
+                f"clipadapt.data.image_pairs([(image, caption), ...]), not {type(memory).__name__} of something else."
             )
     if isinstance(memory, Dataset):
         texts = encode_classes(backbone, names, templates)
     else:
         texts = encode_classes(backbone, [prefix + name for name in names], "{}")
-    images = encode_images(backbone, items).features if text_of else torch.empty(0, backbone.dim)
-    return {"texts": texts, "images": images, "text_of": torch.tensor(text_of, dtype=torch.int64)}
+    seen = encode_images(backbone, items).features if text_of else torch.empty(0, backbone.dim)
+    return {"texts": texts, "images": seen, "text_of": torch.tensor(text_of, dtype=torch.int64)}

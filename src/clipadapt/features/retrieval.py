@@ -1,4 +1,4 @@
-"""Exact nearest neighbours among unit features, block by block, so that memory stays bounded whatever is searched."""
+"""Exact nearest neighbours among unit features, block by block, so that memory stays bounded."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def nearest(queries: Tensor, memory: Tensor, k: int, *, cells: int = _CELLS) -> 
         ClipadaptError: k is below 1, or the widths differ.
     """
     if k < 1:
-        raise ClipadaptError(f"k = {k} neighbours cannot be found; k must be at least 1.")
+        raise ClipadaptError(f"k must be at least 1, not {k}.")
     if queries.ndim != 2 or memory.ndim != 2 or queries.shape[1] != memory.shape[1]:
         raise ClipadaptError(
             f"queries {tuple(queries.shape)} and memory {tuple(memory.shape)} must be (Q, D) and (M, D)."
@@ -41,7 +41,7 @@ def _among(queries: Tensor, memory: Tensor, k: int, width: int) -> tuple[Tensor,
     indices = torch.empty(len(queries), 0, dtype=torch.int64, device=queries.device)
     for first in range(0, len(memory), width):
         new, rows = top(queries @ memory[first : first + width].to(queries.device).T, k)
-        # What was found earlier has lower indices and stands before, so a stable order keeps the lower one of equals.
+        # What was found earlier has lower indices and comes first, so a stable sort keeps the lower index of a tie.
         scores, order = torch.cat([scores, new], dim=1).sort(dim=1, descending=True, stable=True)
         indices = torch.cat([indices, rows + first], dim=1).gather(1, order)[:, :k]
         scores = scores[:, :k]
@@ -58,7 +58,7 @@ def top(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
         return scores[:, :0], torch.empty(len(scores), 0, dtype=torch.int64, device=scores.device)
     values, columns = scores.topk(k, dim=1)
     least = values[:, -1:]
-    tied = ((scores >= least).sum(dim=1) > k).nonzero()[:, 0]  # rows where equals lie on both sides of the cut
+    tied = ((scores >= least).sum(dim=1) > k).nonzero()[:, 0]  # rows with ties on both sides of the cut
     if len(tied):
         rows, limit = scores[tied], least[tied]
         above, equal = rows > limit, rows == limit

@@ -41,7 +41,7 @@ class FeatureStore:
     """Rows of features by 16-byte key, in `folder`; any number of processes may read and write it at once.
 
     A part is one safetensors file: `keys` (n, 16) uint8, `features` (n, D), and their checksum in its metadata. Parts
-    appear by renaming, under names of their own, and never change; so readers see whole parts only, and writers cannot
+    appear by renaming, under unique names, and never change; so readers see whole parts only, and writers cannot
     disturb each other. Used as a context manager it writes what is left on leaving, also after an exception.
     """
 
@@ -56,7 +56,7 @@ class FeatureStore:
             self._remove_abandoned()
         except OSError as error:
             raise self._unusable(error) from None
-        parts = [part for path in sorted(folder.glob("*.safetensors")) if (part := self._opened(path))]
+        parts = [part for path in sorted(folder.glob("*.safetensors")) if (part := self._open_part(path))]
         self._join({part for part in parts if len(part.keys) < SMALL_PART_ROWS})
 
     def __enter__(self) -> FeatureStore:
@@ -66,7 +66,7 @@ class FeatureStore:
         self.flush()
 
     def get(self, key: bytes) -> np.ndarray | None:
-        """The row (D,) kept under `key`, a read-only view of the file; None if there is none, or if it was damaged."""
+        """The row (D,) kept under `key`, a read-only view of the file; None if it is missing or damaged."""
         if key not in self._where:
             return None
         part, row = self._where[key]
@@ -100,29 +100,29 @@ class FeatureStore:
                 save_file({"keys": key_rows, "features": features}, aside, metadata)
         except (OSError, SafetensorError) as error:
             raise self._unusable(error) from None
-        self._opened(path)
+        self._open_part(path)
 
-    def _opened(self, path: Path) -> _Part | None:
+    def _open_part(self, path: Path) -> _Part | None:
         """The part at `path`, its keys known from now on; None if it is damaged or was joined with others meanwhile."""
         try:
             part = _Part(path)
         except FileNotFoundError:
             return None
         except (SafetensorError, ValueError) as error:
-            warnings.warn(f"{path} is damaged ({error}); its pictures are encoded again.", RuntimeWarning, stacklevel=4)
+            warnings.warn(f"{path} is damaged ({error}); its images are encoded again.", RuntimeWarning, stacklevel=4)
             path.unlink(missing_ok=True)
             return None
         self._where.update(zip(part.keys, zip(repeat(part), range(len(part.keys))), strict=True))
         return part
 
     def _discard(self, part: _Part) -> None:
-        message = f"{part.path} is damaged; its {len(part.keys)} pictures are encoded again."
+        message = f"{part.path} is damaged; its {len(part.keys)} images are encoded again."
         warnings.warn(message, RuntimeWarning, stacklevel=4)
         part.path.unlink(missing_ok=True)
         self._where = {key: place for key, place in self._where.items() if place[0] is not part}
 
     def _join(self, small: set[_Part]) -> None:
-        """Make one part of many small ones, so that a store fed one picture at a time stays fast to open."""
+        """Make one part of many small ones, so that a store fed one image at a time stays fast to open."""
         if len(small) <= MAX_SMALL_PARTS:
             return
         for part in small:
@@ -145,7 +145,7 @@ class FeatureStore:
     def _unusable(self, error: Exception) -> ClipadaptError:
         return ClipadaptError(
             f"The feature cache {self.folder} cannot be written ({error}); "
-            "point CLIPADAPT_CACHE at a folder with room, or pass cache=False."
+            "set CLIPADAPT_CACHE to a folder with free space, or pass cache=False."
         )
 
 

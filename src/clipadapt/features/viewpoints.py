@@ -1,4 +1,4 @@
-"""Pictures as if seen from elsewhere: each is a flat sheet that is turned before the camera, the same in every run."""
+"""Images seen from other viewpoints: each is a flat sheet turned before the camera, the same in every run."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ DISTANCE = 2.0  # of the camera, in the sheet's longer side
 
 @dataclass(frozen=True)
 class TurnedItem(Item):
-    """A picture turned about its middle; how far depends on its content, the `number` of the view and the `seed`.
+    """An image turned about its middle; how far depends on its content, the `number` of the view and the `seed`.
 
     tilt  greatest angle, in degrees below 90, about the vertical and about the horizontal axis
-    roll  greatest angle, in degrees, in the picture's plane
+    roll  greatest angle, in degrees, in the image's plane
     """
 
     item: Item
@@ -58,7 +58,7 @@ def turn(image: Image.Image, yaw: float, pitch: float, roll: float) -> Image.Ima
     about_y = np.array([[math.cos(yaw), 0, math.sin(yaw)], [0, 1, 0], [-math.sin(yaw), 0, math.cos(yaw)]])
     turned = about_y @ about_x @ np.array([[a, b, 0], [c, d, 0], [0, 0, 1]])
     seen = np.diag([away, away, 1.0]) @ turned  # of a point (x, y, 0): away * X, away * Y, Z
-    seen[:, 2] = 0, 0, away  # the sheet's points have no depth of their own; its middle is `away`
+    seen[:, 2] = 0, 0, away  # the sheet's points have no depth; its middle is `away`
     middle = np.array([[1, 0, width / 2], [0, 1, height / 2], [0, 0, 1]])
     back = middle @ np.linalg.inv(seen) @ np.linalg.inv(middle)
     corners = np.asarray(image, dtype=np.float64)[[0, 0, -1, -1], [0, -1, 0, -1]]  # (4, 3)
@@ -72,7 +72,7 @@ def turn(image: Image.Image, yaw: float, pitch: float, roll: float) -> Image.Ima
 
 
 def turned(data: Dataset, views: int, *, tilt: float, roll: float, seed: int, plain: bool = False) -> Dataset:
-    """`views` turned views of each picture of `data`, with `plain` behind the picture itself; labels are its own."""
+    """`views` turned views of each image of `data`, with `plain` behind the image itself; labels are its own."""
     each = views + plain
     rows = data.select([row for row in range(len(data)) for _ in range(each)])
     items: list[Item] = [

@@ -1,4 +1,4 @@
-"""Random crops that are the same in every run: augmented views of a picture whose features can be kept."""
+"""Random crops that are the same in every run: augmented views of an image whose features can be kept."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ ASPECT_RATIOS = (3 / 4, 4 / 3)  # width / height, of the Inception crop that the
 class RandomView(NamedTuple):
     """A random resized crop, flipped in half of the cases.
 
-    What is drawn depends on the picture's content and these fields alone: neither on its place in a list nor on
+    What is drawn depends on the image's content and these fields alone: neither on its place in a list nor on
     global state.
     """
 
-    number: int  # which of the picture's views
+    number: int  # which of the image's views
     seed: int
     min_scale: float  # the crop's share of the area is uniform in [min_scale, 1]
 
@@ -31,7 +31,7 @@ class RandomView(NamedTuple):
         return view.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if rng.random() < 0.5 else view
 
     def _crop(self, image: Image.Image, rng: random.Random) -> tuple[int, int, int, int]:
-        """(left, top, right, bottom); the whole picture if ten draws do not fit into it."""
+        """(left, top, right, bottom); the whole image if ten draws do not fit into it."""
         low, high = map(math.log, ASPECT_RATIOS)
         for _ in range(10):
             area = image.width * image.height * rng.uniform(self.min_scale, 1.0)

@@ -25,9 +25,9 @@ def method(key: str, **facts: Any) -> Callable[[M], M]:
     """
 
     def decorate(cls: M) -> M:
-        known = _METHODS.get(key)
-        if known is not None and known.__module__ != cls.__module__:
-            raise ValueError(f"Two methods are called {key!r}: {known.__module__} and {cls.__module__}.")
+        taken = module_of(key) or (_METHODS[key].__module__ if key in _METHODS else None)
+        if taken not in (None, cls.__module__):
+            raise ValueError(f"Two methods are called {key!r}: {taken} and {cls.__module__}.")
         family = facts.get("family", cls.__module__.rpartition(".")[0].rpartition(".")[2])
         names = [base.__name__ for base in cls.__mro__[1:]]
         cls.card = card_of(key, family, names, {k: v for k, v in facts.items() if k != "family"})  # type: ignore[attr-defined]

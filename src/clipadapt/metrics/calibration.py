@@ -1,4 +1,4 @@
-"""Is a model as sure as it is right: calibration and selective prediction.
+"""Calibration and selective prediction: is a model as confident as it is accurate?
 
 Guo et al., "On Calibration of Modern Neural Networks" (arXiv 1706.04599); Geifman and El-Yaniv, "Selective
 Classification for Deep Neural Networks" (arXiv 1705.08500).
@@ -45,7 +45,7 @@ def expected_calibration_error(
 def risk_coverage(confidence: ArrayLike, hits: ArrayLike) -> tuple[float, np.ndarray, np.ndarray]:
     """(area under the curve, coverage (N,), risk (N,)): the error among the images kept, the surest first.
 
-    Images of equal confidence count as kept in part: their errors are spread evenly over them, so the order of the
+    Images of equal confidence are partly kept: their errors are spread evenly over them, so the order of the
     images does not matter.
     """
     confidence, hits = np.asarray(confidence, dtype=float), np.asarray(hits, dtype=float)

@@ -1,4 +1,4 @@
-"""How good are predictions: accuracy with its interval, per class, and what is taken for what.
+"""How good predictions are: accuracy with its interval, scores per class, and confusions.
 
 Everywhere `labels` and `predicted` are parallel sequences (N,) of integers into the class names.
 """
@@ -31,7 +31,7 @@ class ClassScores:
 
 
 def accuracy(labels: ArrayLike, predicted: ArrayLike) -> float:
-    """Share of right predictions, in [0, 1]; of no image it is not defined and raises ValueError."""
+    """Share of correct predictions, in [0, 1]; raises ValueError if there are no images."""
     hits = np.asarray(labels) == np.asarray(predicted)
     if hits.size == 0:
         raise ValueError("accuracy needs at least one image")
@@ -78,7 +78,7 @@ def per_class(labels: ArrayLike, predicted: ArrayLike, class_names: Sequence[str
 def confusion_pairs(
     labels: ArrayLike, predicted: ArrayLike, class_names: Sequence[str], top: int = 10
 ) -> list[tuple[str, str, int]]:
-    """The `top` most frequent mistakes as (true class, predicted class, count); of equals the first in class order."""
+    """The `top` most frequent mistakes as (true class, predicted class, count); ties in class order."""
     matrix = confusion_matrix(labels, predicted, len(class_names))
     np.fill_diagonal(matrix, 0)
     order = np.argsort(-matrix, axis=None, kind="stable")[:top]

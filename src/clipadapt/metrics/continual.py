@@ -1,7 +1,7 @@
 """Figures of learning from a stream of tasks: what is known at the end, what was forgotten, what was gained in advance.
 
 All of them are read off the accuracy matrix R: row t is after task t was learned, column k is the accuracy on the test
-images of task k, in whatever unit the accuracies have. Entries above the diagonal (tasks that are still to come) may
+images of task k, in the unit of the accuracies. Entries above the diagonal (tasks that are still to come) may
 be NaN, except for `forward_transfer`. T is the number of tasks; counting from 1,
 
     last                (1/T) sum_k R[T, k]
@@ -29,7 +29,7 @@ from numpy.typing import ArrayLike
 def accuracy_matrix(
     labels: Sequence[ArrayLike], predicted: Sequence[ArrayLike], tasks: Sequence[ArrayLike]
 ) -> np.ndarray:
-    """(T, T) accuracies in [0, 1] from the predictions after each task; NaN where a task was not tested.
+    """(T, T) accuracies in [0, 1] from the predictions after each task; NaN if a task was not tested.
 
     Args:
         labels: T arrays, the t-th with the true classes of the images tested after task t, (N_t,).

@@ -19,7 +19,7 @@ def average_precision(targets: ArrayLike, scores: ArrayLike) -> np.ndarray:
     It is the mean, over a class's positives, of the precision among the images that score at least as high; nothing
     is interpolated, and equal scores count together (as in scikit-learn).
     """
-    truth, values = checked(targets, scores)
+    truth, values = check(targets, scores)
     result = np.full(truth.shape[1], np.nan)
     for c in np.flatnonzero(truth.any(0)):
         hits, taken, _ = _sweep(truth[:, c], values[:, c])
@@ -28,7 +28,7 @@ def average_precision(targets: ArrayLike, scores: ArrayLike) -> np.ndarray:
 
 
 def mean_average_precision(targets: ArrayLike, scores: ArrayLike) -> float:
-    """Mean of the classes' average precisions (mAP) over those with a positive; without any it raises ValueError."""
+    """Mean of the classes' average precisions (mAP) over those with a positive; raises ValueError if there is none."""
     precisions = average_precision(targets, scores)
     if np.isnan(precisions).all():
         raise ValueError("mean_average_precision needs at least one positive")
@@ -36,13 +36,13 @@ def mean_average_precision(targets: ArrayLike, scores: ArrayLike) -> float:
 
 
 def best_threshold(targets: ArrayLike, scores: ArrayLike) -> float:
-    """The threshold t for which predicting `scores >= t` has the highest overall F1, among all that there are.
+    """The threshold t for which predicting `scores >= t` has the highest overall F1, among all scores.
 
     It is midway between the lowest score that it accepts and the next one below; of equally good ones it is the
     highest. Choose it on support or validation images, never on those that are tested. Without a positive it raises
     ValueError.
     """
-    truth, values = checked(targets, scores)
+    truth, values = check(targets, scores)
     if not truth.any():
         raise ValueError("best_threshold needs at least one positive")
     hits, taken, levels = _sweep(truth.ravel(), values.ravel())
@@ -60,7 +60,7 @@ def _sweep(truth: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarra
     return np.cumsum(truth[order])[last], last + 1, values[last]
 
 
-def checked(targets: ArrayLike, scores: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
+def check(targets: ArrayLike, scores: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
     """Targets as bool and scores as floats, (N, C) each."""
     truth, values = np.asarray(targets).astype(bool), np.asarray(scores)
     if truth.ndim != 2 or truth.shape != values.shape:
@@ -86,9 +86,9 @@ def f1_scores(targets: ArrayLike, predicted: ArrayLike) -> F1Scores:
     left out of the means, though what is predicted of it counts in the overall F1.
 
     Raises:
-        ValueError: there is no positive.
+        ValueError: there are no positives.
     """
-    truth, taken = checked(targets, predicted)
+    truth, taken = check(targets, predicted)
     taken = taken.astype(bool)
     hits, positives, predictions = (truth & taken).sum(0), truth.sum(0), taken.sum(0)  # (C,) each
     if not positives.any():
@@ -101,8 +101,8 @@ def f1_scores(targets: ArrayLike, predicted: ArrayLike) -> F1Scores:
 
 
 def top_k_predictions(scores: ArrayLike, k: int) -> np.ndarray:
-    """(N, C) bool: the `k` highest classes of each image, of equals the first; ValueError unless 1 <= k <= C."""
-    _, values = checked(scores, scores)
+    """(N, C) bool: the `k` highest classes of each image, ties to the first; ValueError unless 1 <= k <= C."""
+    _, values = check(scores, scores)
     if not 1 <= k <= values.shape[1]:
         raise ValueError(f"k must be between 1 and the number of classes ({values.shape[1]}), not {k}")
     predicted = np.zeros(values.shape, dtype=bool)

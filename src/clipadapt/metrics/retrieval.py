@@ -2,7 +2,7 @@
 
 What belongs together has the same group number: an image and its captions, or the images of a class. An item of
 the gallery is relevant to a query when their groups are equal. Items rank by their product with the query, the largest
-first; of equal ones the lower number ranks first, as in `features.retrieval.nearest` and every exact search here.
+first; ties rank by number, as in `features.retrieval.nearest` and every exact search here.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from clipadapt.errors import ClipadaptError
+from clipadapt.renamed import old_argument
 
 _CELLS = 1 << 24  # scores held at once: 64 MB in float32
 
@@ -40,14 +41,16 @@ class RetrievalScores:
     median_rank: float
 
 
-def text_to_image(texts: Any, images: Any, picture_of: Any, ks: Sequence[int] = (1, 5, 10)) -> RetrievalScores:
-    """Each text looks for its image: texts (T, D), images (N, D), and `picture_of` (T,) the images' numbers."""
-    return retrieval_scores(texts, images, picture_of, np.arange(len(images)), ks)
+@old_argument("picture_of", "image_of")
+def text_to_image(texts: Any, images: Any, image_of: Any, ks: Sequence[int] = (1, 5, 10)) -> RetrievalScores:
+    """Each text looks for its image: texts (T, D), images (N, D), and `image_of` (T,) the images' numbers."""
+    return retrieval_scores(texts, images, image_of, np.arange(len(images)), ks)
 
 
-def image_to_text(images: Any, texts: Any, picture_of: Any, ks: Sequence[int] = (1, 5, 10)) -> RetrievalScores:
+@old_argument("picture_of", "image_of")
+def image_to_text(images: Any, texts: Any, image_of: Any, ks: Sequence[int] = (1, 5, 10)) -> RetrievalScores:
     """Each image looks for its texts, of which it can have several: arguments as in `text_to_image`."""
-    return retrieval_scores(images, texts, np.arange(len(images)), picture_of, ks)
+    return retrieval_scores(images, texts, np.arange(len(images)), image_of, ks)
 
 
 def image_to_image(images: Any, labels: Any, ks: Sequence[int] = (1, 5, 10)) -> RetrievalScores:
@@ -82,9 +85,9 @@ def retrieval_scores(
     q, g = _features(queries, "queries"), _features(gallery, "gallery")
     q_groups, g_groups = _groups(query_groups, q, "query_groups"), _groups(gallery_groups, g, "gallery_groups")
     if q.shape[1] != g.shape[1] or (others and len(q) != len(g)):
-        raise ClipadaptError(f"queries {tuple(q.shape)} and gallery {tuple(g.shape)} do not fit together.")
+        raise ClipadaptError(f"queries {tuple(q.shape)} and gallery {tuple(g.shape)} do not match.")
     if not ks or min(ks) < 1:
-        raise ClipadaptError(f"Cuts are at least 1, not {list(ks)}.")
+        raise ClipadaptError(f"Every k must be at least 1, not {list(ks)}.")
     discounts = 1 / torch.log2(torch.arange(2, len(g) + 2, dtype=torch.float64))  # (M,)
     firsts, precisions = [], []
     gains: dict[int, list[Tensor]] = {k: [] for k in ks}
@@ -93,7 +96,7 @@ def retrieval_scores(
         scores = q[start : start + rows] @ g.T  # (B, M)
         mine = torch.arange(start, start + len(scores))
         relevant = q_groups[mine, None] == g_groups  # (B, M)
-        if others:  # to the very end, where it is in nobody's way
+        if others:  # to the very end, where it affects nothing
             scores[torch.arange(len(scores)), mine] = -torch.inf
             relevant[torch.arange(len(scores)), mine] = False
         order = scores.argsort(dim=1, descending=True, stable=True)

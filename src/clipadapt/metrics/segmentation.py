@@ -29,7 +29,7 @@ def confusion(truth: ArrayLike, predicted: ArrayLike, classes: int, ignore: int 
 def mean_iou(counts: np.ndarray) -> float:
     """Mean over classes of intersection over union, from `confusion` counts (C, C) summed over all images.
 
-    Classes that are neither true nor predicted anywhere are left out; without any it raises ValueError.
+    Classes that are neither true nor predicted anywhere are left out; raises ValueError if none remains.
     """
     hits = np.diag(counts)
     union = counts.sum(0) + counts.sum(1) - hits

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 
 def exact_match(references: Sequence[Sequence[str]], predicted: Sequence[str]) -> float:
-    """The share in [0, 1] of texts that equal one of their references, whatever the case and the spaces around them.
+    """The share in [0, 1] of texts that equal one of their references, ignoring case and surrounding spaces.
 
     Raises:
-        ValueError: there is no text, or not as many as lists of references.
+        ValueError: there are no texts, or not as many as lists of references.
     """
     if not len(predicted) or len(references) != len(predicted):
         raise ValueError(f"one list of references for each text is needed, not {len(references)} for {len(predicted)}")

@@ -1,4 +1,4 @@
-"""Finding pictures: by words, by pictures, by both, among millions; duplicates and groups.
+"""Finding images: by words, by images, by both, among millions; duplicates and groups.
 
 index = Index.open("embedded")
 hits = index.search(query_vector(index.model, ["a red mug"])[None], k=20, where="year > 2020")[0]

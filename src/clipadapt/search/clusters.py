@@ -1,4 +1,4 @@
-"""Groups of pictures that look alike, named by the words that fit each better than the others."""
+"""Groups of images that look alike, named by the words that fit each better than the others."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from clipadapt.errors import ClipadaptError, DataError
 if TYPE_CHECKING:
     from clipadapt.embeddings import Embeddings
 
-_LEARNED = 50_000  # pictures that the centres are learned from, which bounds time and memory
+_LEARNED = 50_000  # images that the centres are learned from, which bounds time and memory
 _STARTS = 3
 _WORDS = Path(__file__).with_name("words.txt")
 
 
 @dataclass(frozen=True)
 class Cluster:
-    """One group of pictures.
+    """One group of images.
 
-    rows      (n,) its pictures, the nearest to its centre first
+    rows      (n,) its images, the nearest to its centre first
     scores    (n,) their cosines with the centre
     mean      (D,) mean of their features
     """
@@ -35,28 +35,28 @@ class Cluster:
 
 
 def find_clusters(embeddings: Embeddings, k: int | None = None, *, seed: int = 1) -> list[Cluster]:
-    """Divide pictures into k groups by k-means, the largest first; none is empty, so there can be fewer.
+    """Divide images into k groups by k-means, the largest first; none is empty, so there can be fewer.
 
     K-means with k-means++ starts (scikit-learn's, the best of three) on unit rows, where squared distance is
-    2 - 2 cosine: near in the one sense is near in the other. Centres are learned from at most 50,000 pictures, drawn
+    2 - 2 cosine: near in the one sense is near in the other. Centres are learned from at most 50,000 images, drawn
     by the seed, and then all are assigned, block by block. The same seed gives the same groups.
 
     Args:
-        embeddings: N pictures.
+        embeddings: N images.
         k: at least 2 and at most N; by default the root of N/2, between 2 and 50, a rule of thumb.
         seed: of the starts and of what is drawn.
 
     Raises:
-        ClipadaptError: there are too few pictures, or k is out of range.
+        ClipadaptError: there are too few images, or k is out of range.
     """
     from sklearn.cluster import KMeans
 
     count = len(embeddings)
     if count < 2:
-        raise ClipadaptError(f"{embeddings.folder} holds {count} pictures; groups need at least 2.")
+        raise ClipadaptError(f"{embeddings.folder} holds {count} images; groups need at least 2.")
     k = min(max(round((count / 2) ** 0.5), 2), 50) if k is None else k
     if not 2 <= k <= count:
-        raise ClipadaptError(f"k = {k} groups cannot be made of {count:,} pictures; k must be from 2 to {count:,}.")
+        raise ClipadaptError(f"k must be from 2 to {count:,} for {count:,} images, not {k}.")
     rng = np.random.default_rng(seed)
     drawn = (
         np.sort(rng.choice(count, max(_LEARNED, k), replace=False)) if count > max(_LEARNED, k) else np.arange(count)
@@ -82,12 +82,12 @@ def find_clusters(embeddings: Embeddings, k: int | None = None, *, seed: int = 1
 def name_clusters(clusters: Sequence[Cluster], model: Any, words: Sequence[str], top: int = 3) -> list[list[str]]:
     """The `top` words that tell each cluster from the others, the best first.
 
-    A word's worth for a cluster is its mean cosine with the pictures, minus the mean of that over the clusters: so no
+    A word's worth for a cluster is its mean cosine with the images, minus the mean of that over the clusters: so no
     word that fits everything wins. Two clusters can have a word in common.
 
     Args:
         clusters: K groups.
-        model: gives `encode_texts`: a backbone or an adapted model, the one the pictures were embedded with.
+        model: gives `encode_texts`: a backbone or an adapted model, the one the images were embedded with.
         words: V of them; each is put into "a photo of …".
         top: how many for each cluster.
     """
@@ -100,7 +100,7 @@ def name_clusters(clusters: Sequence[Cluster], model: Any, words: Sequence[str],
 
 
 def read_words(file: str | Path | None = None) -> list[str]:
-    """The words of a text file, one a line ("#" starts a comment line); without a file those that come along."""
+    """The words of a text file, one per line ("#" starts a comment line); without a file those that come along."""
     path = Path(file) if file is not None else _WORDS
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
@@ -108,7 +108,7 @@ def read_words(file: str | Path | None = None) -> list[str]:
         raise DataError(f"{path} cannot be read as a list of words: {error}.") from None
     words = list(dict.fromkeys(line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")))
     if not words:
-        raise DataError(f"{path} has no word; one a line is needed.")
+        raise DataError(f"{path} has no words; write one per line.")
     return words
 
 

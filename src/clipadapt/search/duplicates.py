@@ -1,4 +1,4 @@
-"""Pictures that are there twice: the same content, or so alike that one would do. Nothing is ever deleted."""
+"""Duplicate images: the same content, or nearly the same. Nothing is ever deleted."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _PENDING = 1 << 22  # links kept before they are merged
 
 @dataclass(frozen=True)
 class Kept:
-    """A picture to keep: its row, name, and why it and no other."""
+    """An image to keep: its row, name, and why it and no other."""
 
     row: int
     name: str
@@ -34,7 +34,7 @@ class Kept:
 
 @dataclass(frozen=True)
 class Copy:
-    """A picture that can go: its row and name, the row of the kept one it is like, their cosine, and if it is exact."""
+    """An image that can go: its row and name, the row of the kept one it is like, their cosine, and if it is exact."""
 
     row: int
     name: str
@@ -45,7 +45,7 @@ class Copy:
 
 @dataclass(frozen=True)
 class Group:
-    """Pictures that hang together. Each of `copies` is at least as similar as asked to one of `keep`."""
+    """Images that belong together. Each of `copies` is at least as similar as asked to one of `keep`."""
 
     keep: list[Kept]
     copies: list[Copy]
@@ -56,33 +56,31 @@ def near_duplicates(
 ) -> list[Group]:
     """Groups of duplicates, the largest first.
 
-    Pictures are linked when their contents are equal or their cosine is at least `threshold`, which is computed for
+    Images are linked when their contents are equal or their cosine is at least `threshold`, which is computed for
     all pairs, block by block; a group is what links connect. A chain of links can lead far: the first and the last
-    of a group may differ. So of each group the largest picture is kept, and every further one that is not itself
+    of a group may differ. So of each group the largest image is kept, and every further one that is not itself
     linked to a kept one; the others are copies.
 
     Args:
-        embeddings: N pictures; all pairs are compared, so that twice as many take four times as long.
+        embeddings: N images; all pairs are compared, so that twice as many take four times as long.
         threshold: in (0, 1]; 0.95 finds other sizes and slight edits in most models. Look before deleting.
-        report: called with the number of pictures just compared with all before them.
+        report: called with the number of images just compared with all before them.
 
     Raises:
         ClipadaptError: the threshold is out of range.
     """
     if not 0 < threshold <= 1:
-        raise ClipadaptError(f"threshold = {threshold:g} is out of range: a cosine in (0, 1] is needed.")
+        raise ClipadaptError(f"threshold = {threshold:g} is out of range; it is a cosine in (0, 1].")
     contents = np.unique(np.asarray(embeddings.table["digest"].to_pylist(), dtype=str), return_inverse=True)[1]
-    linked = _linked(embeddings, threshold, contents, report or (lambda rows: None))
+    linked = _link(embeddings, threshold, contents, report or (lambda rows: None))
     order = np.argsort(linked, kind="stable")
     groups = np.split(order, np.flatnonzero(np.diff(linked[order])) + 1) if len(order) else []
-    judged = [_judged(embeddings, rows, contents, threshold) for rows in groups if len(rows) > 1]
+    judged = [_choose(embeddings, rows, contents, threshold) for rows in groups if len(rows) > 1]
     found = [group for group in judged if group.copies]
     return sorted(found, key=lambda group: (-len(group.copies), group.keep[0].row))
 
 
-def _linked(
-    embeddings: Embeddings, threshold: float, contents: np.ndarray, report: Callable[[int], None]
-) -> np.ndarray:
+def _link(embeddings: Embeddings, threshold: float, contents: np.ndarray, report: Callable[[int], None]) -> np.ndarray:
     """(N,) numbers, equal where links connect."""
     groups = contents.copy()
     pending: list[tuple[np.ndarray, np.ndarray]] = []
@@ -109,10 +107,10 @@ def _linked(
     return merge() if pending else groups
 
 
-def _judged(embeddings: Embeddings, rows: np.ndarray, contents: np.ndarray, threshold: float) -> Group:
+def _choose(embeddings: Embeddings, rows: np.ndarray, contents: np.ndarray, threshold: float) -> Group:
     """What to keep of some linked rows, and what not."""
     known = embeddings.table.take(rows).to_pylist()
-    # A file that was embedded twice, under one path or by way of a link, is no copy of itself: it must not be removed.
+    # A file embedded twice, under one path or through a link, is not a copy of itself: it must not be removed.
     files = {os.path.realpath(fact["name"]): (int(row), fact) for row, fact in zip(rows, known, strict=True)}
     facts = {row: (fact["name"], *_size(fact)) for row, fact in files.values()}
     order = sorted(facts, key=lambda row: (-facts[row][1], -facts[row][2], facts[row][0], row))
@@ -144,7 +142,7 @@ def _why_first(first: tuple[int, int], second: tuple[int, int]) -> str:
 
 
 def _size(facts: dict[str, Any]) -> tuple[int, int]:
-    """(pixels, bytes) of a picture; 0 where they cannot be known without fetching it."""
+    """(pixels, bytes) of an image; 0 where they cannot be known without fetching it."""
     name = facts["name"]
     pixels = int(facts.get("width") or 0) * int(facts.get("height") or 0)
     try:

@@ -1,7 +1,7 @@
-"""Embedded pictures that can be searched: the embeddings, the store that finds neighbours, the model of the queries.
+"""Embedded images that can be searched: the embeddings, the store that finds neighbours, the model of the queries.
 
-`build_index` puts embeddings into a store and says so in `index.json` beside them; without one they are searched as
-they lie, exactly. While a store is filled, `.index.json` tells how far it is; it becomes `index.json` at the end.
+`build_index` puts embeddings into a store and records that in `index.json` next to them; without one they are searched
+exactly, in place. While a store is filled, `.index.json` tells how far it is; it becomes `index.json` at the end.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ _SECONDS = 60  # after which a store that is being filled is put on the disk
 
 @dataclass(frozen=True)
 class Hit:
-    """One picture that was found.
+    """One image that was found.
 
     rank   from 1
     score  cosine with the query, or the probability of a class
@@ -59,10 +59,10 @@ class Hit:
 
 
 class Index:
-    """Embeddings of N pictures, ready to be searched.
+    """Embeddings of N images, ready to be searched.
 
     Attributes:
-        embeddings: the pictures, whose rows are the ids.
+        embeddings: the images, whose rows are the ids.
         store: finds neighbours; exact where `build_index` made no other.
         kind: the store's name.
     """
@@ -81,12 +81,12 @@ class Index:
 
         Args:
             folder: what `clipadapt embed` wrote.
-            model: encodes queries, or the folder of an adapted model that does; without it, the one that the pictures
+            model: encodes queries, or the folder of an adapted model that does; without it, the one that the images
                 were embedded with, loaded when it is needed.
 
         Raises:
             ArtifactError: the embeddings are incomplete or damaged, the index is of older ones, or the model sees
-                pictures otherwise than they were embedded.
+                images differently from the model that embedded them.
         """
         embeddings = Embeddings(folder)
         state = _read_state(embeddings.folder / "index.json")
@@ -94,12 +94,12 @@ class Index:
             return cls(embeddings, _exact(embeddings), "exact", model)
         if state["embeddings"] != _identity(embeddings):
             raise ArtifactError(
-                f"{folder} was embedded anew after it was indexed: run `clipadapt index {folder}` again, as before."
+                f"{folder} was embedded again after indexing: run `clipadapt index {folder}` again as before."
             )
         place = _place(state, embeddings)
         store = open_store(state["store"], place, embeddings.dim, embeddings=embeddings)
         if len(embeddings) and not store.count():
-            raise ArtifactError(f"{place} holds nothing any more: run `clipadapt index {folder}` again, as before.")
+            raise ArtifactError(f"{place} is now empty: run `clipadapt index {folder}` again with the same options.")
         return cls(embeddings, store, state["store"], model)
 
     @cached_property
@@ -112,25 +112,25 @@ class Index:
             model = load(made_with) if made_with else load_backbone(self.embeddings.backbone["source"])
         except ClipadaptError as error:
             raise type(error)(
-                f"The model that {self.embeddings.folder} was embedded with is not at hand: {error}"
+                f"The model that {self.embeddings.folder} was embedded with is not available: {error}"
             ) from None
         self.check(model)
         return model
 
     @property
     def adapts_texts(self) -> bool:
-        """Whether the model reads texts otherwise than the backbone it was adapted from."""
+        """Whether the model encodes texts differently from the backbone it was adapted from."""
         return self.model.kind != "backbone" and self.model.adapts_texts
 
     def check(self, model: Any) -> None:
-        """Raise `ArtifactError` unless `model` sees pictures as they were embedded."""
+        """Raise `ArtifactError` unless `model` encodes images like the model that embedded them."""
         adapted = model.kind != "backbone"
         if adapted and model.backbone_ is None:
             raise ArtifactError(f"This {model.card.key} was fitted on features: it has no text tower to search with.")
         if model.encoder.image_fingerprint != self.embeddings.image_fingerprint:
             what = f"This {model.card.key} model" if adapted else model.source
             raise ArtifactError(
-                f"{what} sees pictures otherwise than the model that {self.embeddings.folder} was embedded with: "
+                f"{what} encodes images differently from the model used to embed {self.embeddings.folder}: "
                 "embed them with it, by `clipadapt embed PHOTOS --model MODEL --out NEW` (of a backbone, --backbone)."
             )
 
@@ -138,7 +138,7 @@ class Index:
         return len(self.embeddings)
 
     def search(self, vectors: np.ndarray, k: int = 20, where: Where | str | None = None) -> list[list[Hit]]:
-        """The k pictures nearest to each of the unit vectors (Q, D), best first: Q lists, shorter where fewer are left.
+        """The k images nearest to each of the unit vectors (Q, D), best first: Q lists, shorter where fewer are left.
 
         `where` is a condition on the facts that all hits fulfil (see `Where.parse`).
         """
@@ -146,29 +146,29 @@ class Index:
         if queries.ndim != 2 or queries.shape[1] != self.embeddings.dim or not np.isfinite(queries).all():
             raise ClipadaptError(f"Queries must be finite, of shape (Q, {self.embeddings.dim}), not {queries.shape}.")
         _check_k(k)
-        scores, ids = self.store.search(queries, k, _parsed(where))
+        scores, ids = self.store.search(queries, k, _parse(where))
         return [self.hits(found[found >= 0], values[found >= 0]) for values, found in zip(scores, ids, strict=True)]
 
     def class_scores(self, name: str) -> np.ndarray:
-        """The probability (N,) float32 that each picture shows the class `name` of the adapted model.
+        """The probability (N,) float32 that each image shows the class `name` of the adapted model.
 
-        The model's own classifier judges every embedded picture, so methods that leave texts as they are (caches,
+        The model's own classifier judges every embedded image, so methods that leave texts as they are (caches,
         Gaussian classifiers, probes) take part in searching too. Always exact; no store is asked.
         """
-        return self._judged(name)[0]
+        return self._class_scores(name)[0]
 
     def search_class(self, name: str, k: int = 20, where: Where | str | None = None) -> list[Hit]:
-        """The k pictures that most probably show a class of the adapted model, of equal ones the lower row first."""
+        """The k images that most probably show a class of the adapted model; ties go to the lower row."""
         _check_k(k)
-        probabilities, margins = self._judged(name)
-        condition, rows = _parsed(where), np.arange(len(self))
+        probabilities, margins = self._class_scores(name)
+        condition, rows = _parse(where), np.arange(len(self))
         if condition is not None:
             rows = np.flatnonzero(condition.mask(self.embeddings.table))
         places = top(torch.from_numpy(margins[rows])[None], k)[1][0].numpy()
         return self.hits(rows[places], probabilities[rows[places]])
 
-    def _judged(self, name: str) -> tuple[np.ndarray, np.ndarray]:
-        """Of a class the probabilities (N,), and what orders as they do but tells apart those that round to 0 or 1."""
+    def _class_scores(self, name: str) -> tuple[np.ndarray, np.ndarray]:
+        """The probabilities (N,) of a class, and margins (N,) in the same order that also separate 0s and 1s."""
         model = self.model
         if model.kind == "backbone":
             raise ClipadaptError(f"Classes are searched for with an adapted model, and {model.source} is a backbone.")
@@ -210,7 +210,7 @@ def build_index(
 ) -> bool:
     """Put the embeddings in `folder` into a store and note it in their `index.json`; False if that was done before.
 
-    A search takes the new store once it is whole. The same call goes on where an interrupted one was.
+    A search takes the new store once it is whole. The same call resumes an interrupted one.
 
     Args:
         folder: what `clipadapt embed` wrote.
@@ -226,7 +226,7 @@ def build_index(
         raise unknown_name("store", kind, STORES)
     if location is not None and "://" in location and urlsplit(location).password:
         raise ClipadaptError(
-            "index.json would keep the password in that URL: leave it out, and give it by PGPASSWORD, ~/.pgpass or "
+            "index.json would store the password in that URL: leave it out, and set PGPASSWORD, ~/.pgpass or "
             "QDRANT_API_KEY."
         )
     embeddings = Embeddings(folder)
@@ -268,7 +268,7 @@ def build_index(
     _write_state(unfinished, wanted | {"rows": done})
     _fill(store, embeddings, done, lambda rows: _write_state(unfinished, wanted | {"rows": rows}), report)
     if store.count() != len(embeddings):
-        raise ArtifactError(f"{place} holds {store.count():,} vectors, not the {len(embeddings):,} it was given.")
+        raise ArtifactError(f"{place} holds {store.count():,} vectors instead of the {len(embeddings):,} added.")
     _write_state(finished, wanted)
     unfinished.unlink()
     return True
@@ -298,7 +298,7 @@ def _fill(
 
 
 def _identity(embeddings: Embeddings) -> str:
-    """Of all parts: what they are of and their checksums."""
+    """What all parts were made from, and their checksums."""
     digest = blake2b(digest_size=16)
     for marker in sorted(embeddings.folder.glob("part-*.json")):
         digest.update(marker.read_bytes() + b"\0")
@@ -306,7 +306,7 @@ def _identity(embeddings: Embeddings) -> str:
 
 
 def _place(state: dict[str, Any], embeddings: Embeddings) -> str:
-    """Where a store is; one for which no place was given lies with the embeddings, wherever these are moved."""
+    """Where a store is; without a given place it is next to the embeddings and moves with them."""
     return state["location"] or str(embeddings.folder / f"index-{state['store']}")
 
 
@@ -332,13 +332,13 @@ def _write_state(path: Path, state: dict[str, Any]) -> None:
         aside.write_text(json.dumps(state, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _parsed(where: Where | str | None) -> Where | None:
+def _parse(where: Where | str | None) -> Where | None:
     return Where.parse(where) if isinstance(where, str) else where
 
 
 def _check_k(k: int) -> None:
     if k < 1:
-        raise ClipadaptError(f"k = {k} pictures cannot be found; k must be at least 1.")
+        raise ClipadaptError(f"k must be at least 1, not {k}.")
 
 
 def _plain(value: Any) -> Any:

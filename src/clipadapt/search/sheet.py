@@ -1,4 +1,4 @@
-"""A contact sheet: one HTML file with small pictures in it, that needs no script, no server and no network."""
+"""A contact sheet: one HTML file with embedded thumbnails that needs no script, server or network."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from urllib.parse import quote
 
 from clipadapt.errors import ClipadaptError, DataError
 from clipadapt.files import written_aside
-from clipadapt.search.pictures import named_picture
+from clipadapt.search.images import named_image
 
-_SIDE = 320  # longest side of a small picture, pixels
+_SIDE = 320  # longest side of a small image, pixels
 _TEMPLATE = Path(__file__).with_name("sheet.html")
 
 
 @dataclass(frozen=True)
 class Card:
-    """One picture: its name (a path, where it is a file), what stands below, and whether it is set apart by a frame."""
+    """One image: its name (a path, where it is a file), the text below it, and whether it is framed."""
 
     name: str
     lines: Sequence[str] = ()
@@ -32,7 +32,7 @@ class Card:
 
 @dataclass(frozen=True)
 class Section:
-    """Some pictures under a heading; an empty heading gives none."""
+    """Some images under a heading; an empty heading gives none."""
 
     cards: Sequence[Card]
     heading: str = ""
@@ -40,17 +40,17 @@ class Section:
 
 
 def write_sheet(file: str | Path, title: str, sections: Sequence[Section], note: str = "") -> Path:
-    """Write a contact sheet; each picture links to its file, by a path relative to the sheet's.
+    """Write a contact sheet; each image links to its file, by a path relative to the sheet's.
 
-    A picture that cannot be read is shown as the reason why.
+    An image that cannot be read is shown as the reason why.
     """
     file = Path(file)
     if not file.parent.is_dir():
         raise DataError(f"{file} cannot be written: there is no folder {file.parent}.")
     names = list(dict.fromkeys(card.name for section in sections for card in section.cards))
     with ThreadPoolExecutor() as pool:
-        pictures = dict(zip(names, pool.map(_picture, names), strict=True))
-    body = "\n".join(_section(section, pictures, file) for section in sections)
+        images = dict(zip(names, pool.map(_image, names), strict=True))
+    body = "\n".join(_section(section, images, file) for section in sections)
     page = Template(_TEMPLATE.read_text(encoding="utf-8")).substitute(
         title=escape(title), note=escape(note), sections=body
     )
@@ -59,28 +59,24 @@ def write_sheet(file: str | Path, title: str, sections: Sequence[Section], note:
     return file
 
 
-def _section(section: Section, pictures: dict[str, str], file: Path) -> str:
+def _section(section: Section, images: dict[str, str], file: Path) -> str:
     heading = f"<h2>{escape(section.heading)}</h2>\n" if section.heading else ""
     note = f"<p>{escape(section.note)}</p>\n" if section.note else ""
-    cards = "\n".join(_card(card, pictures[card.name], file) for card in section.cards)
+    cards = "\n".join(_card(card, images[card.name], file) for card in section.cards)
     return f"<section>\n{heading}{note}<ol>\n{cards}\n</ol>\n</section>"
 
 
-def _card(card: Card, picture: str, file: Path) -> str:
+def _card(card: Card, image: str, file: Path) -> str:
     folder, name = os.path.split(card.name)
     lines = "".join(f"<span>{escape(line)}</span>" for line in [*card.lines, folder] if line)
     target = _link(card.name, file)
-    shown = (
-        f'<a class="picture" href="{escape(target)}">{picture}</a>'
-        if target
-        else f'<div class="picture">{picture}</div>'
-    )
+    shown = f'<a class="image" href="{escape(target)}">{image}</a>' if target else f'<div class="image">{image}</div>'
     frame = ' class="marked"' if card.marked else ""
     return f"<li{frame}><figure>{shown}<figcaption><b>{escape(name)}</b>{lines}</figcaption></figure></li>"
 
 
 def _link(name: str, file: Path) -> str | None:
-    """Where the picture is, as seen from the sheet; None for one that is not a file of its own."""
+    """Where the image is, as seen from the sheet; None if it is not a separate file."""
     if name.startswith(("https://", "http://")):
         return quote(name, safe=":/?#[]@!$&'()*+,;=%~")
     if not os.path.isfile(name):
@@ -92,10 +88,10 @@ def _link(name: str, file: Path) -> str | None:
     return "./" + quote(os.fsencode(path.replace(os.sep, "/")))
 
 
-def _picture(name: str) -> str:
-    """A picture as an element whose source is within it."""
+def _image(name: str) -> str:
+    """An image as an element whose source is within it."""
     try:
-        image = named_picture(name).open()
+        image = named_image(name).open()
     except ClipadaptError as error:
         return f'<span class="missing">{escape(str(error))}</span>'
     image.thumbnail((_SIDE, _SIDE))

@@ -1,4 +1,4 @@
-"""How conditions on what is known of images are written, such as `year > 2020 and folder = 'beach'`, and read.
+"""How conditions on the facts about images are written, such as `year > 2020 and folder = 'beach'`, and read.
 
     condition   = both {"or" both}
     both        = single {"and" single}
@@ -8,7 +8,7 @@
     column      = a word, or anything in double quotes
     value       = number | 'text' | true | false; dates and times are text: '2020-01-31', '2020-01-31 18:30'
 
-As in SQL, words like `and` may be in capitals, `%` and `_` in a pattern of `like` stand for any text and any character,
+As in SQL, words like `and` may be in capitals, `%` and `_` in a pattern of `like` match any text and any character,
 and a column that is null (or not a number, NaN) fulfils no test but `is null`, not even a negated one.
 """
 
@@ -46,7 +46,7 @@ class Test(NamedTuple):
     operator: str  # = != < <= > >= in "not in" like "not like" "is null" "is not null"
     values: tuple[Value, ...]  # one; several for "in"; none for "is null"
 
-    def negated(self) -> Test:
+    def negate(self) -> Test:
         return self._replace(operator=_OPPOSITE[self.operator])
 
 
@@ -56,8 +56,8 @@ class Junction(NamedTuple):
     word: str
     parts: tuple[Test | Junction, ...]
 
-    def negated(self) -> Junction:
-        return Junction("or" if self.word == "and" else "and", tuple(part.negated() for part in self.parts))
+    def negate(self) -> Junction:
+        return Junction("or" if self.word == "and" else "and", tuple(part.negate() for part in self.parts))
 
 
 def parse(text: str) -> Test | Junction:
@@ -83,7 +83,7 @@ class _Parser:
     def whole(self) -> Test | Junction:
         tree = self._condition()
         if self.token.kind != "end":
-            raise self._expected("and, or, or the end")
+            raise self._expected_error("and, or, or the end")
         return tree
 
     def _condition(self) -> Test | Junction:
@@ -101,10 +101,10 @@ class _Parser:
     def _single(self) -> Test | Junction:
         self.depth += 1
         if self.depth > _DEEPEST:
-            raise ClipadaptError(f"The condition is nested more than {_DEEPEST} deep; write it flatter.")
+            raise ClipadaptError(f"The condition is nested more than {_DEEPEST} levels deep; simplify it.")
         tree: Test | Junction
         if self._took("not"):
-            tree = self._single().negated()
+            tree = self._single().negate()
         elif self._took("("):
             tree = self._condition()
             self._take(")")
@@ -116,7 +116,7 @@ class _Parser:
     def _test(self) -> Test:
         kind, text, _ = self.token
         if kind not in ("word", "quoted"):
-            raise self._expected("a column, not or (")
+            raise self._expected_error("a column, not or (")
         self.token = self._next()
         column = text[1:-1].replace('""', '"') if kind == "quoted" else text
         if self._took("is"):
@@ -133,15 +133,15 @@ class _Parser:
             test = Test(column, "in", tuple(values))
         elif self._took("like"):
             if self.token.kind != "text":
-                raise self._expected("a pattern in single quotes")
+                raise self._expected_error("a pattern in single quotes")
             test = Test(column, "like", (self._value(),))
         elif not negated and self.token.text in ("=", "!=", "<>", "<", "<=", ">", ">="):
             operator = self.token.text.replace("<>", "!=")
             self.token = self._next()
             test = Test(column, operator, (self._value(),))
         else:
-            raise self._expected("in or like" if negated else "=, !=, <, <=, >, >=, in, like or is")
-        return test.negated() if negated else test
+            raise self._expected_error("in or like" if negated else "=, !=, <, <=, >, >=, in, like or is")
+        return test.negate() if negated else test
 
     def _value(self) -> Value:
         kind, text, _ = self.token
@@ -149,15 +149,15 @@ class _Parser:
         if kind == "number":
             value = float(text) if re.search("[.eE]", text) else int(text)
             if abs(value) >= (1 << 63 if isinstance(value, int) else float("inf")):
-                raise self._expected("a number of 64 bits")
+                raise self._expected_error("a number of 64 bits")
         elif kind == "text" and "\0" not in text:
             value = text[1:-1].replace("''", "'")
         elif kind == "keyword" and text in ("true", "false"):
             value = text == "true"
         elif text == "null":
-            raise self._expected("a value (write: is null)")
+            raise self._expected_error("a value (write: is null)")
         else:
-            raise self._expected("a number, text in single quotes, true or false")
+            raise self._expected_error("a number, text in single quotes, true or false")
         self.token = self._next()
         return value
 
@@ -170,25 +170,25 @@ class _Parser:
 
     def _take(self, text: str) -> None:
         if not self._took(text):
-            raise self._expected(text)
+            raise self._expected_error(text)
 
     def _next(self) -> _Token:
         match = _TOKEN.match(self.text, self.place)
         if match is None:
             rest = self.text[self.place :].lstrip()
             what = "the closing quote of" if rest[0] in "'\"" else "a column, a value or a sign at"
-            raise self._wrong(len(self.text) - len(rest), f"expected {what} {_short(rest)}")
+            raise self._error(len(self.text) - len(rest), f"expected {what} {_short(rest)}")
         kind = str(match.lastgroup)
         text, place, self.place = match[kind], match.start(kind), match.end()
         if kind == "word" and text.lower() in _KEYWORDS:
             return _Token("keyword", text.lower(), place)
         return _Token(kind, text, place)
 
-    def _expected(self, what: str) -> ClipadaptError:
+    def _expected_error(self, what: str) -> ClipadaptError:
         found = "the end" if self.token.kind == "end" else _short(self.token.text)
-        return self._wrong(self.token.place, f"expected {what}, found {found}")
+        return self._error(self.token.place, f"expected {what}, found {found}")
 
-    def _wrong(self, place: int, what: str) -> ClipadaptError:
+    def _error(self, place: int, what: str) -> ClipadaptError:
         return ClipadaptError(f"The condition {_short(self.text, 200)} is wrong at character {place + 1}: {what}.")
 
 

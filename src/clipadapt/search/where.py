@@ -1,4 +1,4 @@
-"""Conditions on what is known of images, written as `syntax` says, for tables, SQL and Qdrant: for every store."""
+"""Conditions on the facts about images, written as `syntax` says, for tables, SQL and Qdrant: for every store."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Where:
         for test in _tests(self.tree):
             if test.column not in schema.names:
                 raise unknown_name("column", test.column, schema.names)
-            _typed(test, schema.field(test.column).type)
+            _convert(test, schema.field(test.column).type)
 
     def mask(self, table: pyarrow.Table) -> np.ndarray:
         """Which of the n rows fulfil it: (n,) bool; raises as `check` does."""
@@ -44,7 +44,7 @@ class Where:
         """The condition in SQL and its parameters, in the order of their `%s`; raises as `check` does.
 
         Args:
-            dialect: "lance" has no parameters, so that values stand in the text, escaped; "postgresql" binds them all.
+            dialect: "lance" has no parameters, so values are escaped in the text; "postgresql" binds them all.
             schema: of the facts; it decides how values are written.
         """
         self.check(schema)
@@ -88,8 +88,8 @@ def kind_of(type_: pyarrow.DataType) -> str:
     return "other"
 
 
-def _typed(test: Test, type_: pyarrow.DataType) -> tuple[Value, ...]:
-    """The test's values as what the column holds; raises `ClipadaptError` where they cannot be compared."""
+def _convert(test: Test, type_: pyarrow.DataType) -> tuple[Value, ...]:
+    """The test's values converted to the column's type; raises `ClipadaptError` if they cannot be compared."""
     column, operator, values = test
     kind = kind_of(type_)
     if not values or kind == "null":
@@ -97,7 +97,7 @@ def _typed(test: Test, type_: pyarrow.DataType) -> tuple[Value, ...]:
     if kind == "other":
         raise ClipadaptError(f"The column {column!r} holds {type_}, which can only be tested by is null.")
     if operator.endswith("like") and kind != "text":
-        raise ClipadaptError(f"The column {column!r} holds {_HELD[kind]}, and like needs text.")
+        raise ClipadaptError(f"The column {column!r} holds {_HELD[kind]}, but like needs text.")
     if kind == "truth" and operator[0] in "<>":
         raise ClipadaptError(f"The column {column!r} holds true or false, which {operator} cannot compare.")
     if kind in ("date", "time"):
@@ -105,7 +105,7 @@ def _typed(test: Test, type_: pyarrow.DataType) -> tuple[Value, ...]:
     fitting: Any = {"number": int | float, "text": str, "truth": bool}[kind]
     for value in values:
         if not isinstance(value, fitting) or (kind == "number" and isinstance(value, bool)):
-            raise ClipadaptError(f"The column {column!r} holds {_HELD[kind]}, and {value!r} is something else.")
+            raise ClipadaptError(f"The column {column!r} holds {_HELD[kind]}, and {value!r} is not.")
     return values
 
 
@@ -134,7 +134,7 @@ def _mask(tree: Test | Junction, table: pyarrow.Table) -> np.ndarray:
     import pyarrow
     from pyarrow import compute
 
-    operator, values = tree.operator, _typed(tree, table[tree.column].type)
+    operator, values = tree.operator, _convert(tree, table[tree.column].type)
     column = _comparable(table[tree.column], values)
     if operator.endswith("null"):
         known = compute.is_valid(column).to_numpy()
@@ -205,7 +205,7 @@ def _sql(tree: Test | Junction, dialect: str, schema: pyarrow.Schema, parameters
     if isinstance(tree, Junction):
         return "(" + f" {tree.word} ".join(_sql(part, dialect, schema, parameters) for part in tree.parts) + ")"
     type_ = schema.field(tree.column).type
-    operator, values = tree.operator, _typed(tree, type_)
+    operator, values = tree.operator, _convert(tree, type_)
     column = _lance_column(tree.column) if dialect == "lance" else '"' + tree.column.replace('"', '""') + '"'
     if operator.endswith("null"):
         return f"{column.replace('%', '%%') if dialect == 'postgresql' else column} {operator}"
@@ -259,7 +259,7 @@ def _qdrant(tree: Test | Junction, schema: pyarrow.Schema) -> Any:
         parts = [_qdrant(part, schema) for part in tree.parts]
         return models.Filter(must=parts) if tree.word == "and" else models.Filter(should=parts)
     type_ = schema.field(tree.column).type
-    operator, values, key = tree.operator, _typed(tree, type_), _qdrant_key(tree.column)
+    operator, values, key = tree.operator, _convert(tree, type_), _qdrant_key(tree.column)
     empty = models.IsEmptyCondition(is_empty=models.PayloadField(key=key))
     if operator == "is null":
         return models.Filter(must=[empty])

@@ -22,15 +22,15 @@ from clipadapt.serve.routes import Service, router, sentence
 _FAILURES: dict[int | str, dict[str, Any]] = {
     status: {"model": schemas.ErrorAnswer, "description": text}
     for status, text in {
-        400: "Of the right form, but it cannot be done",
+        400: "Well-formed, but cannot be done",
         401: "An API key is needed",
-        404: "There is no such thing",
-        405: "The route takes another method",
+        404: "Not found",
+        405: "Method not allowed",
         408: "The body did not arrive in time",
-        413: "Too much: bytes, pictures or texts",
-        422: "Not of the right form",
+        413: "Too many bytes, images or texts",
+        422: "Not well-formed",
         431: "The headers are too large",
-        503: "Busy; Retry-After says for how long",
+        503: "Busy; Retry-After says how long to wait",
         504: "Not answered in time",
     }.items()
 }
@@ -42,7 +42,7 @@ def create_app(models: Models, indexes: Indexes | None = None, settings: Setting
     service = Service(models, indexes or Indexes([], models), settings)
     app = FastAPI(
         title="clipadapt",
-        summary="Classify, embed, search and explain pictures with adapted CLIP-like models.",
+        summary="Classify, embed, search and explain images with adapted CLIP-like models.",
         version=clipadapt.__version__,
         lifespan=service.running,
         docs_url=None,  # its page loads scripts from another host
@@ -77,7 +77,7 @@ async def _not_of_the_form(request: Request, error: Exception) -> Response:
 
 async def _http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    message = {404: "There is no such route.", 405: "The route takes another method."}.get(error.status_code)
+    message = {404: "There is no such route.", 405: "Method not allowed."}.get(error.status_code)
     said = str(error.detail)
     plain = said in ("Not Found", "Method Not Allowed")
     return error_answer(error.status_code, message if plain and message else said, dict(error.headers or {}))

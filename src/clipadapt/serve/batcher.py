@@ -1,4 +1,4 @@
-"""Work of many requests brought together: what may go through the model at once does, in one thread, in turn.
+"""Batches the work of many requests: what can go through the model together does, in one thread.
 
 Pure asyncio, without HTTP. A *task* is a hashable callable that takes items and gives one answer for each; items of
 equal tasks form a batch. The number of items in hand is bounded, so a server under too much load refuses early.
@@ -96,7 +96,7 @@ class Batcher:
         self._helpers.shutdown()
 
     async def ask(self, task: Task, items: Sequence[Any], prepare: Callable[[Any], Any] | None = None) -> list[Any]:
-        """The answers to `items`, in their order; where one of them failed, its exception stands in its place.
+        """The answers to `items`, in their order; a failed item has its exception as its answer.
 
         `prepare` turns each item into what the task takes, in another thread than the model's.
 
@@ -118,17 +118,17 @@ class Batcher:
             if not self.in_hand:
                 self._idle.set()
 
-    async def alone(self, work: Callable[[], T]) -> T:
+    async def in_model_thread(self, work: Callable[[], T]) -> T:
         """`work()` in the model's thread, between two batches."""
         return await self._loop.run_in_executor(self._model, work)
 
-    async def beside(self, work: Callable[[], T]) -> T:
+    async def in_helper_thread(self, work: Callable[[], T]) -> T:
         """`work()` in one of the threads that prepare items, while the model runs."""
         return await self._loop.run_in_executor(self._helpers, work)
 
     async def _answer(self, task: Task, item: Any, prepare: Callable[[Any], Any] | None) -> Any:
         if prepare is not None:
-            item = await self._loop.run_in_executor(self._helpers, _tried, prepare, item)
+            item = await self._loop.run_in_executor(self._helpers, _try, prepare, item)
             if isinstance(item, Exception):
                 return item
         job = _Job(task, item, self._loop.time(), self._loop.create_future())
@@ -183,7 +183,7 @@ class Batcher:
         return min(max(math.ceil(self.in_hand * self._seconds_an_item), 1), 60)
 
 
-def _tried(work: Callable[[Any], Any], item: Any) -> Any:
+def _try(work: Callable[[Any], Any], item: Any) -> Any:
     try:
         return work(item)
     except Exception as error:

@@ -95,7 +95,7 @@ class Gate:
         except Exception:
             log.exception("A request failed; this is a defect.", extra={"fields": {"id": request_id}})
             if not status:
-                await error_answer(500, f"Something went wrong; the log says more under {request_id}.")(
+                await error_answer(500, f"Something went wrong; see the log under {request_id}.")(
                     scope, body.receive, answer
                 )
         finally:
@@ -176,4 +176,4 @@ def _key(headers: Headers) -> str:
 
 
 def _too_large(settings: Settings) -> str:
-    return f"The body has more than {settings.max_body / 1e6:g} MB, which is the most that is taken."
+    return f"The body has more than {settings.max_body / 1e6:g} MB, which is the limit."

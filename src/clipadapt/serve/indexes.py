@@ -1,4 +1,4 @@
-"""The embedded pictures that can be searched over HTTP, and their thumbnails."""
+"""The embedded images that can be searched over HTTP, and their thumbnails."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ import numpy as np
 from PIL import Image
 
 from clipadapt.errors import ClipadaptError, unknown_name
+from clipadapt.search.images import named_image
 from clipadapt.search.index import Hit, Index
-from clipadapt.search.pictures import named_picture
-from clipadapt.serve.limits import open_picture
+from clipadapt.serve.limits import open_image
 from clipadapt.serve.models import Models, Served
 
 _SIDE = 256  # longest side of a thumbnail, pixels
@@ -29,9 +29,9 @@ class SearchedIndex:
     served: Served
 
     def thumbnail(self, row: int, max_pixels: int) -> bytes:
-        """The picture of a row as a small JPEG; raises `DataError` if it is not where it was."""
+        """The image of a row as a small JPEG; raises `DataError` if it is not where it was."""
         name = self.index.embeddings.table["name"][row].as_py()
-        image = open_picture(named_picture(name).read(), f"The picture of row {row}", max_pixels)
+        image = open_image(named_image(name).read(), f"The image of row {row}", max_pixels)
         image.thumbnail((_SIDE, _SIDE), Image.Resampling.BICUBIC, reducing_gap=2.0)
         file = BytesIO()
         image.save(file, "JPEG", quality=85)
@@ -53,7 +53,7 @@ class Search:
 class Indexes:
     """The indexes by id, the first of which is searched where none is asked for.
 
-    The queries of each are encoded by the first model that sees pictures as they were embedded. Where there is none,
+    The queries of each are encoded by the first model that sees images as they were embedded. Where there is none,
     the model or backbone that embedded them is served, too.
     """
 
@@ -86,4 +86,7 @@ class Indexes:
 
     def describe(self) -> list[dict[str, Any]]:
         """What clients are told."""
-        return [{"id": name, "pictures": len(searched.index)} for name, searched in self.searched.items()]
+        return [
+            {"id": name, "images": len(searched.index), "pictures": len(searched.index)}
+            for name, searched in self.searched.items()
+        ]

@@ -13,7 +13,7 @@ log = logging.getLogger("clipadapt.serve")
 
 
 class JsonLines(logging.Formatter):
-    """Time, level, message, and whatever was given as `extra={"fields": {…}}`."""
+    """Time, level, message, and the fields given as `extra={"fields": {…}}`."""
 
     def format(self, record: logging.LogRecord) -> str:
         line: dict[str, Any] = {
@@ -35,4 +35,4 @@ def log_to_stderr() -> None:
         logger = logging.getLogger(name)
         logger.handlers, logger.propagate = [handler], False
         logger.setLevel(level)
-    warnings.filterwarnings("ignore", module=r"PIL\.")  # of odd pictures, which clients send as they like
+    warnings.filterwarnings("ignore", module=r"PIL\.")  # of odd images, which clients send as they like

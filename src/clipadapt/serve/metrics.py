@@ -21,7 +21,8 @@ class Metrics:
         self._histograms: dict[str, dict[_Labels, _Histogram]] = defaultdict(dict)
         self._bounds: dict[str, Sequence[float]] = {}
         self._describe("counter", "clipadapt_requests_total", "Requests answered, by route and status.")
-        self._describe("counter", "clipadapt_pictures_total", "Pictures received.")
+        self._describe("counter", "clipadapt_images_total", "Images received.")
+        self._describe("counter", "clipadapt_pictures_total", "The old name of clipadapt_images_total.")
         self._describe("counter", "clipadapt_reloads_total", "Models loaded again, by result.")
         self._describe("histogram", "clipadapt_request_seconds", "From a request to its answer.", SECONDS)
         self._describe("histogram", "clipadapt_batch_items", "Items that went through the model at once.", ITEMS)

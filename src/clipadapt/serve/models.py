@@ -1,4 +1,4 @@
-"""The models that are served: several on one image tower, each in one revision at a time, loaded anew when it changes.
+"""The models that are served: several on one image tower, each in one revision at a time, reloaded when it changes.
 
 Everything that touches a model runs in the batcher's one thread: methods put hooks on towers that others share.
 """
@@ -29,21 +29,21 @@ from clipadapt.features.encoder import in_text_space
 from clipadapt.methods import load
 from clipadapt.methods.artifact import origin_of
 from clipadapt.search.query import query_vector
-from clipadapt.serve.limits import check_picture, open_picture
+from clipadapt.serve.limits import check_image, open_image
 from clipadapt.serve.log import log
 
-Box = tuple[float, float, float, float]  # left, top, right, bottom, as shares of a picture
+Box = tuple[float, float, float, float]  # left, top, right, bottom, as shares of an image
 
 
-class Picture(NamedTuple):
-    """A picture of a request, not yet opened."""
+class EncodedImage(NamedTuple):
+    """An image of a request, not yet opened."""
 
-    name: str  # what people call it in a sentence: "Picture 2"
+    name: str  # what people call it in a sentence: "Image 2"
     data: bytes
 
 
 class Pixels(NamedTuple):
-    """A picture ready for an image tower."""
+    """An image ready for an image tower."""
 
     digest: str
     values: Tensor  # (3, H, W)
@@ -58,18 +58,18 @@ class Tower:
     preprocess: Callable[[Image.Image], Tensor] = field(compare=False, repr=False)
     device: torch.device = field(compare=False, repr=False)
 
-    def prepare(self, picture: Picture, max_pixels: int) -> Pixels:
+    def prepare(self, image: EncodedImage, max_pixels: int) -> Pixels:
         """Decode and preprocess, in any thread."""
-        image = open_picture(picture.data, picture.name, max_pixels)
-        return Pixels(hash_bytes(picture.data), self.preprocess(image))
+        decoded = open_image(image.data, image.name, max_pixels)
+        return Pixels(hash_bytes(image.data), self.preprocess(decoded))
 
-    def features(self, pictures: Sequence[Pixels]) -> Tensor:
-        """(B, K) on the CPU; equal pictures are encoded once."""
-        rows = {digest: row for row, digest in enumerate(dict.fromkeys(picture.digest for picture in pictures))}
-        pixels = {picture.digest: picture.values for picture in pictures}
+    def features(self, images: Sequence[Pixels]) -> Tensor:
+        """(B, K) on the CPU; equal images are encoded once."""
+        rows = {digest: row for row, digest in enumerate(dict.fromkeys(image.digest for image in images))}
+        pixels = {image.digest: image.values for image in images}
         with torch.no_grad():
             found = self.encode(torch.stack([pixels[digest] for digest in rows]).to(self.device))
-        return found.float().cpu()[[rows[picture.digest] for picture in pictures]]
+        return found.float().cpu()[[rows[image.digest] for image in images]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,7 +79,7 @@ class Served:
     id         what requests call it
     model      an adapted model, or a backbone as it is
     revision   SHA-256 of the model's config.json, or the backbone's fingerprint
-    tower      the image tower; None where the method looks at pictures themselves
+    tower      the image tower; None if the method looks at images themselves
     image_fingerprint  of embeddings that queries of this model may be compared with
     """
 
@@ -91,7 +91,7 @@ class Served:
 
     @property
     def method(self) -> Any:
-        """The adapted model; None where a backbone is served as it is."""
+        """The adapted model; None if a backbone is served as it is."""
         return None if self.model.kind == "backbone" else self.model
 
     @property
@@ -103,18 +103,18 @@ class Served:
     def class_names(self) -> list[str]:
         return [] if self.method is None else self.method.class_names_
 
-    def prepare(self, picture: Picture, max_pixels: int) -> Pixels | BytesItem:
-        """What the tasks below take of a picture; decoded here, unless the method wants to do that itself."""
+    def prepare(self, image: EncodedImage, max_pixels: int) -> Pixels | BytesItem:
+        """What the tasks below take of an image; decoded here, unless the method wants to do that itself."""
         if self.tower is not None:
-            return self.tower.prepare(picture, max_pixels)
-        check_picture(picture.data, picture.name, max_pixels)
-        return BytesItem(picture.name, picture.data)
+            return self.tower.prepare(image, max_pixels)
+        check_image(image.data, image.name, max_pixels)
+        return BytesItem(image.name, image.data)
 
-    def on_backbone(self, picture: Picture, max_pixels: int) -> tuple[Tensor, Box]:
-        """Pixels (3, H, W) for the towers themselves, whatever the method does, and the part of the picture in them."""
-        image, preprocess = open_picture(picture.data, picture.name, max_pixels), self.backbone.preprocess
-        box = preprocess.seen(image.size) if isinstance(preprocess, Preprocess) else (0.0, 0.0, 1.0, 1.0)
-        return preprocess(image), box
+    def on_backbone(self, image: EncodedImage, max_pixels: int) -> tuple[Tensor, Box]:
+        """Pixels (3, H, W) for the towers themselves, whatever the method does, and the part of the image in them."""
+        decoded, preprocess = open_image(image.data, image.name, max_pixels), self.backbone.preprocess
+        box = preprocess.seen(decoded.size) if isinstance(preprocess, Preprocess) else (0.0, 0.0, 1.0, 1.0)
+        return preprocess(decoded), box
 
     def describe(self) -> dict[str, Any]:
         """What clients are told; of the backbone's folder only the name, since paths are the server's own."""
@@ -141,7 +141,7 @@ _NOTHING = ("", "a photo.", "a picture of something.")
 
 @dataclass(frozen=True)
 class Classify:
-    """(pixels, model) -> probabilities (C,). The tower sees each picture once, whatever models ask for it."""
+    """(pixels, model) -> probabilities (C,). The tower sees each image once, whatever models ask for it."""
 
     tower: Tower
 
@@ -158,12 +158,12 @@ class Classify:
 
 @dataclass(frozen=True)
 class ClassifyWhole:
-    """(picture, model) -> probabilities (C,), for a method that looks at pictures and not at features."""
+    """(image, model) -> probabilities (C,), for a method that looks at images and not at features."""
 
     served: Served
 
     def __call__(self, items: Sequence[tuple[BytesItem, Served]]) -> list[Tensor]:
-        logits, _ = self.served.model.image_logits([picture for picture, _ in items])
+        logits, _ = self.served.model.image_logits([image for image, _ in items])
         return list(self.served.model.probabilities(logits))
 
 
@@ -182,8 +182,8 @@ class EmbedTexts:
 
 
 @dataclass(frozen=True)
-class EmbedPictures:
-    """picture -> unit feature (D,) in the space of the model's texts."""
+class EmbedImages:
+    """image -> unit feature (D,) in the space of the model's texts."""
 
     served: Served
 
@@ -198,7 +198,7 @@ class Query(NamedTuple):
     """Of a search: what is wanted, what is not."""
 
     texts: tuple[str, ...]
-    pictures: tuple[BytesItem, ...]
+    images: tuple[BytesItem, ...]
     minus: tuple[str, ...]
 
 
@@ -209,11 +209,11 @@ class QueryVector:
     served: Served
 
     def __call__(self, items: Sequence[Query]) -> list[np.ndarray]:
-        return [query_vector(self.served.model, query.texts, query.pictures, query.minus) for query in items]
+        return [query_vector(self.served.model, query.texts, query.images, query.minus) for query in items]
 
 
 class Why(NamedTuple):
-    """Of a heat map: a picture, and a text or one of the model's classes."""
+    """Of a heat map: an image, and a text or one of the model's classes."""
 
     pixels: Tensor  # (3, H, W)
     text: str
@@ -222,11 +222,11 @@ class Why(NamedTuple):
 
 @dataclass(frozen=True)
 class Explain:
-    """why -> (scores (h, w), score): how much each patch fits the text, and the picture's cosine with it.
+    """why -> (scores (h, w), score): how much each patch fits the text, and the image's cosine with it.
 
     The plain cosine of a patch with a text is as high in the background, or even highest there (CLIP Surgery, arXiv
-    2304.05653): patches that show little gather what the whole picture shows, and any text has much in common with any
-    picture. So the last block compares queries with queries and keys with keys, and from a patch's cosine with the text
+    2304.05653): patches that show little gather what the whole image shows, and any text has much in common with any
+    image. So the last block compares queries with queries and keys with keys, and from a patch's cosine with the text
     that with texts that say nothing is subtracted.
     """
 
@@ -238,7 +238,7 @@ class Explain:
     def _map(self, why: Why) -> tuple[Tensor, float]:
         backbone = self.served.backbone
         if "patches" not in backbone.capabilities:
-            raise ClipadaptError(f"{self.served.id} has no features of patches, so it cannot say where it looks.")
+            raise ClipadaptError(f"{self.served.id} has no patch features, so it cannot explain where it looks.")
         local = backbone.attention("qq+kk") if "attention" in backbone.capabilities else nullcontext()
         pixels = why.pixels[None].to(backbone.device)
         with torch.no_grad():
@@ -264,7 +264,7 @@ class Explain:
 class Models:
     """The models by id, the first of which answers where none is asked for.
 
-    Raises ClipadaptError where two would have the same id, or one cannot be served.
+    Raises ClipadaptError if two would have the same id, or one cannot be served.
     """
 
     def __init__(self, folders: Iterable[Path | str] = (), backbone: str | None = None) -> None:
@@ -332,12 +332,12 @@ class Models:
                     if await asyncio.to_thread(_revision, folder) != self.served[name].revision:
                         self.served[name] = await run(lambda name=name: self._load(name))  # type: ignore[misc]
                         reloaded("ok")
-                        log.info(f"{name} was loaded anew.", extra={"fields": {"revision": self.served[name].revision}})
+                        log.info(f"{name} was reloaded.", extra={"fields": {"revision": self.served[name].revision}})
                     self._complaints.pop(name, None)
                 except Exception as error:  # whatever is wrong with it, the old one still works
                     if self._complaints.get(name) != str(error):
                         reloaded("failed")
-                        log.warning(f"{name} changed but cannot be loaded, so the older one stays: {error}")
+                        log.warning(f"{name} changed but cannot be loaded, so the previous version stays: {error}")
                     self._complaints[name] = str(error)
                 self._stamps[name] = stamp
 
@@ -352,7 +352,7 @@ class Models:
         if _revision(folder) != revision:
             raise ArtifactError(f"{folder} changed while it was read.")
         if model.backbone_ is None:
-            raise ArtifactError(f"{folder} was fitted on features and has no towers, so it takes no pictures.")
+            raise ArtifactError(f"{folder} was fitted on features and has no towers, so it cannot encode images.")
         model.probabilities(torch.zeros(1, len(model.class_names_)))  # refuses a multi-label model without a threshold
         return Served(name, model, revision, _tower(model), model.encoder.image_fingerprint)
 

@@ -5,8 +5,8 @@ A folder gets
     text.onnx       ids (T, L) int64, start and end included, zeros behind -> features (T, D); only where free texts are
                     encoded by the towers as they are, and not through learned prompts
     tokenizer.json  for the `tokenizers` library
-    config.json     classes, transform of pictures, length of texts, where the model comes from; written last
-and with int8 the same graphs once more, `image.int8.onnx` and `text.int8.onnx`: weights of matrices in 8 bits, a scale
+    config.json     classes, transform of images, length of texts, where the model comes from; written last
+and with int8 the same graphs again, `image.int8.onnx` and `text.int8.onnx`: weights of matrices in 8 bits, a scale
 for each column, activations rounded as they come ("dynamic quantisation" of onnxruntime). This changes results.
 """
 
@@ -76,7 +76,7 @@ def export_onnx(method: Classifier, folder: Path | str, *, int8: bool = False) -
     """Write a fitted method as ONNX; every graph is run and compared with torch before the folder counts as written.
 
     Raises:
-        ClipadaptError: the method's prediction is no graph from pixels to logits, or a package is missing.
+        ClipadaptError: the method's prediction is not a graph from pixels to logits, or a package is missing.
         ArtifactError: `folder` holds other files.
     """
     _onnxruntime()
@@ -86,7 +86,8 @@ def export_onnx(method: Classifier, folder: Path | str, *, int8: bool = False) -
     backbone = method._model("it has no towers to export")
     if method.head is None:
         raise ClipadaptError(
-            f"{method.card.key} looks at images, not at features: its prediction is not a graph from pixels to logits."
+            f"{method.card.key} cannot be exported: it looks at images, not at features, so its prediction is not a "
+            "graph from pixels to logits."
         )
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").unlink(missing_ok=True)  # an older model does not count any more
@@ -151,7 +152,7 @@ class OnnxModel:
                 raise ArtifactError(f"{self.folder} has format {self.config['format']}: upgrade clipadapt.")
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ArtifactError(
-                f"{self.folder} is no exported model, or its config.json is damaged: {error}."
+                f"{self.folder} is not an exported model, or its config.json is damaged: {error}."
             ) from None
         if int8 and not self.config["int8"]:
             raise ArtifactError(f"{self.folder} was exported without int8; export it again with int8.")
@@ -161,15 +162,15 @@ class OnnxModel:
         self._text = _session(self.folder / f"text{ending}", threads) if self.config["texts"] else None
 
     def run(self, images: Any, *, batch_size: int = 64) -> tuple[np.ndarray, np.ndarray]:
-        """Unit features (N, D) and logits (N, C) of pictures in any usual form, or of pixels (N, 3, H, W)."""
+        """Unit features (N, D) and logits (N, C) of images in any usual form, or of pixels (N, 3, H, W)."""
         if isinstance(images, np.ndarray | Tensor) and images.ndim == 4 and images.shape[1] == 3:
             pixels = np.asarray(images, np.float32)
         elif self.config["preprocess"] is None:
-            raise ClipadaptError("The backbone's transform of pictures is a program of its own: give pixels.")
+            raise ClipadaptError("The backbone has a custom image transform, which cannot be exported: give pixels.")
         else:
             transform = Preprocess.from_config(self.config["preprocess"])
-            pictures = [transform(item.open()).numpy() for item in as_items(images)]
-            pixels = np.stack(pictures) if pictures else np.empty((0, 3, *self._image.get_inputs()[0].shape[2:]))
+            decoded = [transform(item.open()).numpy() for item in as_items(images)]
+            pixels = np.stack(decoded) if decoded else np.empty((0, 3, *self._image.get_inputs()[0].shape[2:]))
         parts = [pixels[i : i + batch_size].astype(np.float32) for i in range(0, max(len(pixels), 1), batch_size)]
         features, logits = zip(*(self._image.run(None, {"pixels": part}) for part in parts), strict=True)
         return np.concatenate(features), np.concatenate(logits)
@@ -185,7 +186,7 @@ class OnnxModel:
     def encode_texts(self, texts: Sequence[str]) -> np.ndarray:
         """T texts -> unit features (T, D)."""
         if self._text is None:
-            raise ClipadaptError(f"{self.folder} has no text tower: this model's texts go through learned prompts.")
+            raise ClipadaptError(f"{self.folder} has no text tower: this model encodes texts with learned prompts.")
         from tokenizers import Tokenizer
 
         facts = self.config["texts"]
@@ -229,9 +230,9 @@ def _write(
                 dynamic_shapes=(axes,),
                 verbose=False,
             )
-    except Exception as error:  # whatever the exporter cannot follow
+    except Exception as error:  # anything the exporter cannot follow
         raise ClipadaptError(
-            f"{key} cannot be exported: its prediction is no fixed graph ({type(error).__name__})."
+            f"{key} cannot be exported: its prediction is not a fixed graph ({type(error).__name__})."
         ) from error
     with written_aside(file) as aside:
         program.save(str(aside), include_initializers=True, external_data=False)
@@ -247,7 +248,7 @@ def _compare(file: Path, example: Tensor, expected: list[Tensor], key: str) -> N
             limit = TOLERANCE * max(1.0, float(np.abs(reference).max(initial=0)))
             if got.shape != reference.shape or np.abs(got - reference).max(initial=0) > limit:
                 raise ClipadaptError(
-                    f"{key} cannot be exported: it looks at pictures in another way than from pixels to features to "
+                    f"{key} cannot be exported: it does not predict from pixels to features to "
                     "logits, and the graph would not predict the same."
                 )
 

@@ -1,7 +1,7 @@
 """The routes of the HTTP interface: each reads a request, asks the batchers, and writes the answer.
 
     POST /v1/classify, /v1/embeddings, /v1/search, /v1/explain      GET /v1/models, /healthz, /metrics, /openapi.json
-    GET /v1/indexes/{id}/pictures/{row}, a thumbnail                GET /, the page
+    GET /v1/indexes/{id}/images/{row}, a thumbnail                GET /, the page
 
 No route reads a path or an address from a request.
 """
@@ -31,17 +31,17 @@ from clipadapt.search.where import Where
 from clipadapt.serve import schemas
 from clipadapt.serve.batcher import Batcher, Task
 from clipadapt.serve.indexes import Indexes, Search, SearchedIndex
-from clipadapt.serve.limits import Settings, check_picture, from_data_uri
+from clipadapt.serve.limits import Settings, check_image, from_data_uri
 from clipadapt.serve.log import log
 from clipadapt.serve.metrics import Metrics
 from clipadapt.serve.models import (
     Classify,
     ClassifyWhole,
-    EmbedPictures,
+    EmbedImages,
     EmbedTexts,
+    EncodedImage,
     Explain,
     Models,
-    Picture,
     Query,
     QueryVector,
     Served,
@@ -75,7 +75,8 @@ class Service:
         async with batcher(settings.batch_size) as self.batcher, batcher(settings.batch_size) as self.searcher:
             watch = asyncio.create_task(
                 self.models.watch(
-                    self.batcher.alone, lambda result: self.metrics.count("clipadapt_reloads_total", result=result)
+                    self.batcher.in_model_thread,
+                    lambda result: self.metrics.count("clipadapt_reloads_total", result=result),
                 )
             )
             yield
@@ -85,10 +86,10 @@ class Service:
         self.metrics.observe("clipadapt_batch_items", items, task=type(task).__name__)
 
     def model(self, name: str | None) -> Served:
-        return _found(self.models.get, name)
+        return _get_or_404(self.models.get, name)
 
     def index(self, name: str | None) -> SearchedIndex:
-        return _found(self.indexes.get, name)
+        return _get_or_404(self.indexes.get, name)
 
     def check_texts(self, texts: Sequence[str]) -> None:
         """Refuse too many, or too long ones."""
@@ -97,24 +98,25 @@ class Service:
         if any(len(text) > self.settings.max_text for text in texts):
             raise HTTPException(413, f"A text has at most {self.settings.max_text:,} characters.")
 
-    def pictures(self, files: Sequence[bytes]) -> list[Picture]:
-        """The pictures of a form, not yet opened; they are called by their numbers, whatever clients call them."""
-        self._count_pictures(len(files))
-        names = ["The picture"] if len(files) == 1 else [f"Picture {number + 1}" for number in range(len(files))]
-        return [Picture(name, data) for name, data in zip(names, files, strict=True)]
+    def images(self, files: Sequence[bytes]) -> list[EncodedImage]:
+        """The images of a form, not yet opened; they are named by their numbers, not by what clients call them."""
+        self._count_images(len(files))
+        names = ["The image"] if len(files) == 1 else [f"Image {number + 1}" for number in range(len(files))]
+        return [EncodedImage(name, data) for name, data in zip(names, files, strict=True)]
 
-    def _count_pictures(self, number: int) -> None:
-        if number > self.settings.max_pictures:
-            raise HTTPException(413, f"A request takes at most {self.settings.max_pictures} pictures, not {number}.")
+    def _count_images(self, number: int) -> None:
+        if number > self.settings.max_images:
+            raise HTTPException(413, f"A request takes at most {self.settings.max_images} images, not {number}.")
+        self.metrics.count("clipadapt_images_total", number)
         self.metrics.count("clipadapt_pictures_total", number)
 
     async def embed_texts(self, served: Served, texts: Sequence[str]) -> list[Any]:
-        return _sound(await self.batcher.ask(EmbedTexts(served), texts))
+        return _or_raise(await self.batcher.ask(EmbedTexts(served), texts))
 
-    async def embed_pictures(self, served: Served, pictures: Sequence[Picture]) -> list[Any]:
-        self._count_pictures(len(pictures))
+    async def embed_images(self, served: Served, images: Sequence[EncodedImage]) -> list[Any]:
+        self._count_images(len(images))
         prepare = partial(served.prepare, max_pixels=self.settings.max_pixels)
-        return _sound(await self.batcher.ask(EmbedPictures(served), pictures, prepare))
+        return _or_raise(await self.batcher.ask(EmbedImages(served), images, prepare))
 
 
 async def _service(request: Request) -> Service:  # async, as FastAPI sends other functions through a thread
@@ -135,28 +137,28 @@ def _form(form: type[BaseModel], json: type[BaseModel] | None = None) -> dict[st
 
 @router.post("/v1/classify", openapi_extra=_form(schemas.ClassifyForm), response_model=schemas.ClassifyAnswer)
 async def classify(request: Request, service: Shared) -> Any:
-    """The most probable classes of each picture; of a multi-label model those that it sees.
+    """The most probable classes of each image; for a multi-label model, the classes present.
 
-    A picture that cannot be read has an error in its place; if none of them can, the request fails.
+    An image that cannot be read has an error in its place; if none of them can, the request fails.
     """
     form = await _read_form(request, schemas.ClassifyForm)
     served = service.model(form.model)
     if not served.class_names:
-        raise HTTPException(400, f"{served.id} is a backbone without classes; ask an adapted model.")
-    pictures = service.pictures(form.image)
+        raise HTTPException(400, f"{served.id} is a backbone without classes; use an adapted model.")
+    images = service.images(form.image)
     task: Task = ClassifyWhole(served) if served.tower is None else Classify(served.tower)
 
-    def prepare(picture: Picture) -> Any:
-        return served.prepare(picture, service.settings.max_pixels), served
+    def prepare(image: EncodedImage) -> Any:
+        return served.prepare(image, service.settings.max_pixels), served
 
-    answers = await service.batcher.ask(task, pictures, prepare)
-    results = [_named(served, answer, form.top) for answer in answers]
+    answers = await service.batcher.ask(task, images, prepare)
+    results = [_predictions(served, answer, form.top) for answer in answers]
     if all("error" in result for result in results):
         raise DataError(results[0]["error"])
     return {"model": served.id, "revision": served.revision, "results": results}
 
 
-def _named(served: Served, answer: Any, top: int) -> dict[str, Any]:
+def _predictions(served: Served, answer: Any, top: int) -> dict[str, Any]:
     """Probabilities (C,) as a list of classes, or why there are none."""
     if isinstance(answer, Exception):
         return {"error": _reason(answer)}
@@ -173,13 +175,13 @@ def _named(served: Served, answer: Any, top: int) -> dict[str, Any]:
 
 @router.post("/v1/embeddings", response_model=schemas.EmbeddingsAnswer)
 async def embeddings(body: schemas.EmbeddingsRequest, service: Shared) -> Any:
-    """Unit vectors of texts, and of pictures as data URIs, in one space; in the form of OpenAI's interface."""
+    """Unit vectors of texts, and of images as data URIs, in one space; in the form of OpenAI's interface."""
     inputs = [body.input] if isinstance(body.input, str) else body.input
     served = service.model(body.model)
     texts = {place: value for place, value in enumerate(inputs) if isinstance(value, str)}
     service.check_texts(list(texts.values()))
-    pictures = {
-        place: Picture(f"The picture input[{place}]", from_data_uri(value.image, f"The picture input[{place}]"))
+    images = {
+        place: EncodedImage(f"The image input[{place}]", from_data_uri(value.image, f"The image input[{place}]"))
         for place, value in enumerate(inputs)
         if not isinstance(value, str)
     }
@@ -188,8 +190,8 @@ async def embeddings(body: schemas.EmbeddingsRequest, service: Shared) -> Any:
         for place, (feature, length) in zip(texts, await service.embed_texts(served, [*texts.values()]), strict=True):
             found[place] = feature
             tokens += length
-    if pictures:
-        found |= zip(pictures, await service.embed_pictures(served, [*pictures.values()]), strict=True)
+    if images:
+        found |= zip(images, await service.embed_images(served, [*images.values()]), strict=True)
     encode = as_base64 if body.encoding_format == "base64" else lambda feature: feature.tolist()
     data = [{"object": "embedding", "index": place, "embedding": encode(found[place])} for place in sorted(found)]
     usage = {"prompt_tokens": tokens, "total_tokens": tokens}
@@ -202,51 +204,53 @@ async def embeddings(body: schemas.EmbeddingsRequest, service: Shared) -> Any:
     response_model=schemas.SearchAnswer,
 )
 async def search(request: Request, service: Shared) -> Any:
-    """The pictures of an index that are nearest to texts and pictures, and far from `minus`, best first."""
+    """The images of an index that are nearest to texts and images, and far from `minus`, best first."""
     query: Any
     if request.headers.get("content-type", "").partition(";")[0].strip().lower() == "multipart/form-data":
         query = await _read_form(request, schemas.SearchForm)
-        pictures = service.pictures(query.image)
+        images = service.images(query.image)
     else:
-        query = _checked(schemas.SearchRequest, await request.body())
-        pictures = []
+        query = _validate(schemas.SearchRequest, await request.body())
+        images = []
     service.check_texts([*query.texts, *query.minus])
     searched = service.index(query.index)
     served = searched.served if query.model is None else service.model(query.model)
     if served.image_fingerprint != searched.index.embeddings.image_fingerprint:
-        raise HTTPException(400, f"{served.id} sees pictures otherwise than {searched.id} was embedded: embed it anew.")
+        reason = f"{served.id} encodes images differently from the model used to embed {searched.id}: embed it again."
+        raise HTTPException(400, reason)
     if query.where is not None:
         service.check_texts([query.where])
         Where.parse(query.where).check(searched.index.embeddings.table.schema)
-    for picture in pictures:
-        check_picture(picture.data, picture.name, service.settings.max_pixels)
-    items = tuple(BytesItem(picture.name, picture.data) for picture in pictures)
+    for image in images:
+        check_image(image.data, image.name, service.settings.max_pixels)
+    items = tuple(BytesItem(image.name, image.data) for image in images)
     asked = Query(tuple(query.texts), items, tuple(query.minus))
-    vectors = _sound(await service.batcher.ask(QueryVector(served), [asked]))
-    (hits,) = _sound(await service.searcher.ask(Search(searched, query.top, query.where), vectors))
+    vectors = _or_raise(await service.batcher.ask(QueryVector(served), [asked]))
+    (hits,) = _or_raise(await service.searcher.ask(Search(searched, query.top, query.where), vectors))
     return {"hits": [{"id": h.id, "score": h.score, "name": h.name, "facts": h.facts} for h in hits]}
 
 
+@router.get("/v1/indexes/{index}/pictures/{row}", include_in_schema=False)  # its old path
 @router.get(
-    "/v1/indexes/{index}/pictures/{row}",
+    "/v1/indexes/{index}/images/{row}",
     response_class=Response,
     responses={200: {"content": {"image/jpeg": {"schema": {"type": "string", "format": "binary"}}}}},
 )
 async def thumbnail(index: str, row: int, service: Shared) -> Response:
-    """A picture of an index, its longest side 256 pixels. Which file that is, the index says."""
+    """An image of an index, its longest side 256 pixels. Which file that is, the index says."""
     searched = service.index(index)
     if not 0 <= row < len(searched.index):
-        raise HTTPException(404, f"{searched.id} has pictures 0 to {len(searched.index) - 1}, not {row}.")
+        raise HTTPException(404, f"{searched.id} has images 0 to {len(searched.index) - 1}, not {row}.")
     try:
-        data = await service.batcher.beside(partial(searched.thumbnail, row, service.settings.max_pixels))
+        data = await service.batcher.in_helper_thread(partial(searched.thumbnail, row, service.settings.max_pixels))
     except DataError:
-        raise HTTPException(404, f"The picture of row {row} is not where it was when it was embedded.") from None
+        raise HTTPException(404, f"The image of row {row} has been moved or deleted since it was embedded.") from None
     return Response(data, media_type="image/jpeg", headers={"cache-control": "private, max-age=300"})
 
 
 @router.post("/v1/explain", openapi_extra=_form(schemas.ExplainForm), response_model=schemas.ExplainAnswer)
 async def explain(request: Request, service: Shared) -> Any:
-    """How well each patch of a picture fits a text, or one of the model's classes."""
+    """How well each patch of an image fits a text, or one of the model's classes."""
     form = await _read_form(request, schemas.ExplainForm)
     served = service.model(form.model)
     wanted = form.text if form.class_ is None else form.class_
@@ -256,16 +260,16 @@ async def explain(request: Request, service: Shared) -> Any:
     if is_class and wanted not in served.class_names:
         raise HTTPException(404, f"{served.id} has no class of that name.")
     service.check_texts([wanted])
-    (picture,) = service.pictures([form.image])
+    (image,) = service.images([form.image])
 
     boxes = []
 
-    def prepare(picture: Picture) -> Why:
-        pixels, box = served.on_backbone(picture, service.settings.max_pixels)
+    def prepare(image: EncodedImage) -> Why:
+        pixels, box = served.on_backbone(image, service.settings.max_pixels)
         boxes.append(box)
         return Why(pixels, wanted, is_class)
 
-    ((scores, score),) = _sound(await service.batcher.ask(Explain(served), [picture], prepare))
+    ((scores, score),) = _or_raise(await service.batcher.ask(Explain(served), [image], prepare))
     return {"grid": list(scores.shape), "box": boxes[0], "scores": scores.tolist(), "score": score}
 
 
@@ -299,11 +303,13 @@ async def metrics(service: Shared) -> Response:
 
 @router.get("/", include_in_schema=False)
 async def home(service: Shared) -> Response:
+    """The page to try the models."""
     return _static(service, "index.html")
 
 
 @router.get("/page/{name}", include_in_schema=False)
 async def page(name: str, service: Shared) -> Response:
+    """A file that the page loads."""
     return _static(service, name)
 
 
@@ -335,24 +341,24 @@ async def _read_form(request: Request, form: type[Form]) -> Form:
                 raise HTTPException(422, f"{name[:60]!r} may be given once.")
             else:
                 fields[name] = values[0]
-    return _checked(form, fields)
+    return _validate(form, fields)
 
 
-def _checked(form: type[Form], values: dict[str, Any] | bytes) -> Form:
+def _validate(form: type[Form], values: dict[str, Any] | bytes) -> Form:
     try:
         return form.model_validate_json(values) if isinstance(values, bytes) else form.model_validate(values)
     except ValidationError as error:
         raise HTTPException(422, sentence(error.errors(include_input=False, include_url=False))) from None
 
 
-def _found(get: Any, name: str | None) -> Any:
+def _get_or_404(get: Any, name: str | None) -> Any:
     try:
         return get(name)
     except ClipadaptError as error:
         raise HTTPException(404, str(error)) from None
 
 
-def _sound(answers: list[Any]) -> list[Any]:
+def _or_raise(answers: list[Any]) -> list[Any]:
     """The answers, if none of them failed."""
     for answer in answers:
         if isinstance(answer, Exception):
@@ -364,11 +370,11 @@ def _sound(answers: list[Any]) -> list[Any]:
 
 
 def _reason(error: Exception) -> str:
-    """What a client is told of a picture that failed; what is a defect goes to the log."""
+    """What a client is told of an image that failed; what is a defect goes to the log."""
     if isinstance(error, ClipadaptError):
         return str(error)
-    log.error("A picture failed; this is a defect.", exc_info=error)
-    return "The model failed on this picture; the server's log says how."
+    log.error("An image failed; this is a defect.", exc_info=error)
+    return "The model failed on this image; the server's log says how."
 
 
 def sentence(errors: Sequence[Any]) -> str:

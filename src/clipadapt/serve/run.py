@@ -33,14 +33,14 @@ def run(app: FastAPI, host: str, port: int, ready: Callable[[str], None]) -> Non
         app, host=host, port=port, log_config=None, access_log=False, server_header=False, http="h11",
         h11_max_incomplete_event_size=_LARGEST_HEAD, lifespan="on", ws="none",
     )  # fmt: skip
-    listener = _bound(host, port)
-    # uvicorn sends itself the signal again when all is done; a SIGTERM that was obeyed is no failure.
+    listener = _bind(host, port)
+    # uvicorn sends itself the signal again when all is done; a SIGTERM that was obeyed is not a failure.
     signal.signal(signal.SIGTERM, lambda *_: None)
     with listener:
         _Server(config, ready).run(sockets=[listener])
 
 
-def _bound(host: str, port: int) -> socket.socket:
+def _bind(host: str, port: int) -> socket.socket:
     # The protocol is named: only then does asyncio turn off the algorithm of Nagle, with which each answer waits 40 ms
     # for an acknowledgement between its head and its body.
     family = socket.AF_INET6 if ":" in host else socket.AF_INET

@@ -13,7 +13,7 @@ def _whole(value: Any) -> Any:
 
 
 Top = Annotated[int, Field(ge=1, le=1000), BeforeValidator(_whole)]
-File = Annotated[bytes, Strict()]  # so that a form's text field is no file
+File = Annotated[bytes, Strict()]  # so that a form's text field is not a file
 
 
 class _Request(BaseModel):
@@ -27,21 +27,27 @@ class _Form(BaseModel):
 
 
 class ClassifyForm(_Form):
-    image: Annotated[list[File], Field(min_length=1, description="Pictures.")]
+    """The form of /v1/classify."""
+
+    image: Annotated[list[File], Field(min_length=1, description="Images.")]
     model: Annotated[str | None, Field(description="Its id; without it the first model.")] = None
     top: Annotated[Top, Field(description="How many classes to name.")] = 5
 
 
 class ExplainForm(_Form):
+    """The form of /v1/explain: an image, and a text or a class."""
+
     image: File
     text: Annotated[str | None, Field(description="What to look for.")] = None
-    class_: Annotated[str | None, Field(alias="class", description="In place of text: a class of the model.")] = None
+    class_: Annotated[str | None, Field(alias="class", description="Instead of text: a class of the model.")] = None
     model: str | None = None
 
 
 class SearchRequest(_Request):
+    """A search by texts, as JSON."""
+
     index: Annotated[str | None, Field(description="Its id; without it the first index.")] = None
-    texts: Annotated[list[str], Field(description="What the pictures should show.")] = []
+    texts: Annotated[list[str], Field(description="What the images should show.")] = []
     minus: Annotated[list[str], Field(description="What they should not show.")] = []
     top: Top = 20
     where: Annotated[str | None, Field(description="A condition on the facts, such as `year > 2020`.")] = None
@@ -49,7 +55,9 @@ class SearchRequest(_Request):
 
 
 class SearchForm(_Form):
-    image: Annotated[list[File], Field(description="Pictures that the hits should be like.")] = []
+    """A search by images, by texts, or by both, as a form."""
+
+    image: Annotated[list[File], Field(description="Images that the hits should resemble.")] = []
     texts: list[str] = []
     minus: list[str] = []
     index: str | None = None
@@ -59,40 +67,52 @@ class SearchForm(_Form):
 
 
 class ImageInput(_Request):
+    """An image to embed."""
+
     image: Annotated[str, Field(pattern=r"^data:image/[a-z0-9.+-]+;base64,", description="A data URI.")]
 
 
 class EmbeddingsRequest(_Request):
-    """OpenAI's, and pictures beside texts."""
+    """OpenAI's request, with images as well as texts."""
 
     input: str | Annotated[list[str | ImageInput], Field(min_length=1)]
     model: str | None = None
     encoding_format: Literal["float", "base64"] = "float"
-    user: Annotated[str | None, Field(description="Taken for OpenAI's clients, and not looked at.")] = None
+    user: Annotated[str | None, Field(description="Accepted for OpenAI's clients and ignored.")] = None
 
 
 class Error(BaseModel):
+    """What went wrong."""
+
     message: str
     type: str
 
 
 class ErrorAnswer(BaseModel):
+    """The answer to every request that fails."""
+
     error: Error
 
 
 class HealthAnswer(BaseModel):
+    """The answer of /healthz."""
+
     status: Literal["ok", "stopping"]
     models: int
 
 
 class BackboneInfo(BaseModel):
+    """Where a backbone comes from."""
+
     source: str
     fingerprint: str
 
 
 class ModelInfo(BaseModel):
+    """A served model."""
+
     id: str
-    method: Annotated[str | None, Field(description="null: a backbone as it is, without classes.")]
+    method: Annotated[str | None, Field(description="null: a plain backbone, without classes.")]
     classes: list[str]
     multi_label: bool
     revision: str
@@ -100,46 +120,65 @@ class ModelInfo(BaseModel):
 
 
 class IndexInfo(BaseModel):
+    """An index that can be searched."""
+
     id: str
-    pictures: int
+    images: int
+    pictures: Annotated[int, Field(deprecated=True, description="The old name of images.")]
 
 
 class ModelsAnswer(BaseModel):
+    """The answer of /v1/models."""
+
     data: list[ModelInfo]
     indexes: list[IndexInfo]
 
 
 class Prediction(BaseModel):
+    """A class and its probability in [0, 1]."""
+
     class_: Annotated[str, Field(alias="class")]
     probability: float
 
 
 class Predictions(BaseModel):
+    """The classes of an image, the most probable first."""
+
     predictions: list[Prediction]
 
 
-class PictureError(BaseModel):
+class ImageError(BaseModel):
+    """Why an image of a request has no predictions."""
+
     error: str
 
 
 class ClassifyAnswer(BaseModel):
+    """The answer of /v1/classify, one result for each image."""
+
     model: str
     revision: str
-    results: list[Predictions | PictureError]
+    results: list[Predictions | ImageError]
 
 
 class Embedding(BaseModel):
+    """The unit vector of an input."""
+
     object: Literal["embedding"]
     index: int
     embedding: Annotated[list[float] | str, Field(description="With base64: little-endian float32.")]
 
 
 class Usage(BaseModel):
+    """OpenAI's count of tokens."""
+
     prompt_tokens: int
     total_tokens: int
 
 
 class EmbeddingsAnswer(BaseModel):
+    """The answer of /v1/embeddings, one vector for each input."""
+
     object: Literal["list"]
     data: list[Embedding]
     model: str
@@ -147,6 +186,8 @@ class EmbeddingsAnswer(BaseModel):
 
 
 class HitInfo(BaseModel):
+    """An image that was found."""
+
     id: int
     score: float
     name: str
@@ -154,17 +195,21 @@ class HitInfo(BaseModel):
 
 
 class SearchAnswer(BaseModel):
+    """The answer of /v1/search, the best hit first."""
+
     hits: list[HitInfo]
 
 
 class ExplainAnswer(BaseModel):
+    """The answer of /v1/explain: a heat map."""
+
     grid: Annotated[list[int], Field(description="[rows, columns]")]
     box: Annotated[
         list[float],
-        Field(description="The part of the picture that the patches cover: left, top, right, bottom, as shares of it."),
+        Field(description="The part of the image that the patches cover: left, top, right, bottom, in [0, 1]."),
     ]
     scores: Annotated[
         list[list[float]],
-        Field(description="How much each patch fits the text, row by row; 0 is not at all more than any text."),
+        Field(description="How much each patch fits the text, row by row; 0 is no better than an arbitrary text."),
     ]
-    score: Annotated[float, Field(description="Cosine of the whole picture with the text.")]
+    score: Annotated[float, Field(description="Cosine of the whole image with the text.")]

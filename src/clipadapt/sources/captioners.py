@@ -43,13 +43,13 @@ def describe(captioner: Captioner, items: Sequence[Item]) -> list[str]:
         images = [item.open() for item in items[start : start + OPEN]]
         said = captioner(images)
         if not isinstance(said, list | tuple) or [type(sentence) for sentence in said] != [str] * len(images):
-            raise ClipadaptError(f"A captioner must give a list of {len(images)} strings for as many images.")
+            raise ClipadaptError(f"A captioner must return one string per image, a list of {len(images)}.")
         sentences += said
     return sentences
 
 
 def as_captioner(value: Any, backbone: Backbone) -> Captioner:
-    """The captioner that `value` stands for.
+    """The captioner given by `value`.
 
     Args:
         value: "phrases", what `backbone` sees in an image; another string or a path, the hub id or folder of an

@@ -42,7 +42,7 @@ class Detections(NamedTuple):
     names: Tensor
 
     def of(self, name: int) -> Tensor | None:
-        """The best box (4,) of a name, or None where it was not found."""
+        """The best box (4,) of a name, or None if it was not found."""
         rows = (self.names == name).nonzero()
         return self.boxes[rows[0, 0]] if len(rows) else None
 
@@ -63,23 +63,25 @@ def detect(detector: Detector, image: Image.Image, names: Sequence[str]) -> Dete
         )
     except (TypeError, ValueError) as error:
         raise ClipadaptError(
-            f"A detector answers with three arrays, boxes (n, 4), scores (n,) and names (n,): {first_line(error)}"
+            f"A detector must return three arrays, boxes (n, 4), scores (n,) and names (n,): {first_line(error)}"
         ) from error
     boxes, scores = boxes.float().reshape(-1, 4) if boxes.numel() == 0 else boxes.float(), scores.float()
     if boxes.shape != (len(scores), 4) or which.shape != (len(scores),) or scores.ndim != 1:
         raise ClipadaptError(
-            f"A detector answers with boxes (n, 4), scores (n,) and names (n,), not "
+            f"A detector must return boxes (n, 4), scores (n,) and names (n,), not "
             f"{tuple(boxes.shape)}, {tuple(scores.shape)} and {tuple(which.shape)}."
         )
     if not (boxes.isfinite().all() and scores.isfinite().all()):
-        raise ClipadaptError("A detector answered with a box or score that is not finite.")
+        raise ClipadaptError("A detector returned a box or score that is not finite.")
     if len(which) and (which.is_floating_point() or int(which.min()) < 0 or int(which.max()) >= len(names)):
-        raise ClipadaptError(f"A detector's names are ints from 0 to {len(names) - 1}, positions in the list of names.")
-    return _ordered(image, boxes, scores, which.long())
+        raise ClipadaptError(
+            f"A detector's names must be ints from 0 to {len(names) - 1}, positions in the list of names."
+        )
+    return _clip_and_sort(image, boxes, scores, which.long())
 
 
-def _ordered(image: Image.Image, boxes: Tensor, scores: Tensor, names: Tensor) -> Detections:
-    """Best first, ties as they came; boxes cut to the image, without those of which nothing remains."""
+def _clip_and_sort(image: Image.Image, boxes: Tensor, scores: Tensor, names: Tensor) -> Detections:
+    """Best first, ties as they came; boxes clipped to the image; empty ones are dropped."""
     boxes = boxes.clamp(min=0).minimum(torch.tensor([image.width, image.height] * 2))
     kept = (boxes[:, 2:] > boxes[:, :2]).all(1).nonzero()[:, 0]
     order = kept[scores[kept].sort(descending=True, stable=True).indices]
@@ -87,7 +89,7 @@ def _ordered(image: Image.Image, boxes: Tensor, scores: Tensor, names: Tensor) -
 
 
 def as_detector(value: Any, backbone: Backbone) -> Detector:
-    """The detector that `value` stands for.
+    """The detector given by `value`.
 
     Args:
         value: "saliency", the patches of `backbone`; another string or a path, the hub id or folder of a
@@ -157,7 +159,7 @@ class ZeroShotDetector:
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             raise BackboneError(f"{source} cannot be loaded as a detector: {first_line(error)}") from error
         if report["missing_keys"]:
-            raise BackboneError(f"{source} lacks weights of its model; one is {min(report['missing_keys'])!r}.")
+            raise BackboneError(f"{source} lacks weights of its model, for example {min(report['missing_keys'])!r}.")
         return model.eval().requires_grad_(False).to(self.device), processor, load_tokenizer(source)
 
     @torch.no_grad()
@@ -174,7 +176,7 @@ class ZeroShotDetector:
         centre, size = boxes[:, :2].cpu(), boxes[:, 2:].cpu()  # shares of the image
         boxes = torch.cat([centre - size / 2, centre + size / 2], 1) * torch.tensor([width, height] * 2)  # (Q, 4)
         rows, which = (scores.cpu() >= self.threshold).nonzero(as_tuple=True)
-        return _ordered(image, boxes[rows], scores.cpu()[rows, which], which)
+        return _clip_and_sort(image, boxes[rows], scores.cpu()[rows, which], which)
 
     def _owl(self, pixels: dict[str, Tensor], names: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Scores (Q, T) of Q boxes for T names, and the boxes (Q, 4)."""
@@ -211,7 +213,7 @@ class ZeroShotDetector:
         ]
         blank = [name for name, tokens in zip(names, named, strict=True) if not tokens.any()]
         if blank:
-            raise ClipadaptError(f"{self.source} cannot look for the name {blank[0]!r}, which has no word.")
+            raise ClipadaptError(f"{self.source} cannot look for the blank name {blank[0]!r}.")
         return torch.stack([scores[:, tokens.to(scores.device)].amax(1) for tokens in named], 1), out.pred_boxes[0]
 
 
@@ -243,7 +245,7 @@ def components(mask: Tensor) -> list[Tensor]:
 
 
 class Saliency:
-    """A detector without a model of its own: regions of a backbone's patches, named by their likeness to the texts.
+    """A detector without a separate model: regions of a backbone's patches, named by their similarity to the texts.
 
         odd_p   = 1 - cos(x_p, mean x)       patch features x of the last block with q-q and k-k attention
         regions = connected parts of {p : odd_p, scaled to [0, 1] over the image, >= threshold}
@@ -289,7 +291,7 @@ class Saliency:
         scale = torch.tensor([image.width / width, image.height / height] * 2)
         boxes = torch.stack([_bounds(region) for region in regions]) * scale  # (R, 4)
         rows = torch.arange(len(regions)).repeat_interleave(len(names))
-        return _ordered(image, boxes[rows], scores.flatten(), torch.arange(len(names)).repeat(len(regions)))
+        return _clip_and_sort(image, boxes[rows], scores.flatten(), torch.arange(len(names)).repeat(len(regions)))
 
     def patches(self, image: Image.Image) -> Tensor:
         """Unit features of an image's patches, (h, w, D) on the CPU."""

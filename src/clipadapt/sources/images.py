@@ -21,7 +21,7 @@ import torch
 from PIL import Image
 
 from clipadapt.backbones import Backbone
-from clipadapt.data import Dataset, FileItem, ImageItem, Item, as_items, class_texts, image_folder, picture_files
+from clipadapt.data import Dataset, FileItem, ImageItem, Item, as_items, class_texts, image_files, image_folder
 from clipadapt.data.playground import KINDS, Playground
 from clipadapt.errors import ClipadaptError, DataError
 from clipadapt.features.classes import encode_classes
@@ -47,7 +47,7 @@ class ImageSource(Protocol):
 
 
 def as_image_source(value: Any, backbone: Backbone) -> ImageSource:
-    """The source that `value` stands for.
+    """The source given by `value`.
 
     Args:
         value: a `Dataset`; the path of a folder with one sub-folder per class; "playground", images drawn by
@@ -87,7 +87,7 @@ def support_of(
     """
     data = as_image_source(source, backbone)(class_names, per_class, seed, prompts)
     if not isinstance(data, Dataset):
-        raise ClipadaptError(f"An image source must give a Dataset, not {type(data).__name__}.")
+        raise ClipadaptError(f"An image source must return a Dataset, not {type(data).__name__}.")
     shown = {name for name, count in zip(data.class_names, data.counts, strict=True) if count}
     missing = [name for name in class_names if name not in shown]
     if missing:
@@ -164,15 +164,15 @@ class Retrieved:
         self, class_names: Sequence[str], per_class: int, seed: int, prompts: Prompts | None = None
     ) -> Dataset:
         if self.backbone is None:
-            raise ClipadaptError("Retrieved compares features, so it needs backbone=.")
+            raise ClipadaptError("Retrieved compares features and needs backbone=.")
         pool = self.pool
         if isinstance(pool, str | os.PathLike) and os.path.isdir(pool):
-            pool = picture_files(pool)
+            pool = image_files(pool)
         items = list({item.digest(): item for item in reversed(as_items(pool))}.values())[::-1]
         if len(items) < per_class:
             raise DataError(
-                f"The pool {self.name!r} holds {len(items)} different images; {per_class} of each class are asked "
-                "for, so give a larger pool or a smaller per_class."
+                f"The pool {self.name!r} holds {len(items)} different images; {per_class} per class are "
+                "needed: give a larger pool or a smaller per_class."
             )
         texts = encode_classes(self.backbone, class_names, self.templates if prompts is None else prompts)  # (C, D)
         similarity = texts @ encode_images(self.backbone, items).features.T  # (C, P)
@@ -190,7 +190,7 @@ class Generated:
     depends neither on the batch nor on the order of classes. What the pipeline's safety checker blackens is left out.
 
     Args:
-        pipeline: such a pipeline, or the folder or hub id of one (needs the extra [diffusers]).
+        pipeline: a diffusers pipeline, or the folder or hub id of one (needs the extra [diffusers]).
         templates: of the sentences (see `clipadapt.data.class_texts`); a class's are taken in turn.
         settings: what the pipeline is called with in addition to prompts and generators (defaults: SuS-SD's).
         folder: where to keep the images, as PNG files in a sub-folder per class; what is there is not made again.
@@ -215,7 +215,7 @@ class Generated:
     def __post_init__(self) -> None:
         if not (callable(self.pipeline) or isinstance(self.pipeline, str | os.PathLike)):
             raise ClipadaptError(
-                f"The pipeline must be one of diffusers, or the folder or hub id of one, not {self.pipeline!r}."
+                f"The pipeline must be a diffusers pipeline, or the folder or hub id of one, not {self.pipeline!r}."
             )
         if self.batch_size < 1:
             raise ClipadaptError(f"batch_size must be at least 1, not {self.batch_size}.")
@@ -237,13 +237,13 @@ class Generated:
                 prompt = own[number % len(own)]
                 facts = json.dumps([self.name, dict(self.settings), name, prompt, seed, number], default=str)
                 wanted.append(_Wanted(label, name, prompt, blake2b(facts.encode(), digest_size=16).hexdigest()))
-        missing = [one for one in wanted if one.key not in self._blackened and self._kept(one) is None]
+        missing = [one for one in wanted if one.key not in self._blackened and self._find(one) is None]
         for start in range(0, len(missing), self.batch_size):
             self._make(missing[start : start + self.batch_size])
-        kept = [(item, one.label) for one in wanted if (item := self._kept(one)) is not None]
+        kept = [(item, one.label) for one in wanted if (item := self._find(one)) is not None]
         return Dataset([item for item, _ in kept], [label for _, label in kept], list(class_names), name="generated")
 
-    def _kept(self, one: _Wanted) -> Item | None:
+    def _find(self, one: _Wanted) -> Item | None:
         if one.key in self._made:
             return ImageItem(one.prompt, self._made[one.key])
         path = self._path(one)
@@ -256,7 +256,7 @@ class Generated:
 
     def _make(self, batch: list[_Wanted]) -> None:
         generators = [torch.Generator().manual_seed(int(one.key[:15], 16)) for one in batch]
-        output = self._loaded()([one.prompt for one in batch], generator=generators, **self.settings)
+        output = self._load()([one.prompt for one in batch], generator=generators, **self.settings)
         images = getattr(output, "images", None)
         if not isinstance(images, list) or len(images) != len(batch) or not isinstance(images[0], Image.Image):
             raise ClipadaptError(f"The pipeline {self.name} must return `images`, one PIL image for each sentence.")
@@ -272,7 +272,7 @@ class Generated:
                 with written_aside(path) as aside:
                     image.save(aside, format="PNG")
 
-    def _loaded(self) -> Any:
+    def _load(self) -> Any:
         if callable(self.pipeline):
             return self.pipeline
         if self._pipeline is None:
@@ -290,7 +290,7 @@ class Generated:
             except (OSError, ValueError, AttributeError) as error:
                 reason = str(error).strip().split("\n")[0]
                 raise ClipadaptError(
-                    f"diffusers can load no text-to-image pipeline from {self.name}: {reason}"
+                    f"diffusers cannot load a text-to-image pipeline from {self.name}: {reason}"
                 ) from error
             finally:
                 if shown:

@@ -1,8 +1,8 @@
-"""The pretraining corpus: named pictures of many styles in one folder, and training batches drawn from it.
+"""The pretraining corpus: named images of many styles in one folder, and training batches drawn from it.
 
     corpus.json   what it was built from: versions, licences, authors, counts
     images.npy    (N, 64, 64, 4) uint8, straight RGBA, memory-mapped
-    pairs.jsonl   one line a picture: source, name, texts, keywords, other, split, kind
+    pairs.jsonl   one line per image: source, name, texts, keywords, other, split, kind
 
 Kept out of training, and for evaluation only: one emoji style ("heldout-style"), a tenth of all names in every source
 and a tenth of the playground's kinds ("heldout-name"), and one playground style ("heldout-style").
@@ -81,7 +81,7 @@ def build_corpus(
     """Builds the corpus in the folder `out` and returns it.
 
     `archives` holds the packages that were fetched before (missing ones are fetched into it; default `out`/archives).
-    `playground` is the number of its pictures to draw. Drawing takes a minute or two on two cores.
+    `playground` is the number of its images to draw. Drawing takes a minute or two on two cores.
     """
     out = Path(out)
     folder = Path(archives) if archives else out / "archives"
@@ -111,7 +111,7 @@ def write_corpus(
     workers: int | None = None,
     report: Callable[[str], None] = print,
 ) -> Path:
-    """Draws `records` and `playground` scenes into `out`; pictures that cannot be drawn are counted and left out."""
+    """Draws `records` and `playground` scenes into `out`; images that cannot be drawn are counted and left out."""
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     images = np.lib.format.open_memmap(
@@ -128,7 +128,7 @@ def write_corpus(
             images[len(lines)] = np.frombuffer(pixels, np.uint8).reshape(SIZE, SIZE, 4)
             lines.append(_line(record))
             if len(lines) % 10_000 == 0:
-                report(f"{len(lines):,} pictures drawn")
+                report(f"{len(lines):,} images drawn")
         scenes: Iterator[tuple[bytes, dict[str, Any]]] = pool.map(draw_scene, range(playground), chunksize=64)
         for pixels, line in scenes:
             images[len(lines)] = np.frombuffer(pixels, np.uint8).reshape(SIZE, SIZE, 4)
@@ -145,7 +145,7 @@ def write_corpus(
     facts |= {"pictures": len(lines), "splits": dict(splits), "not_drawn": dict(failed)}
     with written_aside(out / "corpus.json") as aside:
         aside.write_text(json.dumps(facts, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    report(f"{len(lines):,} pictures in {out}, {sum(failed.values()):,} could not be drawn")
+    report(f"{len(lines):,} images in {out}, {sum(failed.values()):,} could not be drawn")
     return out
 
 
@@ -155,8 +155,8 @@ def _line(record: Record) -> dict[str, Any]:
 
 
 def draw_record(record: Record) -> bytes | None:
-    """The record's picture, (64, 64, 4) straight RGBA bytes, longest side 64, centred; None if it cannot be drawn."""
-    picture: Image.Image
+    """The record's image, (64, 64, 4) straight RGBA bytes, longest side 64, centred; None if it cannot be drawn."""
+    image: Image.Image
     try:
         if record.svg is not None:
             import resvg_py
@@ -165,28 +165,28 @@ def draw_record(record: Record) -> bytes | None:
             digest = blake2b(f"{record.source}/{record.name}".encode(), digest_size=3).digest()
             colour = "#" + "".join(f"{value * 3 // 4:02x}" for value in digest)
             svg = record.svg.replace("currentColor", colour)
-            picture = Image.open(BytesIO(bytes(resvg_py.svg_to_bytes(svg_string=svg, width=2 * SIZE))))
+            image = Image.open(BytesIO(bytes(resvg_py.svg_to_bytes(svg_string=svg, width=2 * SIZE))))
         else:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-                picture = Image.open(record.file)  # type: ignore[arg-type]
-            if picture.width * picture.height > MAX_PIXELS:
+                image = Image.open(record.file)  # type: ignore[arg-type]
+            if image.width * image.height > MAX_PIXELS:
                 return None
-        picture = picture.convert("RGBA")
+        image = image.convert("RGBA")
     except (OSError, ValueError, Image.DecompressionBombError):
         return None
-    picture = picture.convert("RGBa")  # premultiplied, so that shrinking does not bleed the colour of clear pixels
-    picture.thumbnail((SIZE, SIZE), Image.Resampling.BOX if record.svg else Image.Resampling.LANCZOS)
-    picture = picture.convert("RGBA")
-    if not picture.getchannel("A").getbbox():
+    image = image.convert("RGBa")  # premultiplied, so that shrinking does not bleed the colour of clear pixels
+    image.thumbnail((SIZE, SIZE), Image.Resampling.BOX if record.svg else Image.Resampling.LANCZOS)
+    image = image.convert("RGBA")
+    if not image.getchannel("A").getbbox():
         return None
     canvas = Image.new("RGBA", (SIZE, SIZE))
-    canvas.paste(picture, ((SIZE - picture.width) // 2, (SIZE - picture.height) // 2))
+    canvas.paste(image, ((SIZE - image.width) // 2, (SIZE - image.height) // 2))
     return canvas.tobytes()
 
 
 def draw_scene(index: int) -> tuple[bytes, dict[str, Any]]:
-    """A playground picture and its line of pairs.jsonl."""
+    """A playground image and its line of pairs.jsonl."""
     from clipadapt.data.playground.drawing import HELDOUT_KINDS, HELDOUT_STYLE, Playground
 
     scene = Playground(size=SIZE, seed=0).scene(index)
@@ -225,11 +225,11 @@ class Corpus:
             pairs = [json.loads(line) for line in file]
         images = np.load(folder / "images.npy", mmap_mode="r")
         if len(images) != len(pairs):
-            raise DataError(f"{folder} holds {len(images)} pictures but {len(pairs)} lines of text; build it again.")
+            raise DataError(f"{folder} holds {len(images)} images but {len(pairs)} lines of text; build it again.")
         return cls(folder, images, pairs)
 
     def select(self, split: str, kind: str | None = None, source: str | None = None) -> list[int]:
-        """Indices of the pictures of one split, and of one kind or source if given."""
+        """Indices of the images of one split, and of one kind or source if given."""
         return [
             index
             for index, pair in enumerate(self.pairs)
@@ -237,7 +237,7 @@ class Corpus:
         ]
 
     def training_texts(self) -> list[str]:
-        """Every text of the training pictures with its repetitions: what the tokenizer is trained on."""
+        """Every text of the training images with its repetitions: what the tokenizer is trained on."""
         return [
             text
             for pair in self.pairs
@@ -247,7 +247,7 @@ class Corpus:
 
     @cached_property
     def _names(self) -> dict[str, list[list[int]]]:
-        """Per kind, the training pictures of each name."""
+        """Per kind, the training images of each name."""
         groups: dict[str, dict[str, list[int]]] = {kind: {} for kind in KIND_WEIGHTS}
         for index in self.select("train"):
             pair = self.pairs[index]
@@ -257,7 +257,7 @@ class Corpus:
     def batch(self, step: int, batch_size: int, image_size: int, seed: int) -> tuple[torch.Tensor, list[str]]:
         """Training batch number `step`: pixels (B, 3, S, S) uint8 and one text each; depends on (step, seed) only.
 
-        Names are drawn first, then one picture of each: no two pictures of a batch have the same name or text, and a
+        Names are drawn first, then one image of each: no two images of a batch have the same name or text, and a
         name that many styles draw is not seen more often. Only the training split is ever drawn from.
         """
         rng = np.random.default_rng([seed, step])
@@ -287,7 +287,7 @@ class Corpus:
         raise DataError(f"The corpus has only {len(indices)} training names; a batch of {batch_size} needs as many.")
 
     def _candidates(self, batch_size: int, rng: np.random.Generator) -> Iterator[int]:
-        """Pictures of a batch with the shares of KIND_WEIGHTS, in random order; then, for those refused, any others."""
+        """Images of a batch with the shares of KIND_WEIGHTS, in random order; then, for those refused, any others."""
         total = sum(KIND_WEIGHTS[kind] for kind in self._names)
         drawn: list[int] = []
         for kind, names in self._names.items():
@@ -300,7 +300,7 @@ class Corpus:
             yield others[position][0]
 
     def views(self, indices: Sequence[int], image_size: int) -> torch.Tensor:
-        """The whole pictures on white, as they are judged: (B, 3, S, S) uint8."""
+        """The whole images on white, as they are judged: (B, 3, S, S) uint8."""
         import torch
         from torch.nn.functional import interpolate
 
@@ -312,7 +312,7 @@ class Corpus:
 
 
 def _draw_text(pair: dict[str, Any], rng: np.random.Generator) -> str:
-    """A text of the picture in a template: mostly its name, at times a synonym, a keyword or another language; of a
+    """A text of the image in a template: mostly its name, at times a synonym, a keyword or another language; of a
     scene, any of its captions, half of the time the shortest."""
     templates = CAPTION_TEMPLATES if pair["kind"] == "playground" else TEMPLATES
     text = pair["name"]
@@ -335,7 +335,7 @@ def _draw_text(pair: dict[str, Any], rng: np.random.Generator) -> str:
 
 
 def augment(rgba: np.ndarray, is_scene: np.ndarray, size: int, rng: np.random.Generator) -> torch.Tensor:
-    """Random training views of straight RGBA pictures (B, H, W, 4), as (B, 3, size, size) uint8.
+    """Random training views of straight RGBA images (B, H, W, 4), as (B, 3, size, size) uint8.
 
     Scale, shift and a small rotation (no mirroring: arrows, text and "left of" have a direction; scenes, whose captions
     tell sizes and places, move less); a random plain or shaded background; brightness, contrast and saturation; some
@@ -352,7 +352,7 @@ def augment(rgba: np.ndarray, is_scene: np.ndarray, size: int, rng: np.random.Ge
     pixels = torch.from_numpy(rgba).permute(0, 3, 1, 2).float().div_(255)  # (B, 4, H, W)
     pixels[:, :3] *= pixels[:, 3:]
     calm = torch.from_numpy(np.where(is_scene, 0.3, 1.0).astype(np.float32))
-    extent = torch.exp(uniform(-0.35, 0.1) * calm)  # side of the picture, in sides of the view
+    extent = torch.exp(uniform(-0.35, 0.1) * calm)  # side of the image, in sides of the view
     angle = uniform(-0.17, 0.17) * calm  # radians
     slack = (1 - extent).abs() + 0.08
     shift = uniform(-1, 1, 2) * slack[:, None]

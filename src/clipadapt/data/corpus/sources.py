@@ -1,6 +1,6 @@
-"""Where the pretraining pictures come from: named icon sets, CLDR annotations, Debian's clip art.
+"""Where the pretraining images come from: named icon sets, CLDR annotations, Debian's clip art.
 
-Every source yields `Record`s: one picture that is not drawn yet, and what it may be called. Nothing here is random and
+Every source yields `Record`s: one image that is not drawn yet, and what it may be called. Nothing here is random and
 nothing is drawn, so that the list of records is the same on every machine for the pinned versions below.
 """
 
@@ -30,7 +30,7 @@ DEBIAN_PACKAGES = ("openclipart-png",)
 HELDOUT_SETS = ("fluent-emoji-flat",)  # the emoji style that is kept for evaluation
 LEFT_OUT_SETS = ("fluent-emoji-high-contrast",)  # the held-out style's own outlines
 MONOCHROME_SETS = ("game-icons", "healthicons", "pinhead", "fa7-solid")  # concrete things; drawn in random colours
-LEFT_OUT_CATEGORIES = ("Logos", "Programming")  # brands: trademarks, and names that say nothing about the picture
+LEFT_OUT_CATEGORIES = ("Logos", "Programming")  # brands: trademarks, and names that say nothing about the image
 # SPDX names; no share-alike, no non-commercial, no copyleft.
 LICENCES = (
     *("MIT", "Apache-2.0", "ISC", "BSD-2-Clause", "BSD-3-Clause", "0BSD", "Unlicense"),
@@ -45,12 +45,12 @@ STYLE_WORDS = (
 )
 # Folders of the clip art that hold geometry for its own sake (hundreds of near-identical stars, blends, swatches).
 LEFT_OUT_FOLDERS = ("shapes/stars", "special", "unsorted/duplicates", "computer/icons/flat-theme/action", "logos")
-TELLING_FOLDERS = ("animals", "food", "plants", "people/clothing", "recreation/toys")  # their names name each picture
+TELLING_FOLDERS = ("animals", "food", "plants", "people/clothing", "recreation/toys")  # their names name each image
 
 
 @dataclass
 class Record:
-    """A picture to draw (`svg` markup or an image `file`), its canonical name and the other things it may be called."""
+    """An image to draw (`svg` markup or an image `file`), its canonical name and the other things it may be called."""
 
     source: str
     name: str
@@ -154,7 +154,7 @@ class Annotations:
         return codes in self._english
 
     def by_name(self, name: str) -> str | None:
-        """The code points of the emoji called so, whatever the spacing: "carouselhorse", "carousel horse"."""
+        """The code points of the emoji with this name, ignoring spaces: "carouselhorse", "carousel horse"."""
         return self._by_name.get(_squash(name))
 
     def words(self) -> set[str]:
@@ -243,7 +243,7 @@ def icon_records(archive: Path, annotations: Annotations) -> Iterator[Record]:
                 record.name, record.texts = emoji.name, list(dict.fromkeys([*emoji.texts, *texts]))
                 record.keywords, record.other = emoji.keywords, emoji.other
             elif is_emoji or is_flags:
-                continue  # a name that nobody else knows says nothing ("e50a", "lang-qu")
+                continue  # a name that is not in general use says nothing ("e50a", "lang-qu")
             else:
                 texts = [clean_name(text) for text in (name, *aliases.get(name, ()))]
                 record.name, record.texts = texts[0], list(dict.fromkeys(texts))

@@ -37,7 +37,7 @@ def _impulse_noise(x: Array, share: float, rng: np.random.Generator) -> Array:
 
 
 def _defocus_blur(x: Array, p: tuple[float, float], rng: np.random.Generator) -> Array:
-    kernel = _scaled(disk(*p), _scale(x))
+    kernel = _rescale(disk(*p), _scale(x))
     reach = len(kernel) // 2
     padded = np.pad(x, ((reach, reach), (reach, reach), (0, 0)), mode="reflect")
     return fftconvolve(padded, kernel[..., None], mode="valid", axes=(0, 1))
@@ -52,7 +52,7 @@ def _glass_blur(x: Array, p: tuple[float, int, int], rng: np.random.Generator) -
     blur = {"sigma": (deviation * s, deviation * s, 0), "mode": "nearest"}
     x = np.floor(ndimage.gaussian_filter(x, **blur) * 255) / 255
     for _ in range(times):
-        x = _overwritten(x, round(reach * s), rng)
+        x = _overwrite(x, round(reach * s), rng)
     x = ndimage.gaussian_filter(x, **blur)
     if x.shape != shape:
         x = np.asarray(to_image(x).resize((shape[1], shape[0]), Image.Resampling.BOX)) / 255
@@ -65,29 +65,29 @@ def _motion_blur(x: Array, p: tuple[float, float], rng: np.random.Generator) -> 
 
 def _zoom_blur(x: Array, p: tuple[float, float], rng: np.random.Generator) -> Array:
     factors = np.arange(1, *p)
-    return (x + sum(_zoomed(x, factor) for factor in factors)) / (len(factors) + 1)
+    return (x + sum(_zoom(x, factor) for factor in factors)) / (len(factors) + 1)
 
 
 def _snow(x: Array, p: tuple[float, ...], rng: np.random.Generator) -> Array:
     mean, deviation, zoom, threshold, radius, fall, share = p
-    flakes = _zoomed(rng.normal(mean, deviation, _canvas(x))[..., None], zoom)
+    flakes = _zoom(rng.normal(mean, deviation, _canvas(x))[..., None], zoom)
     flakes[flakes < threshold] = 0
     flakes = np.floor(np.clip(flakes, 0, 1) * 255) / 255
-    flakes = _fitted(_in_motion(flakes, radius, fall, rng.uniform(-135, -45), 1.0)[..., 0], x)[..., None]
+    flakes = _fit(_in_motion(flakes, radius, fall, rng.uniform(-135, -45), 1.0)[..., 0], x)[..., None]
     grey = (x @ np.array([0.299, 0.587, 0.114]))[..., None]
     whitened = share * x + (1 - share) * np.maximum(x, 1.5 * grey + 0.5)
     return whitened + flakes + flakes[::-1, ::-1]
 
 
 def _frost(x: Array, p: tuple[float, float], rng: np.random.Generator) -> Array:
-    return p[0] * x + p[1] * np.stack([_fitted(channel, x) for channel in frost(_canvas(x), rng)], axis=2)
+    return p[0] * x + p[1] * np.stack([_fit(channel, x) for channel in frost(_canvas(x), rng)], axis=2)
 
 
 def _fog(x: Array, p: tuple[float, float], rng: np.random.Generator) -> Array:
     (thickness, decay), (height, width) = p, _canvas(x)
     haze = plasma(1 << (max(height, width) - 1).bit_length(), decay, rng)[:height, :width]
     top = x.max()
-    return (x + thickness * _fitted(haze, x)[..., None]) * top / (top + thickness)
+    return (x + thickness * _fit(haze, x)[..., None]) * top / (top + thickness)
 
 
 def _brightness(x: Array, more: float, rng: np.random.Generator) -> Array:
@@ -112,12 +112,12 @@ def _elastic(x: Array, p: tuple[float, float, float], rng: np.random.Generator) 
     back = np.linalg.lstsq(np.column_stack([after, np.ones(3)]), before, rcond=None)[0]  # (3, 2)
     rows, columns = np.mgrid[:height, :width].astype(float)
     source = np.stack([columns, rows, np.ones_like(rows)], axis=2) @ back  # (H, W, 2): the x and y that is shown here
-    x = _sampled(x, source[..., 1], source[..., 0], "mirror")
+    x = _sample(x, source[..., 1], source[..., 0], "mirror")
     dx, dy = (
-        s * strength * _fitted(ndimage.gaussian_filter(field, deviation, mode="reflect", truncate=3), x)
+        s * strength * _fit(ndimage.gaussian_filter(field, deviation, mode="reflect", truncate=3), x)
         for field in (rng.uniform(-1, 1, _canvas(x)), rng.uniform(-1, 1, _canvas(x)))
     )
-    return _sampled(x, rows + dy, columns + dx, "reflect")
+    return _sample(x, rows + dy, columns + dx, "reflect")
 
 
 def _pixelate(x: Array, share: float, rng: np.random.Generator) -> Array:
@@ -160,7 +160,7 @@ def to_image(x: Array) -> Image.Image:
 
 
 def _scale(x: Array) -> float:
-    """How many pixels of the picture lie along one of the 224 that the published lengths are for."""
+    """Pixels of the image per pixel of the 224 that the published lengths are for."""
     return max(min(x.shape[:2]) / SIDE, max(x.shape[:2]) / _LONGEST)
 
 
@@ -170,8 +170,8 @@ def _canvas(x: Array) -> tuple[int, int]:
     return height, width
 
 
-def _fitted(layer: Array, x: Array) -> Array:
-    """A layer drawn on the canvas (h, w) at the picture's size (H, W)."""
+def _fit(layer: Array, x: Array) -> Array:
+    """A layer drawn on the canvas (h, w) at the image's size (H, W)."""
     height, width = x.shape[:2]
     if layer.shape == (height, width):
         return layer
@@ -191,8 +191,8 @@ def disk(radius: float, deviation: float) -> Array:
     return ndimage.correlate1d(kernel, weights, axis=1, mode="mirror")
 
 
-def _scaled(kernel: Array, s: float) -> Array:
-    """An odd square kernel whose cells are 1 / s pixels wide, in pixels: each gets what of the kernel lies over it."""
+def _rescale(kernel: Array, s: float) -> Array:
+    """An odd square kernel whose cells are 1 / s pixels wide, in pixels: each gets the part of the kernel over it."""
     cells = len(kernel)
     pixels = 2 * math.ceil(cells * s / 2 - 0.5) + 1
     new, old = (np.arange(pixels + 1) - pixels / 2) / s, np.arange(cells + 1) - cells / 2  # edges, in cells
@@ -204,7 +204,7 @@ def _scaled(kernel: Array, s: float) -> Array:
 def _in_motion(x: Array, radius: float, deviation: float, angle: float, s: float) -> Array:
     """ImageMagick's motion blur: a half Gaussian along a line of 2 radius + 1 pixels, in 8 bits.
 
-    Pixel i of the line lies ceil(i cos - 1/2) to the right and ceil(i sin - 1/2) down; edges go on for ever.
+    Pixel i of the line is ceil(i cos - 1/2) to the right and ceil(i sin - 1/2) down; edges are extended.
     """
     count = 2 * math.ceil(radius * s) + 1
     weights = np.exp(-(np.arange(count) ** 2) / (2 * (deviation * s) ** 2))
@@ -218,7 +218,7 @@ def _in_motion(x: Array, radius: float, deviation: float, angle: float, s: float
     return np.round(out * 255) / 255
 
 
-def _zoomed(x: Array, factor: float) -> Array:
+def _zoom(x: Array, factor: float) -> Array:
     """The middle of (H, W, K) enlarged to the whole."""
     middle = _middle(x, *(math.ceil(side / factor) for side in x.shape[:2]))
     return _middle(ndimage.zoom(middle, (factor, factor, 1), order=1), *x.shape[:2])
@@ -229,13 +229,13 @@ def _middle(x: Array, height: int, width: int) -> Array:
     return x[top : top + height, left : left + width]
 
 
-def _sampled(x: Array, rows: Array, columns: Array, mode: str) -> Array:
-    """The picture at fractional places (H, W), bilinear."""
+def _sample(x: Array, rows: Array, columns: Array, mode: str) -> Array:
+    """The image at fractional places (H, W), bilinear."""
     channels = [ndimage.map_coordinates(x[..., c], [rows, columns], order=1, mode=mode) for c in range(x.shape[2])]
     return np.stack(channels, axis=2)
 
 
-def _overwritten(x: Array, reach: int, rng: np.random.Generator) -> Array:
+def _overwrite(x: Array, reach: int, rng: np.random.Generator) -> Array:
     """From the lower right to the upper left, each pixel takes the value of one at most `reach` away.
 
     Where that one was overwritten before, its new value is meant; such chains are followed all at once.
@@ -249,7 +249,7 @@ def _overwritten(x: Array, reach: int, rng: np.random.Generator) -> Array:
     place, taken = rows[:, None] * width + columns, from_row * width + from_column
     inside = (from_row > reach) & (from_row <= height - reach) & (from_column > reach) & (from_column <= width - reach)
     count = height * width
-    link = np.tile(np.arange(count, 2 * count), 2)  # new values are 0 to count - 1, old ones stand behind them
+    link = np.tile(np.arange(count, 2 * count), 2)  # new values are 0 to count - 1, old ones come after them
     link[place] = np.where(inside & (taken > place), taken, count + taken)
     while not np.array_equal(further := link[link], link):
         link = further
@@ -263,17 +263,17 @@ def plasma(side: int, decay: float, rng: np.random.Generator) -> Array:
     """
     heights, step, w = np.zeros((side, side)), side, 100.0
 
-    def disturbed(total: Array) -> Array:
+    def disturb(total: Array) -> Array:
         return total / 4 + w * rng.uniform(-w, w, total.shape)
 
     while step >= 2:
         half = step // 2
         corners = heights[::step, ::step]
         right, down = np.roll(corners, -1, 1), np.roll(corners, -1, 0)
-        centres = disturbed(corners + right + down + np.roll(right, -1, 0))
+        centres = disturb(corners + right + down + np.roll(right, -1, 0))
         heights[half::step, half::step] = centres
-        heights[::step, half::step] = disturbed(corners + right + centres + np.roll(centres, 1, 0))
-        heights[half::step, ::step] = disturbed(corners + down + centres + np.roll(centres, 1, 1))
+        heights[::step, half::step] = disturb(corners + right + centres + np.roll(centres, 1, 0))
+        heights[half::step, ::step] = disturb(corners + down + centres + np.roll(centres, 1, 1))
         step, w = half, w / decay
     heights -= heights.min()
     return heights / max(heights.max(), 1e-12)

@@ -1,16 +1,16 @@
 """Public data sets by name: what each consists of, where a person gets it, and whether a folder holds all of it.
 
-A definition is one YAML file beside this one (or anywhere, given by its path), with
+A definition is one YAML file next to this one (or anywhere, given by its path), with
 
     name, title, licence, source     what it is called, and the page where a person gets it
-    layout                           how it lies on the disk, a key of `LAYOUTS`
+    layout                           how it is stored on disk, a key of `LAYOUTS`
     places                           part -> paths under the data root, the first that exists is taken
     classes, counts                  how many there are: {train: 4128, val: 1649, test: 2465}
     sha256                           file under `places` -> the first hex digits of its checksum
     templates                        what `class_texts` takes; "photo" if absent
     settings                         what the layout needs besides
 
-`load` reads one into its parts without opening a picture, and `check` says exactly what is missing or differs.
+`load` reads one into its parts without opening an image, and `check` says exactly what is missing or differs.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
     from clipadapt.data.playground.drawing import Playground
 
-DATA = "CLIPADAPT_DATA"  # the environment variable that says where data sets lie
+DATA = "CLIPADAPT_DATA"  # the environment variable with the folder of the data sets
 HERE = Path(__file__).parent
 _FIELDS = ("name", "title", "licence", "source", "layout", "places", "classes", "counts", "sha256", "templates")
 
@@ -78,7 +78,7 @@ class Definition:
             return {}
         root = root or os.environ.get(DATA)
         if root is None:
-            raise DataError(f"{self.name} lies in files: say where (--data FOLDER, or $CLIPADAPT_DATA).")
+            raise DataError(f"{self.name} needs files on disk; pass --data FOLDER or set $CLIPADAPT_DATA.")
         found, missing = {}, []
         for part, paths in self.places.items():
             there = [Path(root) / path for path in paths if (Path(root) / path).exists()]
@@ -107,7 +107,7 @@ def definitions() -> list[str]:
 
 
 def definition(name: str | Path) -> Definition:
-    """A shipped definition by its name, or one of your own by the path of its YAML file."""
+    """A shipped definition by its name, or your own by the path of its YAML file."""
     file = Path(name)
     if file.suffix not in (".yaml", ".yml"):
         if str(name) not in definitions():
@@ -140,9 +140,9 @@ def read_yaml(file: Path, fields: str) -> dict[str, Any]:
 
 
 def load(name: str | Path | Definition, root: str | Path | None = None, encoder: str | None = None) -> Loaded:
-    """The parts of a data set under the folder `root`; no picture is opened.
+    """The parts of a data set under the folder `root`; no image is opened.
 
-    `encoder` says which published features are meant where a data set has those of several.
+    `encoder` says which published features are meant if a data set has those of several encoders.
     """
     what = name if isinstance(name, Definition) else definition(name)
     if what.encoders:
@@ -161,7 +161,7 @@ def load(name: str | Path | Definition, root: str | Path | None = None, encoder:
 def check(name: str | Path | Definition, root: str | Path | None = None) -> list[str]:
     """What is missing or differs under `root`, one sentence each; an empty list where all is as published.
 
-    Counts, checksums and the presence of every picture are looked at; pictures are not opened.
+    Counts, checksums and the presence of every image are looked at; images are not opened.
     """
     what = name if isinstance(name, Definition) else definition(name)
     try:
@@ -181,11 +181,11 @@ def check(name: str | Path | Definition, root: str | Path | None = None) -> list
             problems.append(f"{what.name} has {classes} classes here, not {what.classes}.")
         for part, expected_count in what.counts.items():
             if len(parts[part]) != expected_count:
-                problems.append(f"{what.name} {part} has {len(parts[part]):,} pictures here, not {expected_count:,}.")
+                problems.append(f"{what.name} {part} has {len(parts[part]):,} images here, not {expected_count:,}.")
         files = [item.path for data in parts.values() for item in data.items if isinstance(item, FileItem)]
         absent = [path for path in dict.fromkeys(files) if not os.path.exists(path)]
         if absent:
-            problems.append(f"{len(absent):,} of {len(set(files)):,} pictures are missing, the first is {absent[0]}.")
+            problems.append(f"{len(absent):,} of {len(set(files)):,} images are missing, the first is {absent[0]}.")
     return list(dict.fromkeys(problems))
 
 
@@ -197,7 +197,7 @@ def _parts(split: Split) -> dict[str, Dataset]:
 
 
 def _split_file(what: Definition, found: dict[str, Path]) -> Loaded:
-    """A `split_zhou_*.json` file and the folder of its pictures."""
+    """A `split_zhou_*.json` file and the folder of its images."""
     return Loaded(coop_split(found["split"], root=found["images"]))
 
 
@@ -227,7 +227,7 @@ def _classnames(file: Path) -> dict[str, str]:
 
 
 def _by_folder(root: Path, names: Mapping[str, str], what: str, numbered: bool = False) -> Dataset:
-    """Pictures of the folders that exist under `root`; classes without one are left out."""
+    """Images of the folders that exist under `root`; classes without one are left out."""
     folders = [str(i) for i in range(len(names))] if numbered else list(names)
     present = [(f, n) for f, n in zip(folders, names.values(), strict=True) if (root / f).is_dir()]
     if not present:
@@ -291,7 +291,7 @@ def _features(what: Definition, found: dict[str, Path]) -> Loaded:
 
 
 def _playground(what: Definition, found: dict[str, Path]) -> Loaded:
-    """Drawn pictures of things, labelled by kind or by colour and kind; the parts come from worlds of their own."""
+    """Drawn images of things, labelled by kind or by colour and kind; each part comes from a different world."""
     from clipadapt.data.playground.drawing import TRAIN_KINDS, TRAIN_STYLES, VERSION, Playground
 
     given = what.settings

@@ -27,11 +27,11 @@ RELATIONS = {
 }
 CONTAINERS = ("circle", "square", "hexagon", "diamond", "heart", "ring")  # what another object can be inside of
 
-# Extent of an object's larger side, as a share of the picture's.
+# Extent of an object's larger side, as a share of the image's.
 SIZES = {"small": (0.28, 0.35), "medium": (0.44, 0.56), "large": (0.76, 0.92)}
 _SMALL_BELOW, _LARGE_FROM = 0.36, 0.66
 
-# Where a single object lies: its words, and the direction from the middle.
+# Where a single object is: its words, and the direction from the middle.
 _PLACES: dict[str, Point] = {
     "in the middle": (0, 0),
     "on the left": (-1, 0),
@@ -44,7 +44,7 @@ _PLURALS = {"butterfly": "butterflies", "fish": "fish", "leaf": "leaves"}
 
 
 class Plan(NamedTuple):
-    """An object to be drawn; centre and extent are shares of the picture's side."""
+    """An object to be drawn; centre and extent are shares of the image's side."""
 
     kind: str
     colour: str
@@ -64,7 +64,7 @@ def single(
     place = "in the middle" if size == "large" else pick(rng, _PLACES)
     reach = {"small": 0.29, "medium": 0.2, "large": 0.0}[size]
     x, y = (0.5 + reach * direction for direction in _PLACES[place])
-    plan = Plan(kind, colour, texture, _shaken(rng, x, y), extent)
+    plan = Plan(kind, colour, texture, _jitter(rng, x, y), extent)
     captions = [_a(kind), _a(colour, kind), _a(colour, kind), f"{_a(colour, kind)} {place}"]
     words = [size] if size != "medium" else []
     words += [texture] if texture != "plain" else []
@@ -90,7 +90,7 @@ def several(
             kind,
             colour,
             texture or "plain",
-            _shaken(rng, 0.18 + 0.32 * (cell % 3), 0.18 + 0.32 * (cell // 3)),
+            _jitter(rng, 0.18 + 0.32 * (cell % 3), 0.18 + 0.32 * (cell // 3)),
             rng.uniform(0.25, 0.28),
         )
         for cell in cells.tolist()
@@ -128,8 +128,8 @@ def two(
         if relation in ("above", "below"):
             places = [(y, x) for x, y in places]
         extents = [rng.uniform(0.37, 0.42) for _ in range(2)]
-    first = Plan(kind, colour, texture or "plain", _shaken(rng, *places[0]), extents[0])
-    second = Plan(other, other_colour, "plain", _shaken(rng, *places[1]), extents[1])
+    first = Plan(kind, colour, texture or "plain", _jitter(rng, *places[0]), extents[0])
+    second = Plan(other, other_colour, "plain", _jitter(rng, *places[1]), extents[1])
     words, converse = RELATIONS[relation]
     captions = [f"{_a(colour, kind)} and {_a(other_colour, other)}", f"{_a(kind)} and {_a(other)}"]
     for a, b in ((_a(colour, kind), _a(other_colour, other)), (_a(kind), _a(other))):
@@ -148,14 +148,14 @@ def each(rng: np.random.Generator, kinds: Sequence[str]) -> tuple[list[Plan], li
             kind,
             pick(rng, COLOURS),
             "plain",
-            _shaken(rng, first + step * (cell % side), first + step * (cell // side)),
+            _jitter(rng, first + step * (cell % side), first + step * (cell // side)),
             rng.uniform(*extent),
         )
         for kind, cell in zip(kinds, rng.permutation(side * side).tolist(), strict=False)
     ]
     return plans, [
-        _listed([_a(plan.colour, plan.kind) for plan in plans]),
-        _listed([_a(plan.kind) for plan in plans]),
+        _enumerate([_a(plan.colour, plan.kind) for plan in plans]),
+        _enumerate([_a(plan.kind) for plan in plans]),
     ]
 
 
@@ -170,15 +170,17 @@ def partners(kinds: Sequence[str], relation: str, kind: str | None = None) -> li
 
 
 def size_word(extent: float) -> str:
+    """The word for an extent: small, medium or large."""
     return "small" if extent < _SMALL_BELOW else "medium" if extent < _LARGE_FROM else "large"
 
 
 def pick(rng: np.random.Generator, choices: Iterable[str]) -> str:
+    """One of the choices, each equally likely."""
     options = list(choices)
     return options[int(rng.integers(len(options)))]
 
 
-def _shaken(rng: np.random.Generator, x: float, y: float) -> Point:
+def _jitter(rng: np.random.Generator, x: float, y: float) -> Point:
     return x + rng.uniform(-0.015, 0.015), y + rng.uniform(-0.015, 0.015)
 
 
@@ -187,6 +189,6 @@ def _a(*words: str) -> str:
     return " ".join((("an" if words[0][0] in "aeiou" else "a"), *words))
 
 
-def _listed(phrases: Sequence[str]) -> str:
+def _enumerate(phrases: Sequence[str]) -> str:
     """The phrases as a list in words: "a, b and c"."""
     return " and ".join([", ".join(phrases[:-1]), phrases[-1]] if len(phrases) > 1 else phrases)

@@ -1,4 +1,4 @@
-"""Pictures drawn by our own code, with everything about them known: a world for trying every protocol without any data.
+"""Images drawn by this code, with everything about them known, for trying every protocol without data.
 
 A scene shows one object, several of a kind, two in a spatial relation, or one of each of several kinds; kind, colour,
 size, texture, place, count and relation vary, and its style is its domain. Captions, masks and boxes are exact. A scene
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from clipadapt.data.examples import Dataset
     from clipadapt.data.multilabel import MultiLabelDataset
 
-VERSION = 1  # of the drawing code: raise it when a scene changes, so that no cached feature outlives its picture
+VERSION = 1  # of the drawing code: raise it when a scene changes, so that no cached feature outlives its image
 
 KINDS = tuple(SHAPES)
 HELDOUT_KINDS = ("anchor", "bell", "boat", "cactus", "hat", "key")  # never in the embedded model's training
@@ -71,7 +71,7 @@ class Obj(NamedTuple):
 
 
 class Scene(NamedTuple):
-    """A picture and the truth about it."""
+    """An image and the truth about it."""
 
     image: Image.Image  # RGB, size x size
     caption: str  # one of `captions`, drawn at random
@@ -86,13 +86,13 @@ class Playground:
     """A world of scenes.
 
     Args:
-        size: side of the square pictures in pixels, at least 32.
+        size: side of the square images in pixels, at least 32.
         kinds: object kinds that occur, from `KINDS`.
         styles: styles that occur, from `STYLES`.
         seed: another seed is another world with the same kinds and styles.
 
     Raises:
-        ClipadaptError: a kind or style is not known, or there is none.
+        ClipadaptError: a kind or style is unknown, or none is given.
     """
 
     size: int = 64
@@ -146,7 +146,7 @@ class Playground:
             for name in kinds:
                 _check("playground kind", name, KINDS)
             if kind or colour or texture or count or relation:
-                raise DataError("A playground scene of given kinds leaves all but the style to chance.")
+                raise DataError("A playground scene with given kinds can fix nothing else but the style.")
             if not 1 <= len(set(kinds)) == len(kinds) <= MOST_KINDS:
                 raise DataError(
                     f"A playground scene shows 1 to {MOST_KINDS} different kinds, not {', '.join(kinds) or 'none'}."
@@ -166,7 +166,7 @@ class Playground:
             plans, captions = single(rng, self.kinds, kind, colour, texture)
         caption = pick(rng, captions)
         cuts = self._place(rng, plans)
-        # The first object lies on the second where it is inside it; nothing else overlaps.
+        # The first object covers the second when it is inside it; nothing else overlaps.
         image = STYLES[style].render(cuts[::-1], 2 * self.size, rng)
         objects = [
             Obj(plan.kind, plan.colour, size_word(plan.extent), plan.texture, _bounds(mask), mask)
@@ -175,7 +175,7 @@ class Playground:
         return Scene(image, caption, captions, objects, style, relation)
 
     def pairs(self, n: int, seed: int | None = None) -> Iterator[tuple[Image.Image, str]]:
-        """The pictures of scenes 0 to n - 1, each with a true caption; `seed` replaces the playground's own."""
+        """The images of scenes 0 to n - 1, each with a true caption; `seed` replaces the playground's own."""
         world = self if seed is None else replace(self, seed=seed)
         for index in range(n):
             scene = world.scene(index)
@@ -190,20 +190,20 @@ class Playground:
         styles: Iterable[str] | None = None,
         seed: int | None = None,
     ) -> Dataset:
-        """Pictures labelled `by` kind, colour, texture, count or relation; drawn when they are opened.
+        """Images labelled `by` kind, colour, texture, count or relation; drawn when they are opened.
 
-        Every class has `n_per_class` pictures, spread evenly over the styles, which are the data set's domains.
-        Asking for more keeps those one had. Relation names are made for a prompt such as "one thing {} another".
+        Every class has `n_per_class` images, spread evenly over the styles, which are the data set's domains.
+        A larger number keeps the earlier ones. Relation names are made for a prompt such as "one thing {} another".
         `kinds`, `styles` and `seed` replace the playground's own.
         """
         from clipadapt.data.examples import Dataset
 
         world = self._with(kinds, styles, seed)
-        _check("way to label playground pictures", by, ("kind", *_CLASSES))
+        _check("way to label playground images", by, ("kind", *_CLASSES))
         names = list(world.kinds if by == "kind" else _CLASSES[by])
         if by == "relation":
             for name in names:
-                partners(world.kinds, name)  # refuses kinds that lack a container now, not when a picture is opened
+                partners(world.kinds, name)  # refuses kinds that lack a container now, not when an image is opened
         items: list[Item] = []
         labels, domains = [], []
         for label, name in enumerate(names):
@@ -224,11 +224,11 @@ class Playground:
         seed: int | None = None,
         most: int = 3,
     ) -> MultiLabelDataset:
-        """`n` pictures that each show 1 to `most` different kinds, labelled with them; drawn when they are opened.
+        """`n` images that each show 1 to `most` different kinds, labelled with them; drawn when they are opened.
 
-        How many kinds a picture shows, and which, is drawn evenly. The pictures are spread evenly over the styles,
-        which are the data set's domains. Asking for more keeps those one had. `kinds`, `styles` and `seed` replace the
-        playground's own.
+        How many kinds an image shows, and which, is drawn evenly. Images are spread evenly over the styles,
+        which are the data set's domains. A larger number keeps the earlier ones. `kinds`, `styles` and `seed` replace
+        the playground's own.
 
         Raises:
             DataError: `most` exceeds the number of kinds, or 9.
@@ -238,7 +238,9 @@ class Playground:
         world = self._with(kinds, styles, seed)
         limit = min(len(world.kinds), MOST_KINDS)
         if not 1 <= most <= limit:
-            raise DataError(f"most must lie between 1 and {limit}, the kinds there are or fit in, not {most}.")
+            raise DataError(
+                f"most must be between 1 and {limit}, the number of kinds available or that fit in, not {most}."
+            )
         items: list[Item] = []
         labels, domains = [], []
         for i in range(n):
@@ -259,15 +261,15 @@ class Playground:
         )
 
     def _item(self, what: str, number: int, index: int, fixed: dict[str, Any]) -> Item:
-        """Scene `index` with what is `fixed`, to be drawn later; called picture `number` of `what`."""
+        """Scene `index` with what is `fixed`, to be drawn later; called image `number` of `what`."""
         return GeneratedItem(
             name=f"playground-{self.seed}/{fixed['style']}/{what}/{number}",
             key=f"playground {VERSION} {self} {index} {fixed}",
-            draw=partial(_picture, self, index, fixed),
+            draw=partial(_image, self, index, fixed),
         )
 
     def _place(self, rng: np.random.Generator, plans: list[Plan]) -> list[Cutout]:
-        """The objects' cutouts on a canvas of twice the picture's size, each a little turned, stretched and tinted."""
+        """The objects' cutouts on a canvas of twice the image's size, each a little turned, stretched and tinted."""
         canvas = 2 * self.size
         cuts = []
         for plan in plans:
@@ -290,7 +292,7 @@ class Playground:
         return [np.asarray(layer.reduce(2)) > 128 for layer in visible]
 
 
-def _picture(world: Playground, index: int, fixed: dict[str, Any]) -> Image.Image:
+def _image(world: Playground, index: int, fixed: dict[str, Any]) -> Image.Image:
     return world.scene(index, **fixed).image
 
 

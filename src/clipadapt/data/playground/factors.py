@@ -1,9 +1,9 @@
-"""Playground pictures of single things in which one visual factor is changed at a time, and such whose cues disagree.
+"""Playground images of single things with one visual factor changed at a time, or with conflicting cues.
 
-In photographs the surface of a thing goes with what it is. Here each kind has a cloth of its own, a colour and a
-texture; a plain picture shows a kind in its cloth, upright, in the middle, of middle size, in one of three styles, on
-one of the style's papers. Picture i of a kind under a factor is its plain picture i with that changed and nothing else,
-except that the paper changes where a new colour would not stand out from it. In a cue-conflict picture the shape is of
+In photographs the surface of a thing correlates with what it is. Here each kind has its own cloth, a colour and a
+texture; a plain image shows a kind in its cloth, upright, in the middle, of middle size, in one of three styles, on
+one of the style's papers. Image i of a kind under a factor is its plain image i with that changed and nothing else,
+except that the paper changes where a new colour would not stand out from it. In a cue-conflict image the shape is of
 one kind and the cloth of another, after Geirhos et al., "ImageNet-trained CNNs are biased towards texture" (arXiv
 1811.12231).
 """
@@ -25,13 +25,14 @@ from clipadapt.data.playground.drawing import VERSION as PLAYGROUND_VERSION
 from clipadapt.data.playground.polygons import Point
 from clipadapt.data.playground.styles import COLOURS, STYLES, TEXTURES, cut_out, distance
 from clipadapt.errors import DataError, unknown_name
+from clipadapt.renamed import old_names
 
-VERSION = 1  # raise it when a picture changes, so that no cached feature outlives its picture
-STYLES_SHOWN = ("flat", "watercolour", "chalk")  # of plain pictures
+VERSION = 1  # raise it when an image changes, so that no cached feature outlives its image
+STYLES_SHOWN = ("flat", "watercolour", "chalk")  # of plain images
 
 
 class Look(NamedTuple):
-    """All that is decided about a picture; lengths are shares of its side."""
+    """All choices about an image; lengths are fractions of its side."""
 
     kind: str
     colour: str
@@ -43,11 +44,11 @@ class Look(NamedTuple):
     stretch: float  # sideways; negative mirrors
     light: float = 1.0  # factor on the final pixels
     backdrop: tuple[str, str, str] | None = None  # texture and its two colours, instead of the style's paper
-    block: Point | None = None  # middle of a grey disk that lies over the thing
+    block: Point | None = None  # middle of a grey disk that covers the thing
 
 
 def draw(look: Look, size: int, seeds: Sequence[int]) -> Image.Image:
-    """The picture, `size` pixels square; what a style leaves to chance depends on `seeds`."""
+    """The image, `size` pixels square; what a style leaves to chance depends on `seeds`."""
     rng, canvas = np.random.default_rng(seeds), 2 * size
     centre = (look.centre[0] * canvas, look.centre[1] * canvas)
     cut = cut_out(
@@ -55,33 +56,33 @@ def draw(look: Look, size: int, seeds: Sequence[int]) -> Image.Image:
     )
     style = STYLES[look.style]
     if look.backdrop is None:
-        picture = style.render([cut], canvas, rng)
+        image = style.render([cut], canvas, rng)
     else:
         texture, first, second = look.backdrop
-        picture = Image.new("RGB", (canvas, canvas), COLOURS[first])
+        image = Image.new("RGB", (canvas, canvas), COLOURS[first])
         pattern = TEXTURES[texture]
         if pattern is not None:
-            picture.paste(COLOURS[second], (0, 0), pattern(picture.size, canvas / 100))
-        style.paint(picture, cut, rng)
-        picture = picture.reduce(2)
+            image.paste(COLOURS[second], (0, 0), pattern(image.size, canvas / 100))
+        style.paint(image, cut, rng)
+        image = image.reduce(2)
     if look.block is not None:
         x, y = (place * canvas for place in look.block)
         mask, reach = Image.new("L", (canvas, canvas)), 0.14 * canvas
         ImageDraw.Draw(mask).ellipse([x - reach, y - reach, x + reach, y + reach], fill=255)
-        picture.paste((98, 98, 106), (0, 0), mask.reduce(2))
-    return picture.point([round(value * look.light) for value in range(256)] * 3) if look.light != 1 else picture
+        image.paste((98, 98, 106), (0, 0), mask.reduce(2))
+    return image.point([round(value * look.light) for value in range(256)] * 3) if look.light != 1 else image
 
 
 def cloths(kinds: Sequence[str]) -> dict[str, tuple[str, str]]:
-    """The (colour, texture) that each of the kinds has for itself, whatever the order of the kinds."""
+    """The (colour, texture) that each of the kinds has, independent of the order of the kinds."""
     every = [(colour, texture) for colour in COLOURS for texture in TEXTURES]
     if len(kinds) > len(every):
-        raise DataError(f"There are {len(every)} cloths, too few for {len(kinds)} kinds.")
+        raise DataError(f"There are only {len(every)} cloths for {len(kinds)} kinds.")
     order = np.random.default_rng(0).permutation(len(every))
     return {kind: every[order[i]] for i, kind in enumerate(sorted(kinds))}
 
 
-# -- factors: what is changed of a plain picture -----------------------------------------------------------------------
+# -- factors: what is changed of a plain image -----------------------------------------------------------------------
 
 
 def _other(rng: np.random.Generator, choices: Sequence[str], own: str) -> str:
@@ -89,7 +90,7 @@ def _other(rng: np.random.Generator, choices: Sequence[str], own: str) -> str:
     return options[int(rng.integers(len(options)))]
 
 
-def _moved(look: Look, reach: float, angle: float) -> Look:
+def _move(look: Look, reach: float, angle: float) -> Look:
     x, y = look.centre
     return look._replace(centre=(x + reach * math.cos(angle), y + reach * math.sin(angle)))
 
@@ -101,9 +102,9 @@ def _background(look: Look, rng: np.random.Generator) -> Look:
     return look._replace(backdrop=(_other(rng, list(TEXTURES), "plain"), first, second))
 
 
-def _blocked(look: Look, rng: np.random.Generator) -> Look:
+def _block(look: Look, rng: np.random.Generator) -> Look:
     angle = rng.uniform(0, 2 * math.pi)
-    return look._replace(block=_moved(look, 0.12, angle).centre)
+    return look._replace(block=_move(look, 0.12, angle).centre)
 
 
 FACTORS: dict[str, Callable[[Look, np.random.Generator], Look]] = {
@@ -112,18 +113,18 @@ FACTORS: dict[str, Callable[[Look, np.random.Generator], Look]] = {
     "texture": lambda look, rng: look._replace(texture=_other(rng, list(TEXTURES), look.texture)),
     "smaller": lambda look, rng: look._replace(extent=rng.uniform(0.26, 0.32)),
     "larger": lambda look, rng: look._replace(extent=rng.uniform(0.92, 1.0)),
-    "position": lambda look, rng: _moved(look, 0.15, math.pi / 4 * int(rng.integers(8))),
+    "position": lambda look, rng: _move(look, 0.15, math.pi / 4 * int(rng.integers(8))),
     "rotation": lambda look, rng: look._replace(turn=rng.uniform(60, 300)),
-    "partial view": lambda look, rng: _moved(look, 0.42, math.pi / 2 * int(rng.integers(4))),
+    "partial view": lambda look, rng: _move(look, 0.42, math.pi / 2 * int(rng.integers(4))),
     "background": _background,
     "darker": lambda look, rng: look._replace(light=rng.uniform(0.25, 0.4)),
-    "blocked": _blocked,
+    "blocked": _block,
 }
 
 # -- data sets -------------------------------------------------------------------------------------------------------
 
 
-def factor_pictures(
+def factor_images(
     kinds: Sequence[str],
     n_per_class: int,
     factor: str | None = None,
@@ -132,9 +133,9 @@ def factor_pictures(
     seed: int = 0,
     size: int = 64,
 ) -> Dataset:
-    """Pictures labelled by kind, plain or with one of the `FACTORS` changed; drawn when they are opened.
+    """Images labelled by kind, plain or with one of the `FACTORS` changed; drawn when they are opened.
 
-    `typical` is the share of pictures in which a kind wears its own cloth; in the others colour and texture are random.
+    `typical` is the share of images in which a kind wears its own cloth; in the others colour and texture are random.
     """
     if factor is not None and factor not in FACTORS:
         raise unknown_name("playground factor", factor, list(FACTORS))
@@ -153,7 +154,7 @@ def factor_pictures(
 def cue_conflicts(
     kinds: Sequence[str], n_per_class: int, *, seed: int = 0, size: int = 64
 ) -> tuple[Dataset, np.ndarray]:
-    """(pictures labelled by the kind of their shape, (N,) labels of the kind whose cloth it wears, never the same)."""
+    """(images labelled by the kind of their shape, (N,) labels of the kind whose cloth it wears, never the same)."""
     own, items, worn = cloths(kinds), list[Item](), []
     for label, kind in enumerate(kinds):
         for i in range(n_per_class):
@@ -164,10 +165,10 @@ def cue_conflicts(
 
 
 def unknown_kinds(kinds: Sequence[str], n: int, *, seed: int = 0, size: int = 64) -> list[Item]:
-    """`n` plain pictures of the playground's other kinds, in the cloths of `kinds`: only their shape is new."""
+    """`n` plain images of the playground's other kinds, in the cloths of `kinds`: only their shape is new."""
     others = [kind for kind in KINDS if kind not in kinds]
     if not others:
-        raise DataError("All kinds of the playground are known, so there is none to be told from them.")
+        raise DataError("All kinds of the playground are known; leave some out to have unknown ones.")
     worn = list(cloths(kinds).values())
     return [_item(_plain(others[i % len(others)], worn[i % len(worn)], 1.0, seed, i), size, seed, i) for i in range(n)]
 
@@ -195,3 +196,6 @@ def _item(look: Look, size: int, seed: int, i: int) -> Item:
     return GeneratedItem(
         f"playground-factors-{seed}/{look.style}/{look.kind}/{i}", key, partial(draw, look, size, seeds)
     )
+
+
+__getattr__ = old_names(__name__)

@@ -17,7 +17,7 @@ from clipadapt.data.playground.polygons import (
     flower,
     gear,
     heart,
-    mirrored,
+    mirror,
     oval,
     regular,
     snail,
@@ -201,7 +201,7 @@ SHAPES: dict[str, tuple[Part, ...]] = {
     "rocket": (
         *(Part("dark", [(s * 0.25, 0.2), (s * 0.65, 0.72), (s * 0.2, 0.6)]) for s in (-1, 1)),
         Part("light", [(-0.18, 0.64), (0.18, 0.64), (0, 1.1)]),
-        Part("body", mirrored([(0, -1.1), (0.2, -0.75), (0.32, -0.3), (0.34, 0.15), (0.24, 0.66)])),
+        Part("body", mirror([(0, -1.1), (0.2, -0.75), (0.32, -0.3), (0.34, 0.15), (0.24, 0.66)])),
         Part("light", oval(0, -0.25, 0.15)),
     ),
     "balloon": (
@@ -267,14 +267,14 @@ SHAPES: dict[str, tuple[Part, ...]] = {
         Part("body", [(-0.36, -0.95), (0.36, -0.95), (0.78, 0.12), (-0.78, 0.12)]),
     ),
     "bottle": (
-        Part("body", mirrored([(0.15, -0.85), (0.15, -0.42), (0.38, -0.12), (0.4, 1)])),
+        Part("body", mirror([(0.15, -0.85), (0.15, -0.42), (0.38, -0.12), (0.4, 1)])),
         Part("dark", box(-0.18, -1.05, 0.18, -0.82)),
         Part("light", box(-0.4, 0.15, 0.4, 0.62)),
     ),
     "bell": (
         Part("dark", oval(0, -0.92, 0.13)),
         Part("dark", oval(0, 0.78, 0.2)),
-        Part("body", mirrored([(0, -0.88), (0.35, -0.75), (0.5, -0.35), (0.56, 0.2), (0.85, 0.65)])),
+        Part("body", mirror([(0, -0.88), (0.35, -0.75), (0.5, -0.35), (0.56, 0.2), (0.85, 0.65)])),
         Part("dark", box(-0.74, 0.44, 0.74, 0.52)),
     ),
     "hammer": (

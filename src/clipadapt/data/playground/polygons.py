@@ -51,12 +51,13 @@ def stroke(points: list[Point], width: float) -> list[Point]:
     return left + right[::-1]
 
 
-def mirrored(points: list[Point]) -> list[Point]:
+def mirror(points: list[Point]) -> list[Point]:
     """The outline closed by its own mirror image at x = 0 (points run from top to bottom)."""
     return points + [(-x, y) for x, y in reversed(points)]
 
 
 def heart() -> list[Point]:
+    """Outline of a heart in the unit circle."""
     turns = [math.tau * i / 40 for i in range(40)]
     return [
         (16 * math.sin(t) ** 3, -(13 * math.cos(t) - 5 * math.cos(2 * t) - 2 * math.cos(3 * t) - math.cos(4 * t)))
@@ -65,15 +66,18 @@ def heart() -> list[Point]:
 
 
 def spiral() -> list[Point]:
+    """Outline of a spiral line in the unit circle."""
     turns = [math.tau * (0.25 + 2.25 * i / 60) for i in range(61)]
     return stroke([(t / 16 * math.cos(t), t / 16 * math.sin(t)) for t in turns], 0.17)
 
 
 def crescent() -> list[Point]:
+    """Outline of a crescent moon in the unit circle."""
     return oval(0, 0, 1, 1, 50, 310) + oval(0.42, 0, 0.8, 0.8, 285, 75)
 
 
 def sun() -> tuple[Part, ...]:
+    """A disk with eight rays."""
     rays = []
     for i in range(8):
         a = math.tau * i / 8
@@ -83,6 +87,7 @@ def sun() -> tuple[Part, ...]:
 
 
 def flower() -> tuple[Part, ...]:
+    """Six petals around a disk."""
     petals = []
     for i in range(6):
         a = math.tau * (i + 0.5) / 6
@@ -93,6 +98,7 @@ def flower() -> tuple[Part, ...]:
 
 
 def snail() -> tuple[Part, ...]:
+    """A snail with a spiral shell."""
     turns = [math.tau * i / 30 for i in range(51)]
     whorl = [(0.12 + t / 30 * math.cos(t), -0.12 + t / 30 * math.sin(t)) for t in turns]
     return (
@@ -105,6 +111,7 @@ def snail() -> tuple[Part, ...]:
 
 
 def gear() -> tuple[Part, ...]:
+    """A gear wheel with eight teeth."""
     teeth = []
     for i in range(8):
         for radius, offset in ((0.74, -0.3), (1.0, -0.2), (1.0, 0.2), (0.74, 0.3)):

@@ -42,7 +42,7 @@ class Cutout(NamedTuple):
     outlines: list[tuple[Tone, list[Point]]]  # the shape's parts in coordinates of the tile
     colour: RGB
     texture: str
-    unit: float  # canvas pixels per hundredth of the picture's height: what line widths are measured in
+    unit: float  # canvas pixels per hundredth of the image's height: what line widths are measured in
 
 
 def cut_out(
@@ -84,6 +84,7 @@ def distance(a: RGB, b: RGB) -> float:
 
 
 def brightness(colour: RGB) -> float:
+    """Perceived brightness of a colour (ITU-R BT.601), 0 to 255."""
     return (299 * colour[0] + 587 * colour[1] + 114 * colour[2]) / 1000
 
 
@@ -109,7 +110,7 @@ def _second(colour: RGB) -> RGB:
 Texture = Callable[[tuple[int, int], float], Image.Image]
 
 
-def _striped(size: tuple[int, int], unit: float) -> Image.Image:
+def _stripes(size: tuple[int, int], unit: float) -> Image.Image:
     pattern, period = Image.new("L", size), 11 * unit
     pen = ImageDraw.Draw(pattern)
     for i in range(math.ceil((size[0] + size[1]) / period) + 1):
@@ -118,7 +119,7 @@ def _striped(size: tuple[int, int], unit: float) -> Image.Image:
     return pattern
 
 
-def _dotted(size: tuple[int, int], unit: float) -> Image.Image:
+def _dots(size: tuple[int, int], unit: float) -> Image.Image:
     pattern, period = Image.new("L", size), 11 * unit
     pen, radius = ImageDraw.Draw(pattern), 11 * unit * 0.3
     for row in range(math.ceil(size[1] / period) + 1):
@@ -128,7 +129,7 @@ def _dotted(size: tuple[int, int], unit: float) -> Image.Image:
     return pattern
 
 
-def _checked(size: tuple[int, int], unit: float) -> Image.Image:
+def _checks(size: tuple[int, int], unit: float) -> Image.Image:
     pattern, period = Image.new("L", size), 9 * unit
     pen = ImageDraw.Draw(pattern)
     for row in range(math.ceil(size[1] / period)):
@@ -143,9 +144,9 @@ def _gradient(size: tuple[int, int], unit: float) -> Image.Image:
 
 TEXTURES: dict[str, Texture | None] = {
     "plain": None,
-    "striped": _striped,
-    "dotted": _dotted,
-    "checked": _checked,
+    "striped": _stripes,
+    "dotted": _dots,
+    "checked": _checks,
     "gradient": _gradient,
 }
 
@@ -158,7 +159,7 @@ def _cloth(cut: Cutout, base: RGB, second: RGB) -> Image.Image:
     return cloth
 
 
-def _coloured(cut: Cutout, colour: RGB) -> Image.Image:
+def _recolour(cut: Cutout, colour: RGB) -> Image.Image:
     """The cutout's tile in `colour`: texture, then the shape's details in darker and lighter tones."""
     cloth = _cloth(cut, colour, _second(colour))
     tile = cloth.copy()
@@ -190,7 +191,7 @@ def _lines(cut: Cutout, width: float) -> Image.Image:
     pen = ImageDraw.Draw(details)
     for tone, points in cut.outlines:
         if tone == "body":
-            pen.polygon(points, fill=0)  # hides what lies behind it
+            pen.polygon(points, fill=0)  # hides what is behind it
         elif tone != "hole":
             pen.polygon(points, fill=0, outline=255, width=max(1, round(width)))
     return ImageChops.lighter(lines, ImageChops.darker(details, cut.mask))
@@ -206,7 +207,7 @@ def _clouds(rng: np.random.Generator, size: tuple[int, int], low: int, high: int
 
 
 def _flat(canvas: Image.Image, cut: Cutout, rng: np.random.Generator) -> None:
-    canvas.paste(_coloured(cut, cut.colour), cut.origin, cut.mask)
+    canvas.paste(_recolour(cut, cut.colour), cut.origin, cut.mask)
 
 
 def _outline(canvas: Image.Image, cut: Cutout, rng: np.random.Generator) -> None:
@@ -226,7 +227,7 @@ def _sketch(canvas: Image.Image, cut: Cutout, rng: np.random.Generator) -> None:
         slip = (rng.random() - 0.5) * 6 * cut.unit
         pen.line([(x, 0), (x + slip - height, height)], fill=235, width=max(1, round(1.7 * cut.unit)))
     wash = cut.mask.point([value * 90 // 255 for value in range(256)])
-    tile = _coloured(cut, cut.colour)
+    tile = _recolour(cut, cut.colour)
     canvas.paste(tile, cut.origin, wash)
     canvas.paste(tile, cut.origin, ImageChops.darker(hatch, cut.mask))
     pencil, lines = _dark(cut.colour), _lines(cut, 1.4 * cut.unit)
@@ -247,14 +248,14 @@ def _sketch(canvas: Image.Image, cut: Cutout, rng: np.random.Generator) -> None:
 def _watercolour(canvas: Image.Image, cut: Cutout, rng: np.random.Generator) -> None:
     soft = cut.mask.filter(ImageFilter.BoxBlur(1.2 * cut.unit))
     pigment = ImageChops.multiply(soft, _clouds(rng, soft.size, 165, 255))
-    canvas.paste(_coloured(cut, cut.colour), cut.origin, pigment)
+    canvas.paste(_recolour(cut, cut.colour), cut.origin, pigment)
     rim = _edge(cut, 1.5 * cut.unit).filter(ImageFilter.BoxBlur(0.6 * cut.unit))
     canvas.paste(_dark(cut.colour), cut.origin, ImageChops.multiply(rim, Image.new("L", rim.size, 120)))
 
 
 def _chalk(canvas: Image.Image, cut: Cutout, rng: np.random.Generator) -> None:
     dust = Image.fromarray(rng.integers(110, 256, cut.mask.size[::-1], dtype=np.uint8))
-    canvas.paste(_coloured(cut, cut.colour), cut.origin, ImageChops.multiply(cut.mask, dust))
+    canvas.paste(_recolour(cut, cut.colour), cut.origin, ImageChops.multiply(cut.mask, dust))
     rim = mix(cut.colour, (255, 255, 255), 0.45 if brightness(cut.colour) > 45 else 0)  # black would turn grey
     canvas.paste(rim, cut.origin, ImageChops.multiply(_edge(cut, 1.5 * cut.unit), dust))
 
@@ -267,8 +268,8 @@ def _photo(canvas: Image.Image, cut: Cutout, rng: np.random.Generator) -> None:
     reach = round(2.2 * cut.unit)
     shadow = ImageChops.offset(cut.mask, reach, reach).filter(ImageFilter.BoxBlur(reach))
     canvas.paste((12, 12, 18), cut.origin, ImageChops.multiply(shadow, Image.new("L", shadow.size, 120)))
-    tile = _coloured(cut, cut.colour)
-    # The lamp stands to the upper left: a highlight there, shade at the lower right.
+    tile = _recolour(cut, cut.colour)
+    # The lamp is at the upper left: a highlight there, shade at the lower right.
     lamp = _LAMP.crop((48, 48, 256, 256)).resize((width, height))
     shade = lamp.point([min(255, 115 + value) for value in range(256)])
     gloss = lamp.point([max(0, value - 180) for value in range(256)])
@@ -301,37 +302,37 @@ def _tiles(canvas: Image.Image, rng: np.random.Generator) -> Image.Image:
 
 @dataclass(frozen=True)
 class Style:
-    """One way of drawing: papers to choose from, how an object is painted, and what happens to the whole picture."""
+    """One way of drawing: papers to choose from, how an object is painted, and what happens to the whole image."""
 
     papers: tuple[RGB, ...]
     paint: Callable[[Image.Image, Cutout, np.random.Generator], None]
-    backdrop: int = 0  # how much the paper's brightness varies over the picture, in grey levels
+    backdrop: int = 0  # how much the paper's brightness varies over the image, in grey levels
     finish: Callable[[Image.Image, np.random.Generator], Image.Image] | None = None
     noise: int = 0  # largest disturbance of a final pixel, in grey levels
 
     def paper_for(self, colours: list[RGB], rng: np.random.Generator) -> RGB:
-        """A random one of the papers on which all of `colours` stand out; the best one, where none is good enough."""
+        """A random paper on which all of `colours` stand out; the best one if none is good enough."""
         papers = [self.papers[i] for i in rng.permutation(len(self.papers))]
         contrasts = [min(distance(paper, colour) for colour in colours) for paper in papers]
         good = [paper for paper, contrast in zip(papers, contrasts, strict=True) if contrast >= 200]
         return good[0] if good else papers[contrasts.index(max(contrasts))]
 
     def render(self, cuts: list[Cutout], canvas: int, rng: np.random.Generator) -> Image.Image:
-        """The finished picture of half the canvas's size."""
+        """The finished image of half the canvas's size."""
         paper = self.paper_for([cut.colour for cut in cuts], rng)
-        picture = Image.new("RGB", (canvas, canvas), paper)
+        image = Image.new("RGB", (canvas, canvas), paper)
         if self.backdrop:
-            _smooth_backdrop(picture, paper, rng, self.backdrop)
+            _smooth_backdrop(image, paper, rng, self.backdrop)
         for cut in cuts:
-            self.paint(picture, cut, rng)
+            self.paint(image, cut, rng)
         if self.finish:
-            picture = self.finish(picture, rng)
-        picture = picture.reduce(2)
+            image = self.finish(image, rng)
+        image = image.reduce(2)
         if self.noise:
-            disturbed = np.asarray(picture).astype(np.int16)
+            disturbed = np.asarray(image).astype(np.int16)
             disturbed += rng.integers(-self.noise, self.noise + 1, disturbed.shape, dtype=np.int16)
-            picture = Image.fromarray(np.clip(disturbed, 0, 255).astype(np.uint8))
-        return picture
+            image = Image.fromarray(np.clip(disturbed, 0, 255).astype(np.uint8))
+        return image
 
 
 _PALE = ((255, 255, 255), (244, 240, 228), (226, 236, 244), (232, 242, 228), (246, 228, 232))

@@ -35,7 +35,7 @@ def coop_split(file: str | os.PathLike[str], root: str | os.PathLike[str] | None
     names: dict[int, str] = {}
     for part in ("train", "val", "test"):
         for row, entry in enumerate(content[part]):
-            _, label, name = _checked(entry, f"{file}, {part}[{row}]")
+            _, label, name = _check_entry(entry, f"{file}, {part}[{row}]")
             if names.setdefault(label, name) != name:
                 raise DataError(f"{file}, {part}[{row}]: label {label} is {name!r} here and {names[label]!r} before.")
     if sorted(names) != list(range(len(names))):
@@ -51,7 +51,7 @@ def coop_split(file: str | os.PathLike[str], root: str | os.PathLike[str] | None
     return Split(dataset("train"), dataset("val"), dataset("test"))
 
 
-def _checked(entry: Any, where: str) -> tuple[str, int, str]:
+def _check_entry(entry: Any, where: str) -> tuple[str, int, str]:
     match entry:
         case [str() as path, int() as label, str() as name]:
             return path, label, name

@@ -8,6 +8,7 @@ from pathlib import Path
 from clipadapt.data.examples import Dataset
 from clipadapt.data.items import FileItem, Item
 from clipadapt.errors import DataError
+from clipadapt.renamed import old_names
 
 # What counts as an image file; case is ignored.
 IMAGE_SUFFIXES = {
@@ -44,7 +45,7 @@ def image_folder(root: str | os.PathLike[str]) -> Dataset:
         )
     if {folder.name.lower() for folder in folders} <= _PARTS:
         parts = " and ".join(folder.name for folder in folders)
-        raise DataError(f"{root} is divided into {parts}, which are not classes; read each of them on its own.")
+        raise DataError(f"{root} is divided into {parts}, which are not classes; read each of them separately.")
 
     items: list[Item] = []
     labels: list[int] = []
@@ -58,7 +59,7 @@ def image_folder(root: str | os.PathLike[str]) -> Dataset:
 
 
 def image_files(folder: str | os.PathLike[str]) -> list[str]:
-    """Paths of the images in `folder` and below, sorted; what is skipped is said in `image_folder`."""
+    """Paths of the images in `folder` and below, sorted; `image_folder` says what is skipped."""
     found = []
     for parent, folders, files in os.walk(folder):
         folders[:] = [name for name in folders if not _hidden(name)]
@@ -68,7 +69,7 @@ def image_files(folder: str | os.PathLike[str]) -> list[str]:
     return sorted(found)
 
 
-picture_files = image_files  # its old name
+__getattr__ = old_names(__name__)
 
 
 def _hidden(name: str) -> bool:

@@ -22,7 +22,7 @@ class HubItem(EncodedItem):
     def read(self) -> bytes:
         (cell,) = self.rows[self.index].values()
         if cell is None:
-            raise DataError(f"{self.name} holds no image.")
+            raise DataError(f"{self.name} holds no images.")
         if cell["bytes"] is not None:
             return cell["bytes"]
         try:
@@ -47,7 +47,7 @@ def hub_dataset(source: Any, split: str = "train", image: str | None = None, lab
     try:
         import datasets
     except ImportError:
-        raise DataError('Hub data sets are read by an extra: pip install "clipadapt[hub]".') from None
+        raise DataError('Hub data sets need an extra: pip install "clipadapt[hub]".') from None
     name = "hub data set"
     if isinstance(source, str):
         name = source

@@ -51,7 +51,7 @@ def image_table(
     multi_label: bool = False,
     separator: str = ";",
 ) -> Dataset | MultiLabelDataset:
-    """The images that a table lists, one a row.
+    """The images that a table lists, one per row.
 
     Args:
         file: a .csv file (UTF-8, commas, first row = column names), .tsv (tabs) or .parquet; or a folder that holds
@@ -62,10 +62,10 @@ def image_table(
             by `datasets` brings its own class names.
         domain: column of domain names, if there is one.
         multi_label: an image has any number of labels, and the result is a `MultiLabelDataset`. The label column then
-            holds names with a separator between them, in Parquet also lists of names or numbers; an empty cell is a
-            image without labels. Where there is no label column, every other column is a class, in that order, and
+            holds names with a separator between them, in Parquet also lists of names or numbers; an empty cell is an
+            image without labels. If there is no label column, every other column is a class, in that order, and
             holds 0 or 1.
-        separator: what stands between the names in a cell; blanks around them do not count.
+        separator: what separates the names in a cell; blanks around them are ignored.
 
     Raises:
         DataError: the file or a column is missing, a column occurs twice, or a row is incomplete or names a file
@@ -73,7 +73,7 @@ def image_table(
             in Parquet the first image is.
     """
     if not separator:
-        raise DataError("The separator between labels is empty; one such as ';' is needed.")
+        raise DataError("The separator between labels is empty; give one such as ';'.")
     path = Path(file)
     name = path.stem
     if path.is_dir():
@@ -114,7 +114,7 @@ def image_table(
         labels, class_names = _label_sets(path, label, named, class_names)
     else:
         class_names = columns[len(before) :]
-        labels = [_marked(path, number, label, class_names, row[len(before) :]) for number, row in numbered]
+        labels = [_marked_classes(path, number, label, class_names, row[len(before) :]) for number, row in numbered]
     return MultiLabelDataset(items, labels, class_names, domains, name)
 
 
@@ -161,7 +161,9 @@ def _label_sets(
     return [frozenset(label_of[str(name)] for name in names) for names in named], found
 
 
-def _marked(table: Path, row: int, label: str, class_names: Sequence[str], cells: Sequence[Any]) -> frozenset[int]:
+def _marked_classes(
+    table: Path, row: int, label: str, class_names: Sequence[str], cells: Sequence[Any]
+) -> frozenset[int]:
     """The classes whose cell is 1 in one row of a table with a column per class."""
     for name, cell in zip(class_names, cells, strict=True):
         if cell not in (0, 1, "0", "1"):

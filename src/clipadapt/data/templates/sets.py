@@ -1,4 +1,4 @@
-"""Sentences for class names: the published template sets, kept as data files beside this one, or a user's own.
+"""Sentences for class names: the published template sets, kept as data files next to this one, or a user's own.
 
 A set of templates is a text file with one template a line (`openai-80.txt`); `conventions.json` holds the one
 template that each published code base uses for each of the eleven few-shot data sets, and `class_names.json` how
@@ -37,7 +37,7 @@ def class_texts(class_names: Sequence[str], templates: Templates = "photo") -> l
               (CoOp's template for that data set) or "prograd/pets" (another code base's);
             - a template with "{}" where the class name goes, or a list of them;
             - a mapping from class name to its own sentences, such as descriptions by a language model;
-            - the path of a file that holds templates (.txt, one a line; .json or .yaml, a list) or such a mapping
+            - the path of a file that holds templates (.txt, one per line; .json or .yaml, a list) or such a mapping
               (.json or .yaml; .txt with a line "class name: sentence" for each sentence).
 
     Raises:
@@ -57,7 +57,7 @@ def class_texts(class_names: Sequence[str], templates: Templates = "photo") -> l
 
 def template_sets() -> list[str]:
     """The names of all shipped template sets, sorted."""
-    return sorted(_shipped())
+    return sorted(_shipped_sets())
 
 
 def with_published_names(data: Dataset, published: str) -> Dataset:
@@ -85,17 +85,17 @@ def _resolve(templates: Templates) -> Sequence[str] | Mapping[str, str | Sequenc
         return templates
     if "{}" in templates:
         return [templates]
-    if templates in _shipped():
-        return _shipped()[templates]
+    if templates in _shipped_sets():
+        return _shipped_sets()[templates]
     if templates.lower().endswith((".txt", ".json", ".yaml", ".yml")):
         return _read(Path(templates))
     if " " in templates:
         raise DataError(f"The template {templates!r} lacks the {{}} where the class name goes.")
-    raise unknown_name("template set", templates, _shipped())
+    raise unknown_name("template set", templates, _shipped_sets())
 
 
 @cache
-def _shipped() -> dict[str, list[str]]:
+def _shipped_sets() -> dict[str, list[str]]:
     """name -> templates."""
     conventions = json.loads((_HERE / "conventions.json").read_text(encoding="utf-8"))
     sets = {file.stem: _lines(file.read_text(encoding="utf-8")) for file in _HERE.glob("*.txt")}

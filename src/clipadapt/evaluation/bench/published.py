@@ -37,7 +37,7 @@ _METHODS = {  # how the file calls the methods whose keys differ from its names
 }
 _CAVEATS = {  # by method
     "tip-adapter-f": "epoch and coefficients picked on the test set",
-    "promptkd": "unlabelled pictures of all classes, and a larger teacher",
+    "promptkd": "unlabelled images of all classes, and a larger teacher",
     "ape": "class descriptions by a language model",
     "ape-t": "class descriptions by a language model",
 }
@@ -57,7 +57,7 @@ class Published:
         method: as its source calls it.
         key: the method of ours that it is comparable with, or the name in lower case.
         data: the definition's name, or the source's word.
-        shots: None where the source does not say.
+        shots: None if the source does not say.
         metric: "top1", "base", "new" or "H".
         value: in %.
         caveat: what makes it no fair comparison; empty if nothing is known.

@@ -3,7 +3,7 @@
 `results.jsonl` in the output folder has a line for each cell: what was run (data, backbone, protocol, options, method,
 hyper-parameters, seed), with which versions and revision, and either the figures, or `error` (it failed; it is tried
 again next time), or `skipped` (it cannot be: the method needs what the backbone lacks). Features are encoded once and
-shared through the cache. A cell that fails, hangs or runs out of memory spoils only itself: its worker is replaced.
+shared through the cache. A cell that fails, hangs or runs out of memory affects no other: its worker is replaced.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def run_suite(
     """Run the cells that `out`/results.jsonl lacks; all rows of the suite, in its order.
 
     Args:
-        root: the folder that the data sets lie in.
+        root: the folder of the data sets.
         jobs: cells at a time.
         threads: threads of each, by default the cores shared out among the jobs.
         ray: run the cells on a Ray cluster: its address, "auto" for the one that runs here, or "local" for one of this
@@ -88,7 +88,7 @@ def run_suite(
     if only is not None:
         plan = [(identity, cell, None) for identity, cell, _ in plan if identity.startswith(only)]
         if not plan:
-            raise ClipadaptError(f"{suite.name} has no cell {only!r}; results.jsonl and the report name them.")
+            raise ClipadaptError(f"{suite.name} has no cell {only!r}; results.jsonl and the report list the names.")
     rows = {identity: known for identity, _, known in plan if known is not None}
     waiting: dict[str, dict[str, Cell]] = {}  # cells with one result between them, by the identity of the one to run
     for identity, cell, known in plan:
@@ -132,7 +132,7 @@ def read_rows(file: Path) -> list[Row]:
 
 
 def one_line(row: Row) -> str:
-    """A cell and its result, for people."""
+    """A cell and its result, in words."""
     where = f"{row['data']} {row['backbone']} {row['protocol']} {options_of(row)} {row['label']} seed {row['seed']}"
     if "figures" in row:
         result = ", ".join(f"{name} {value:.3f}" for name, value in row["figures"].items())
@@ -142,7 +142,7 @@ def one_line(row: Row) -> str:
 
 
 def options_of(row: Mapping[str, Any]) -> str:
-    """A cell's options for people; long ones, such as lists of names, are cut."""
+    """A cell's options in words; long ones, such as lists of names, are cut."""
     texts = ((name, json.dumps(value, ensure_ascii=False)) for name, value in row["options"].items())
     return " ".join(f"{name}={text if len(text) <= 40 else text[:37] + '...'}" for name, text in texts)
 
@@ -171,7 +171,7 @@ def run_cell(cell: Cell, root: Path | None, threads: int) -> Row:
     torch.set_num_threads(threads)
     _peak_mib(reset=True)
     try:
-        loaded, backbone = _loaded(cell, root)
+        loaded, backbone = _load(cell, root)
         method = from_recipe({"method": cell.method, "hyperparameters": cell.hyperparameters})
         begun = time.perf_counter()
         with _data_in(root):
@@ -220,12 +220,12 @@ def _peak_mib(reset: bool = False) -> float:
 # -- data and backbones ----------------------------------------------------------------------------------------------
 
 
-def _loaded(cell: Cell, root: Path | None) -> tuple[Loaded, Any]:
-    return _load(cell.data, cell.backbone, cell.published, root)
+def _load(cell: Cell, root: Path | None) -> tuple[Loaded, Any]:
+    return _load_once(cell.data, cell.backbone, cell.published, root)
 
 
 @lru_cache(maxsize=2)  # cells of the same data come one after another
-def _load(data: str, source: str, published: bool, root: Path | None) -> tuple[Loaded, Any]:
+def _load_once(data: str, source: str, published: bool, root: Path | None) -> tuple[Loaded, Any]:
     loaded = load(data, root, source if published else None)
     if loaded.class_features is not None:
         return loaded, PublishedFeatures(source, loaded.class_features, loaded.logit_scale)
@@ -235,14 +235,14 @@ def _load(data: str, source: str, published: bool, root: Path | None) -> tuple[L
 def _fingerprints(cell: Cell, root: Path | None) -> tuple[str, str] | ClipadaptError | OSError:
     """(of the data, of the backbone), or what is wrong with them."""
     try:
-        loaded, backbone = _loaded(cell, root)
+        loaded, backbone = _load(cell, root)
         return _content(cell, loaded.split, root), backbone.fingerprint
     except (ClipadaptError, OSError) as error:
         return error
 
 
 def _content(cell: Cell, split: Split, root: Path | None) -> str:
-    """What a split consists of: which pictures, by name, with which labels; the files are not read."""
+    """What a split consists of: which images, by name, with which labels; the files are not read."""
     digest = blake2b(definition(cell.data).name.encode(), digest_size=16)
     base = str(root.resolve()) if root is not None else ""
     for data in (split.train, split.val, split.test):
@@ -254,7 +254,7 @@ def _content(cell: Cell, split: Split, root: Path | None) -> str:
 def _encode(cell: Cell, root: Path | None) -> None:
     """Features into the cache, so that no cell waits for them; what cannot be read fails in its own cells."""
     try:
-        loaded, backbone = _loaded(cell, root)
+        loaded, backbone = _load(cell, root)
         for data in (loaded.split.train, loaded.split.val, loaded.split.test):
             encode_images(backbone, data, progress=True, on_error="skip")
     except (ClipadaptError, OSError):

@@ -85,7 +85,7 @@ class Cell:
     seed: int
 
     def identity(self, data_fingerprint: str, backbone_fingerprint: str) -> str:
-        """16 hex digits that change with whatever may change the result, but for the code."""
+        """16 hex digits that change with everything that may change the result, except the code."""
         facts = [data_fingerprint, backbone_fingerprint, self.protocol, self.options, self.method]
         text = json.dumps([*facts, self.hyperparameters, self.seed], sort_keys=True)
         return blake2b(text.encode(), digest_size=8).hexdigest()
@@ -125,13 +125,13 @@ def load_suite(name: str | Path, *, tiny: bool = False) -> Suite:
     return Suite(
         name=file.stem,
         title=str(content.get("title", file.stem)),
-        data=[_data(file, name) for name in _listed(file, content, "data")],
+        data=[_data(file, name) for name in _list_of(file, content, "data")],
         protocols=_protocols(file, content["protocols"]),
         methods=_methods(
-            file, _listed(file, content, "methods"), _settings_of(file, content), content.get("exclude") or []
+            file, _list_of(file, content, "methods"), _settings_of(file, content), content.get("exclude") or []
         ),
-        backbones=[str(source) for source in _listed(file, content, "backbones")],
-        seeds=[int(seed) for seed in _listed(file, content, "seeds")],
+        backbones=[str(source) for source in _list_of(file, content, "backbones")],
+        seeds=[int(seed) for seed in _list_of(file, content, "seeds")],
         timeout=float(content.get("timeout", 3600)),
     )
 
@@ -154,10 +154,10 @@ def cells(suite: Suite) -> list[Cell]:
 
 
 def with_steps_of(method: Method, shots: int, classes: int, then: Mapping[str, int]) -> Method:
-    """The method with as many training steps on `classes` x `shots` pictures as it has on those of `then`.
+    """The method with as many training steps on `classes` x `shots` images as it has on those of `then`.
 
     Its epochs, at least one, follow from its batch size, and so do those of a method that it wraps; steps for each shot
-    follow from the shots. `then`: shots and classes. What learns from no pictures is given back as it is.
+    follow from the shots. `then`: shots and classes. A method that learns from no images is returned unchanged.
     """
     if method.card.signal == "none":
         return method
@@ -200,7 +200,7 @@ def _data(file: Path, name: Any) -> str:
     return str(name)
 
 
-def _listed(file: Path, content: Mapping[str, Any], key: str) -> list[Any]:
+def _list_of(file: Path, content: Mapping[str, Any], key: str) -> list[Any]:
     value = content[key]
     value = [value] if isinstance(value, str | int | dict) else value
     if not isinstance(value, list) or not value:

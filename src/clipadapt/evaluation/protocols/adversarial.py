@@ -1,8 +1,8 @@
-"""Adversarial pictures: learn as in few shots, be judged on test pictures, and on the same ones under attack.
+"""Adversarial images: learn as in few shots, be judged on test images, and on the same ones under attack.
 
 The attack is PGD through the model's own tower and classifier (see `evaluation.robustness`). `eps` are radii in levels
-of 1/255; in a suite, a list of lists, since a list stands for cells of their own. "attacked" is the accuracy at the
-first of them. `limit`: so many test pictures of each class at most, the same for every seed.
+of 1/255; in a suite, a list of lists, since a list makes separate cells. "attacked" is the accuracy at the
+first of them. `limit`: at most this many test images per class, the same for every seed.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from clipadapt.backbones import Backbone
 from clipadapt.data import Split
-from clipadapt.evaluation.protocol import NotApplicable, Outcome, fit, judged
+from clipadapt.evaluation.protocol import NotApplicable, Outcome, fit, judge
 from clipadapt.evaluation.robustness import NotAttackable, adversarial_accuracy
 from clipadapt.methods import Method
 
@@ -27,7 +27,7 @@ def run(
     steps: int = 20,
     limit: int | None = None,
 ) -> Outcome:
-    """Figures of `judged` on the test images, and "attacked": the accuracy under the first of the attacks.
+    """Figures of `judge` on the test images, and "attacked": the accuracy under the first of the attacks.
 
     Args:
         shots: images of each class to learn from.
@@ -44,6 +44,6 @@ def run(
         found = adversarial_accuracy(model, test, eps=radii, steps=steps).attacked
     except NotAttackable as error:
         raise NotApplicable(str(error)) from None
-    figures, classes, details = judged(model, test)
+    figures, classes, details = judge(model, test)
     figures["attacked"] = found[float(radii[0])]
     return Outcome(figures, model, seconds, classes, details | {"attacked": {f"{r:g}": a for r, a in found.items()}})

@@ -1,22 +1,22 @@
-"""Bias audit: do groups of pictures get other errors and other labels, and how does that turn on the candidate labels?
+"""Bias audit: do groups of images get other errors and other labels, and how does that turn on the candidate labels?
 
 After Agarwal et al., "Evaluating CLIP: Towards Characterization of Broader Capabilities and Downstream Implications"
 (arXiv 2108.02818): the names that a user lets a model choose among, its class design, shift which groups are given
-which labels. There is no official code, and only the abstract could be read; the measures here are ours.
+which labels. There is no official code, and only the abstract was available; the measures here are ours.
 
-A picture's group is its domain in the data set. Pictures are classified among several lists of candidate labels:
+An image's group is its domain in the data set. Images are classified among several lists of candidate labels:
 
     classes            the data set's classes
     + S, - S           with the extra labels of the set S; or without its labels, where S names some of the classes
     all, all without S the classes with every set of extra labels, and that with one of several sets left out
 
-For each list and group `audit` gives accuracy and error, and the share of pictures that get each label and each set of
+For each list and group `audit` gives accuracy and error, and the share of images that get each label and each set of
 labels. A disparity is the highest minus the lowest value among groups, and the highest over the lowest. Groups of few
-pictures differ by chance: `by_chance` is what a difference stays below in 95 % of draws in which the pictures of each
-class are dealt to the groups anew. Groups may differ in the pictures that they happen to have, too.
+images differ by chance: `by_chance` is what a difference stays below in 95 % of draws in which the images of each
+class are reassigned to the groups. Groups may also differ in the images that they happen to have.
 
 The audit measures disparities. Which labels are harmful, to whom, and what difference is too large is for its user to
-say; that no disparity shows for some labels and pictures says nothing about others.
+say; that no disparity shows for some labels and images says nothing about others.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from numpy.typing import ArrayLike
 from clipadapt.backbones import Backbone
 from clipadapt.data import Split
 from clipadapt.errors import DataError
-from clipadapt.evaluation.protocol import Outcome, check, fit, judged
+from clipadapt.evaluation.protocol import Outcome, check, fit, judge
 from clipadapt.methods import Method
 
 
@@ -63,7 +63,7 @@ def candidate_lists(classes: Sequence[str], sets: Mapping[str, Sequence[str]]) -
 
 
 def disparity(by_group: Mapping[str, float]) -> dict[str, Any]:
-    """The largest difference and ratio between two groups; the ratio is None where the lowest value is 0."""
+    """The largest difference and ratio between two groups; the ratio is None if the lowest value is 0."""
     high, low = (choose(by_group, key=by_group.__getitem__) for choose in (max, min))
     top, bottom = by_group[high], by_group[low]
     return {"highest": high, "lowest": low, "difference": top - bottom, "ratio": top / bottom if bottom else None}
@@ -83,20 +83,20 @@ def audit(
 
     Args:
         predicted: (N,) indices into `candidates`.
-        labels: (N,) indices of the true labels, -1 for a picture whose label is not among the candidates: it counts
+        labels: (N,) indices of the true labels, -1 for an image whose label is not among the candidates: it counts
             for the rates, and not for the accuracy.
         groups: N names.
-        sets: name -> labels whose share together is measured; those that are no candidate count as never given.
+        sets: name -> labels whose share together is measure; those that are not candidates count as never given.
         draws: of groups by chance.
 
     Returns:
-        pictures, accuracy, error: by group, accuracy and error None for a group without a picture that could be right;
+        pictures, accuracy, error: by group, accuracy and error None for a group without an image that could be right;
         rates: label -> group -> share, sets: the same; disparities: "accuracy", "error", "label NAME" and "set NAME"
         -> `disparity` with `by_chance`. Labels that are never given are left out.
     """
     predicted, labels = np.asarray(predicted), np.asarray(labels)
     if not len(predicted) or not len(predicted) == len(labels) == len(groups):
-        raise DataError("An audit needs at least one picture, and a label and a group for each.")
+        raise DataError("An audit needs at least one image, and a label and a group for each.")
     names = list(dict.fromkeys(groups))
     place = np.array([names.index(group) for group in groups])  # (N,)
     given = {f"label {candidates[i]}": predicted == i for i in np.unique(predicted)}
@@ -111,7 +111,7 @@ def audit(
         with np.errstate(invalid="ignore"):
             return np.bincount(place[among], hits[among], len(names)) / np.bincount(place[among], minlength=len(names))
 
-    def measured(hits: np.ndarray, among: np.ndarray) -> tuple[dict[str, float | None], dict[str, Any] | None]:
+    def measure(hits: np.ndarray, among: np.ndarray) -> tuple[dict[str, float | None], dict[str, Any] | None]:
         found = shares(hits, among, place)
         by_group = {name: None if np.isnan(v) else float(v) for name, v in zip(names, found, strict=True)}
         known = {name: value for name, value in by_group.items() if value is not None}
@@ -130,17 +130,17 @@ def audit(
         "disparities": {},
     }
     for what, hits in (("accuracy", right), ("error", ~right)):
-        found[what], found["disparities"][what] = measured(hits, can_be_right)
+        found[what], found["disparities"][what] = measure(hits, can_be_right)
     for what, hits in given.items():
         kind, name = what.split(" ", 1)
-        by_group, found["disparities"][what] = measured(hits, everyone)
+        by_group, found["disparities"][what] = measure(hits, everyone)
         found["rates" if kind == "label" else "sets"][name] = by_group
         found["overall"][what] = float(hits.mean())
     return found
 
 
 def _dealt(place: np.ndarray, labels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """The groups (N,) dealt anew among the pictures of each class."""
+    """The groups (N,) reassigned among the images of each class."""
     dealt = place.copy()
     for label in np.unique(labels):
         members = np.flatnonzero(labels == label)
@@ -174,7 +174,7 @@ def run(
     plain = {} if support is not None else {"class_names": test.class_names}
     model, seconds = fit(method, backbone, support, **plain)
     among = _chooser(model, backbone)
-    figures, classes, details = judged(model, test)
+    figures, classes, details = judge(model, test)
     found = {}
     for name, candidates in lists.items():
         chosen = model if name == "classes" else among(candidates)
@@ -188,7 +188,7 @@ def run(
 
 
 def _chooser(model: Method, backbone: Backbone) -> Callable[[list[str]], Method]:
-    """Candidate labels -> the model that chooses among them; one that learns from names alone is made anew."""
+    """Candidate labels -> the model that chooses among them; one that learns from names alone is fitted again."""
     if model.card.new_classes:
         return model.with_classes
     return lambda candidates: replace(model).fit(backbone, class_names=candidates)

@@ -1,10 +1,10 @@
-"""Common corruptions: learn from clean pictures, be judged on clean ones and on the same ones corrupted.
+"""Common corruptions: learn from clean images, be judged on clean ones and on the same ones corrupted.
 
-Kinds and severities are those of ImageNet-C (arXiv 1903.12261; see `data.corruptions`). Pictures larger than what the
+Kinds and severities are those of ImageNet-C (arXiv 1903.12261; see `data.corruptions`). Images larger than what the
 model sees are shrunk to that size first, so that it sees the published strength. "corrupted" is the mean accuracy over
 kinds and severities, every one counting the same; the published mCE, which relates errors to those of AlexNet, is not
 given. `kinds` are "all", names of groups (noise, blur, weather, digital) or kinds; in a suite, a list of lists, since
-a list stands for cells of their own. `limit`: so many test pictures of each class at most, the same for every seed.
+a list makes separate cells. `limit`: at most this many test images per class, the same for every seed.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from clipadapt.backbones import Backbone
 from clipadapt.data import Split
 from clipadapt.data.corruptions.kinds import SEVERITIES, corrupted, kinds_of
 from clipadapt.data.items import FeatureItem
-from clipadapt.evaluation.protocol import NotApplicable, Outcome, fit, judged
+from clipadapt.evaluation.protocol import NotApplicable, Outcome, fit, judge
 from clipadapt.methods import Method
 
 
@@ -33,7 +33,7 @@ def run(
     severities: int | Sequence[int] = SEVERITIES,
     limit: int | None = None,
 ) -> Outcome:
-    """Figures of `judged` on the clean test images, and "corrupted": the mean accuracy over kinds and severities.
+    """Figures of `judge` on the clean test images, and "corrupted": the mean accuracy over kinds and severities.
 
     Args:
         shots: images of each class to learn from, as they are.
@@ -52,7 +52,7 @@ def run(
         for level in levels
     }
     model, seconds = fit(method, backbone, split.train.few_shot(shots, seed=seed))
-    figures, classes, details = judged(model, test)
+    figures, classes, details = judge(model, test)
     labels = np.array(test.labels)
     found = {
         place: float((model.image_logits(data)[0].argmax(1).numpy() == labels).mean()) for place, data in plan.items()

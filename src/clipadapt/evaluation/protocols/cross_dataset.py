@@ -1,6 +1,6 @@
 """Cross data set: learn one data set, be judged on others by their class names alone (arXiv 2203.05557, section 4.2).
 
-`targets` are definitions' names; their files lie where those of the suite do.
+`targets` are definitions' names; their files are in the suite's data folder.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from clipadapt.data import Split
 from clipadapt.data.definitions.definition import load
 from clipadapt.errors import DataError
 from clipadapt.evaluation.choosing import SEED, with_chosen
-from clipadapt.evaluation.protocol import Outcome, check, fit, judged
+from clipadapt.evaluation.protocol import Outcome, check, fit, judge
 from clipadapt.methods import Method
 
 
@@ -30,7 +30,7 @@ def run(
     targets: Sequence[str] = (),
     choose: Mapping[str, Sequence[Any]] | None = None,
 ) -> Outcome:
-    """Figures of `judged` on the test part, "on NAME" for each target, and "others": their mean.
+    """Figures of `judge` on the test part, "on NAME" for each target, and "others": their mean.
 
     Args:
         shots: images of each class to learn from.
@@ -45,13 +45,13 @@ def run(
         aside = split.train.few_shot(shots, seed=SEED)
         method, chosen["chosen"] = with_chosen(method, backbone, split.train, aside, choose)
     model, seconds = fit(method, backbone, split.train.few_shot(shots, seed=seed))
-    figures, classes, details = judged(model, split.test)
+    figures, classes, details = judge(model, split.test)
     there: dict[str, float] = {}
     for name in targets:
         test = load(name).split.test
         other = model.with_classes(test.class_names) if method.card.new_classes else None
-        if other is None:  # a method that learns nothing is made anew
+        if other is None:  # a method that learns nothing is made again
             other, _ = fit(replace(method), backbone, None, class_names=test.class_names)
-        there[name] = judged(other, test)[0]["accuracy"]
+        there[name] = judge(other, test)[0]["accuracy"]
     figures |= {"others": fmean(there.values())} | {f"on {Path(name).stem}": value for name, value in there.items()}
     return Outcome(figures, model, seconds, classes, details | chosen)

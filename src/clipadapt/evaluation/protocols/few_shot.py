@@ -15,7 +15,7 @@ from typing import Any
 from clipadapt.backbones import Backbone
 from clipadapt.data import Split
 from clipadapt.evaluation.choosing import SEED, with_chosen
-from clipadapt.evaluation.protocol import Outcome, fit, judged
+from clipadapt.evaluation.protocol import Outcome, fit, judge
 from clipadapt.evaluation.selection import select
 from clipadapt.methods import Method, create
 from clipadapt.methods.recipe import recipe
@@ -32,7 +32,7 @@ def run(
     search: bool = False,
     choose: Mapping[str, Sequence[Any]] | None = None,
 ) -> Outcome:
-    """Figures of `judged` on the test part.
+    """Figures of `judge` on the test part.
 
     Args:
         shots: images of each class to learn from.
@@ -56,5 +56,5 @@ def run(
         details["searched"] = {name: best.hyperparameters[name] for name in method.search_space}
     more: dict[str, Any] = {"val": held_out} if val else {}
     model, seconds = fit(method, backbone, support, **more)
-    figures, classes, shown = judged(model, split.test)
+    figures, classes, shown = judge(model, split.test)
     return Outcome(figures, model, seconds, classes, shown | details)

@@ -1,6 +1,6 @@
 """Wrong labels: a share of the support set is given another class, uniformly (symmetric noise).
 
-The same pictures and the same wrong labels for every method; the count of wrong ones is rounded over the whole set.
+The same images and the same wrong labels for every method; the count of wrong ones is rounded over the whole set.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import numpy as np
 
 from clipadapt.backbones import Backbone
 from clipadapt.data import Dataset, Split
-from clipadapt.evaluation.protocol import Outcome, check, fit, judged
+from clipadapt.evaluation.protocol import Outcome, check, fit, judge
 from clipadapt.methods import Method
 
 
@@ -26,7 +26,7 @@ def with_wrong_labels(support: Dataset, share: float, seed: int) -> Dataset:
 
 
 def run(method: Method, backbone: Backbone, split: Split, seed: int, *, shots: int = 16, noise: float = 0.2) -> Outcome:
-    """Figures of `judged` on the test part.
+    """Figures of `judge` on the test part.
 
     Args:
         shots: images of each class to learn from, those with wrong labels included.
@@ -35,5 +35,5 @@ def run(method: Method, backbone: Backbone, split: Split, seed: int, *, shots: i
     check(method, backbone, from_labels=True)
     support = with_wrong_labels(split.train.few_shot(shots, seed=seed), noise, seed)
     model, seconds = fit(method, backbone, support)
-    figures, classes, details = judged(model, split.test)
+    figures, classes, details = judge(model, split.test)
     return Outcome(figures, model, seconds, classes, details)

@@ -1,17 +1,17 @@
-"""Several objects: which of them does each tower see, by size in a picture and by mention in a text?
+"""Several objects: which of them does each tower see, by size in an image and by mention in a text?
 
 The probes of Abbasi et al., "CLIP Under the Microscope: A Fine-Grained Analysis of Multi-Object Representation" (arXiv
 2502.19842), which found that image towers favour large objects and text towers those mentioned first. Read were the
-abstract and the official code (clip-oscope/clip-oscope), whose probes these are; pictures come from the playground
-instead of its rendered data sets. A picture shows 2 to 4 objects of different kinds in the corners, one large (0.52 to
+abstract and the official code (clip-oscope/clip-oscope), whose probes these are; images come from the playground
+instead of its rendered data sets. An image shows 2 to 4 objects of different kinds in the corners, one large (0.52 to
 0.58 of the side), the others small (0.24 to 0.28); kinds, colours, styles, and the large one's corner are random.
 
-    named        the kind that the method gives the whole picture, among all kinds: the large object's, or a small one's
+    named        the kind that the method gives the whole image, among all kinds: the large object's, or a small one's
     image probe  a linear classifier of image features for the object in each corner; its accuracy where that object is
                  large, and where it is small (in the official code the large object is always at the same place)
     text probe   a linear classifier of text features for the object at each place of "a X and a Y and a Z"
     retrieval    which object's own text, "a X", is nearest to the whole text: that at the first place, the second ...
-    matching     is the picture nearer to its text than to one with a wrong object? Every kind that is not shown takes
+    matching     is the image nearer to its text than to one with a wrong object? Every kind that is not shown takes
                  the place of an object in turn:
 
                     large first       text: large first        wrong text: the large object, first, is replaced
@@ -44,38 +44,39 @@ from clipadapt.errors import DataError
 from clipadapt.evaluation.protocol import NotApplicable, Outcome, check, fit
 from clipadapt.features import encode_images
 from clipadapt.methods import Method
+from clipadapt.renamed import old_names
 
 # Twelve kinds that the embedded model names best where they are alone.
 KINDS = ("square", "diamond", "ring", "arrow", "spiral", "drop", "gear", "leaf", "carrot", "cat", "ladder", "chair")
 CORNERS = ((-1, -1), (1, -1), (1, 1), (-1, 1))
-LARGE, SMALL = (0.52, 0.58), (0.24, 0.28)  # extent as a share of the picture's side
-TRAINED = 0.75  # share of pictures and texts that probes learn from
+LARGE, SMALL = (0.52, 0.58), (0.24, 0.28)  # extent as a share of the image's side
+TRAINED = 0.75  # share of images and texts that probes learn from
 
 
-class Picture(NamedTuple):
-    """What a picture shows: kinds as indices, the large one first, and the corner that each lies in."""
+class Layout(NamedTuple):
+    """What an image shows: kinds as indices, the large one first, and the corner of each."""
 
     kinds: tuple[int, ...]
     corners: tuple[int, ...]
 
 
-def pictures(n: int, kinds: int, objects: int, seed: int) -> list[Picture]:
-    """`n` pictures of `objects` different ones of so many kinds, in different corners."""
+def layouts(n: int, kinds: int, objects: int, seed: int) -> list[Layout]:
+    """`n` images of `objects` different kinds out of `kinds`, in different corners."""
     rng = np.random.default_rng([seed, objects])
     return [
-        Picture(tuple(rng.permutation(kinds)[:objects].tolist()), tuple(rng.permutation(4)[:objects].tolist()))
+        Layout(tuple(rng.permutation(kinds)[:objects].tolist()), tuple(rng.permutation(4)[:objects].tolist()))
         for _ in range(n)
     ]
 
 
 def draw(
-    picture: Picture, kinds: Sequence[str], styles: Sequence[str], seed: Sequence[int], size: int = 64
+    layout: Layout, kinds: Sequence[str], styles: Sequence[str], seed: Sequence[int], size: int = 64
 ) -> Image.Image:
-    """The picture, of `size` x `size`; colours, style and all else come from `seed`."""
+    """The image, of `size` x `size`; colours, style and all else come from `seed`."""
     rng = np.random.default_rng(seed)
     canvas = 2 * size
     cuts = []
-    for i, (kind, corner) in enumerate(zip(picture.kinds, picture.corners, strict=True)):
+    for i, (kind, corner) in enumerate(zip(layout.kinds, layout.corners, strict=True)):
         middle = [0.5 + d * (0.18 if i == 0 else 0.32) + rng.uniform(-0.015, 0.015) for d in CORNERS[corner]]
         extent = rng.uniform(*(SMALL if i else LARGE))
         colour = list(COLOURS.values())[int(rng.integers(len(COLOURS)))]
@@ -117,12 +118,12 @@ def text_probes(
     return read, (nearest[:, None] == shown).mean(0).tolist()
 
 
-def image_probe(features: Tensor, shown: Sequence[Picture]) -> tuple[float, float]:
+def image_probe(features: Tensor, shown: Sequence[Layout]) -> tuple[float, float]:
     """Accuracy of reading the object in a corner from image features (N, D): (where it is large, where it is small)."""
     hits: dict[bool, list[bool]] = {True: [], False: []}
     train = np.arange(len(shown)) < TRAINED * len(shown)
     for corner in range(len(CORNERS)):
-        rows = np.array([i for i, picture in enumerate(shown) if corner in picture.corners])
+        rows = np.array([i for i, layout in enumerate(shown) if corner in layout.corners])
         place = [shown[i].corners.index(corner) for i in rows]
         labels = np.array([shown[i].kinds[p] for i, p in zip(rows, place, strict=True)])
         right = probe(features[torch.from_numpy(rows)], labels, train[rows])
@@ -132,11 +133,11 @@ def image_probe(features: Tensor, shown: Sequence[Picture]) -> tuple[float, floa
     return float(np.mean(hits[True])), float(np.mean(hits[False]))
 
 
-def matching(backbone: Backbone, features: Tensor, shown: Sequence[Picture], kinds: Sequence[str]) -> dict[str, float]:
+def matching(backbone: Backbone, features: Tensor, shown: Sequence[Layout], kinds: Sequence[str]) -> dict[str, float]:
     """Accuracy of telling the text of image features (N, D) from a wrong one, as the module's docstring says."""
     questions: dict[str, list[tuple[int, str, str]]] = {"large first": [], "small replaced": [], "large last": []}
-    for i, picture in enumerate(shown):
-        first = [kinds[k] for k in picture.kinds]
+    for i, layout in enumerate(shown):
+        first = [kinds[k] for k in layout.kinds]
         last = [first[-1], *first[1:-1], first[0]]  # swapped, as in the official code
         for wrong in (kind for kind in kinds if kind not in first):
             replaced = text_of([*first[:-1], wrong])
@@ -148,9 +149,9 @@ def matching(backbone: Backbone, features: Tensor, shown: Sequence[Picture], kin
     encoded = encode_texts(backbone, texts)  # (T, D)
     found = {}
     for name, asked in questions.items():
-        pictured = features[[i for i, *_ in asked]]
-        its_own = (pictured * encoded[[row[text] for _, text, _ in asked]]).sum(1)
-        another = (pictured * encoded[[row[text] for *_, text in asked]]).sum(1)
+        seen = features[[i for i, *_ in asked]]
+        its_own = (seen * encoded[[row[text] for _, text, _ in asked]]).sum(1)
+        another = (seen * encoded[[row[text] for *_, text in asked]]).sum(1)
         found[name] = float((its_own > another).double().mean())
     return found
 
@@ -187,7 +188,7 @@ def run(
     """
     check(method, backbone, new_classes=True)
     if "texts" not in backbone.capabilities:
-        raise NotApplicable(f"multi-object needs a backbone with texts, which {backbone.source} lacks.")
+        raise NotApplicable(f"multi-object needs a backbone with a tokenizer, which {backbone.source} lacks.")
     if not 2 <= objects <= len(CORNERS) or objects >= len(kinds):
         raise DataError(f"multi-object: objects must be 2, 3 or 4, and fewer than the kinds, not {objects}.")
     if method.card.signal == "none":
@@ -197,19 +198,19 @@ def run(
         model, seconds = fit(method, backbone, split.train.few_shot(shots, seed=seed))
         namer = model.with_classes(kinds)
     towers: Any = model.backbone_
-    shown = pictures(pictures_shown, len(kinds), objects, seed)
+    shown = layouts(pictures_shown, len(kinds), objects, seed)
     items: list[Item] = [
         GeneratedItem(
-            f"{'+'.join(kinds[k] for k in picture.kinds)}/{i}",
-            f"multi-object 1 {VERSION} {picture} {kinds} {styles} {seed} {i}",
-            partial(draw, picture, tuple(kinds), tuple(styles), (seed, i)),
+            f"{'+'.join(kinds[k] for k in layout.kinds)}/{i}",
+            # "Picture" is the old name of `Layout`, kept in this key so that cached features stay valid
+            f"multi-object 1 {VERSION} Picture(kinds={layout.kinds}, corners={layout.corners}) "
+            f"{kinds} {styles} {seed} {i}",
+            partial(draw, layout, tuple(kinds), tuple(styles), (seed, i)),
         )
-        for i, picture in enumerate(shown)
+        for i, layout in enumerate(shown)
     ]
     named = namer.image_logits(items)[0][:, : len(kinds)].argmax(1).tolist()
-    at = [
-        picture.kinds.index(name) if name in picture.kinds else -1 for name, picture in zip(named, shown, strict=True)
-    ]
+    at = [layout.kinds.index(name) if name in layout.kinds else -1 for name, layout in zip(named, shown, strict=True)]
     features = encode_images(towers, items).features
     read_large, read_small = image_probe(features, shown)
     read, nearest = text_probes(towers, kinds, objects, texts, seed)
@@ -231,3 +232,6 @@ def run(
     }
     details = {"text_probe": read, "retrieval": nearest, "matching": matched, "kinds": list(kinds)}
     return Outcome(figures, model, seconds, details=details)
+
+
+__getattr__ = old_names(__name__)

@@ -1,21 +1,21 @@
 """What a model's accuracy hangs on: visual factors, calibration, unknown kinds, shape against surface.
 
 The harness of Tu, Deng and Gedeon, "Toward a Holistic Evaluation of Robustness in CLIP Models" (arXiv 2410.01534), on
-drawn pictures in which everything is known. Only the abstract could be read, and there is no official code: questions
-are theirs, pictures ours. Of their evaluations, retrieval, 3D and language models are not here. Their six factors of
+drawn images in which everything is known. Only the abstract was available, and there is no official code: the questions
+are theirs, the images ours. Of their evaluations, retrieval, 3D and language models are not here. Their six factors of
 influence are what a suite varies: architecture, data, data size and contrastive loss by `backbones`, fine-tuning by
 `methods`, prompts by a method's `templates`.
 
-The classes are those of the cell's data set, which must be the playground's, labelled by kind; no picture of it is
-used. A method learns `shots` plain pictures of each (see `data.playground_factors`), in which a kind wears its own
+The classes are those of the cell's data set, which must be the playground's, labelled by kind; no image of it is
+used. A method learns `shots` plain images of each (see `data.playground_factors`), in which a kind wears its own
 cloth with probability `typical`, as surfaces go with classes in photographs; 0 is the control.
 
-    accuracy, ece, ...  on plain pictures like those learned
+    accuracy, ece, ...  on plain images like those learned
     on <factor>         accuracy where that factor alone is changed; "factors" is the mean over factors
     ece (factors)       calibration error on all of these together
-    auroc               plain pictures against such of unknown kinds, in the classes' cloths, by the largest probability
+    auroc               plain images against images of unknown kinds in the classes' cloths, by the largest probability
     shape bias          where shape and cloth are of different classes: decisions for the shape's class as a share of
-                        decisions for either (Geirhos et al., arXiv 1811.12231); not a number where there is none
+                        decisions for either (Geirhos et al., arXiv 1811.12231); not a number if there are none
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ from clipadapt.backbones import Backbone
 from clipadapt.data import Split
 from clipadapt.data.items import GeneratedItem
 from clipadapt.data.playground.drawing import KINDS
-from clipadapt.data.playground.factors import FACTORS, cue_conflicts, factor_pictures, unknown_kinds
+from clipadapt.data.playground.factors import FACTORS, cue_conflicts, factor_images, unknown_kinds
 from clipadapt.errors import DataError
 from clipadapt.evaluation.protocol import Outcome, figures_of, fit
 from clipadapt.evaluation.protocols.out_of_distribution import auroc, scores
 from clipadapt.methods import Method
 from clipadapt.metrics.calibration import confidences, expected_calibration_error
 
-TEST_SEED = 1_000_003  # far from the seeds of cells, so that no test picture is learned from
+TEST_SEED = 1_000_003  # far from the seeds of cells, so that no test image is learned from
 
 
 def run(
@@ -60,15 +60,15 @@ def run(
     kinds = split.test.class_names
     drawn = all(isinstance(item, GeneratedItem) for item in split.test.items)
     if not drawn or not set(kinds) <= set(KINDS):
-        raise DataError(f"robustness-factors draws its own pictures: of the playground's kinds, not {split.test.name}.")
-    model, seconds = fit(method, backbone, factor_pictures(kinds, shots, typical=typical, seed=seed))
-    plain = factor_pictures(kinds, pictures, typical=typical, seed=TEST_SEED)
+        raise DataError(f"robustness-factors draws its own images: of the playground's kinds, not {split.test.name}.")
+    model, seconds = fit(method, backbone, factor_images(kinds, shots, typical=typical, seed=seed))
+    plain = factor_images(kinds, pictures, typical=typical, seed=TEST_SEED)
     known = model.image_logits(plain)[0]
     figures, classes, details = figures_of(known, plain)
     labels = np.array(plain.labels)
 
     changed = {
-        factor: model.image_logits(factor_pictures(kinds, pictures, factor, typical=typical, seed=TEST_SEED))[0]
+        factor: model.image_logits(factor_images(kinds, pictures, factor, typical=typical, seed=TEST_SEED))[0]
         for factor in FACTORS
     }
     on = {factor: float((logits.argmax(1).numpy() == labels).mean()) for factor, logits in changed.items()}

@@ -1,7 +1,7 @@
-"""Transduction: the pictures to be judged on are given, without labels, while the method learns.
+"""Transduction: the images to be judged on are given, without labels, while the method learns.
 
-`shots` labelled pictures of each class may be given beside them, 0 for none. Methods that cannot learn from unlabelled
-pictures are judged as they are with the same labelled ones, so that the table shows what transduction adds.
+`shots` labelled images of each class may be given in addition, 0 for none. Methods that cannot learn from unlabelled
+images are judged as they are with the same labelled ones, so that the table shows what transduction adds.
 """
 
 from __future__ import annotations
@@ -10,12 +10,12 @@ from typing import Any
 
 from clipadapt.backbones import Backbone
 from clipadapt.data import Split
-from clipadapt.evaluation.protocol import Outcome, fit, judged
+from clipadapt.evaluation.protocol import Outcome, fit, judge
 from clipadapt.methods import Method
 
 
 def run(method: Method, backbone: Backbone, split: Split, seed: int, *, shots: int = 0) -> Outcome:
-    """Figures of `judged` on the test part.
+    """Figures of `judge` on the test part.
 
     Args:
         shots: labelled images of each class to learn from as well; 0 for none.
@@ -25,5 +25,5 @@ def run(method: Method, backbone: Backbone, split: Split, seed: int, *, shots: i
     if method.card.unlabelled:
         more["unlabelled"] = split.test
     model, seconds = fit(method, backbone, support, **more)
-    figures, classes, details = judged(model, split.test)
+    figures, classes, details = judge(model, split.test)
     return Outcome(figures, model, seconds, classes, details)

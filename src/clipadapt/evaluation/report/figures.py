@@ -1,4 +1,4 @@
-"""The pictures of a report, drawn by matplotlib: each function takes a table of figures and gives a Figure."""
+"""The images of a report, drawn by matplotlib: each function takes a table of figures and gives a Figure."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from matplotlib.ticker import LogLocator, NullLocator
 
 from clipadapt.evaluation.statistics import Ranking, bootstrap_interval
 
-# Okabe and Ito's colours, which people with any colour vision can tell apart; markers and lines differ as well.
+# Okabe and Ito's colours, which are distinguishable with any colour vision; markers and lines differ as well.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C6D31", "#7F7F7F", "#B2182B")
 MARKERS = "osD^vPX*<>"
 SIZE = (5.0, 3.6)  # inches: shrunk to a telephone's width, labels of 9 points can still be read
@@ -98,7 +98,7 @@ def pareto(points: Mapping[str, tuple[float, float]], *, x: str, y: str, title: 
     figure.draw_without_rendering()  # settles where things are
     taken: list[Any] = []
     for name in reversed(best):
-        # No method lies above and left of one that none beats; only at the left edge its name must go elsewhere.
+        # No method is above and left of an unbeaten one; only at the left edge must its name go elsewhere.
         spot, box = (points[name][0], 100 * points[name][1]), {"facecolor": "white", "alpha": 0.7, "pad": 0.5, "lw": 0}
         label = axes.annotate(name, spot, (-5, 4), textcoords="offset points", fontsize=8, ha="right", bbox=box)
         label.set_in_layout(False)

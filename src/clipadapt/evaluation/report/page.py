@@ -1,4 +1,4 @@
-"""A suite's results as one page that opens anywhere, with every plot and table also as a file of its own.
+"""A suite's results as one self-contained page, with every plot and table also as a separate file.
 
 `report.html` holds everything (styles, plots as SVG, one short script that sorts tables) and loads nothing. Next to it
 are figures/*.svg and *.png, and tables/*.csv, *.md and *.tex.
@@ -44,7 +44,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Plot:
-    """A plot with the sentence that stands for it where it cannot be seen."""
+    """A plot with the sentence that replaces it where it cannot be seen."""
 
     name: str
     alt: str
@@ -67,9 +67,9 @@ def write_report(rows: Sequence[Row], out: Path, *, title: str, command: str, ce
     from clipadapt.evaluation.report import figures
 
     page = _Page(out, figures, brief=cells_in is not None)
-    own = (".yaml", ".yml")  # a definition of one's own is called by its file's name
+    own = (".yaml", ".yml")  # a user's definition is called by its file's name
     rows = [{**row, "data": Path(row["data"]).stem if row["data"].endswith(own) else row["data"]} for row in rows]
-    groups = _grouped([row for row in rows if "figures" in row])
+    groups = _group([row for row in rows if "figures" in row])
     sections = []
     for (data, backbone, protocol), found in groups.items():
         main = next((name for name in MAIN if name in found[0]["figures"]), next(iter(found[0]["figures"])))
@@ -103,7 +103,7 @@ def write_report(rows: Sequence[Row], out: Path, *, title: str, command: str, ce
 
 
 def check_installed() -> None:
-    """Raise ClipadaptError where what a report needs is not installed."""
+    """Raise ClipadaptError if what a report needs is not installed."""
     for module in ("jinja2", "matplotlib"):
         if find_spec(module) is None:
             raise ClipadaptError(f"A report needs {module}: pip install 'clipadapt[bench]', or give --no-report.")
@@ -137,10 +137,12 @@ class _Page:
                 continue
             blocks = sorted(every)
             means = {m: [fmean(s[b]) for b in blocks] for m, s in complete.items()}
-            found.append(self._ranked(protocol, means, len(blocks), partial))
+            found.append(self._ranking(protocol, means, len(blocks), partial))
         return found
 
-    def _ranked(self, protocol: str, scores: dict[str, list[float]], blocks: int, partial: list[str]) -> dict[str, Any]:
+    def _ranking(
+        self, protocol: str, scores: dict[str, list[float]], blocks: int, partial: list[str]
+    ) -> dict[str, Any]:
         ranking = rank(scores)
         base = scores.get("zero-shot")
         body = []
@@ -166,7 +168,9 @@ class _Page:
         table = self._table(f"ranks {protocol}", caption, head, body)
         plots = []
         if len(ranking.ranks) <= 40:
-            alt = f"Mean ranks of {len(scores)} methods, {next(iter(ranking.ranks))} first; joined ones do not differ."
+            alt = (
+                f"Mean ranks of {len(scores)} methods, {next(iter(ranking.ranks))} first; connected ones do not differ."
+            )
             title = f"{protocol}: mean ranks over {blocks} blocks"
             plots.append(self._plot(f"ranks {protocol}", alt, self.figures.ranks(ranking, title=title)))
         return {
@@ -263,7 +267,7 @@ class _Page:
         if not body:
             return None
         head = ["method", "shots", "metric", "ours", "published", "as", "source", "caveat"]
-        caption = f"{data}: figures that others published, on the backbones that they used; not ours, and not averaged."
+        caption = f"{data}: figures published by others, on their own backbones; not ours, and not averaged."
         return self._table(f"published {data} {protocol}", caption, head, body)
 
     def cells(self, rows: Sequence[Row]) -> Table:
@@ -289,7 +293,7 @@ class _Page:
         if not self.brief:
             figure.savefig(file.with_suffix(".png"), dpi=150)
             file.with_suffix(".svg").write_text(svg, encoding="utf-8")
-        inline = re.sub(r' d="[^"]*"', _rounded, svg[svg.index("<svg") :])
+        inline = re.sub(r' d="[^"]*"', _round, svg[svg.index("<svg") :])
         for mark in ('id="', "url(#", 'href="#'):  # ids must differ between the plots of one page
             inline = inline.replace(mark, f"{mark}{_slug(name)}-")
         return Plot(_slug(name), alt, inline)
@@ -306,8 +310,8 @@ class _Page:
         return Table(_slug(name), caption, head, rows)
 
 
-def _rounded(path: re.Match[str]) -> str:
-    """An outline to a hundredth of a point, which nobody sees."""
+def _round(path: re.Match[str]) -> str:
+    """An outline to a hundredth of a point, which is not visible."""
     return re.sub(r"(\.\d\d)\d+", r"\1", path[0])
 
 
@@ -323,7 +327,7 @@ def _latex(caption: str, head: list[str], rows: list[list[str]]) -> str:
     return "\n".join([*lines, rf"\caption{{{escaped(caption)}}}", r"\end{table}", ""])
 
 
-def _grouped(rows: Iterable[Row]) -> dict[tuple[str, str, str], list[Row]]:
+def _group(rows: Iterable[Row]) -> dict[tuple[str, str, str], list[Row]]:
     return _by(rows, lambda row: (row["data"], row["backbone"], row["protocol"]))
 
 

@@ -1,1 +1,1 @@
-"""Studies of models that are no protocol: attacks, weight lines, surveys, pre-training."""
+"""Studies of models that are not protocols: attacks, weight lines, surveys, pre-training."""

@@ -2,19 +2,19 @@
 
 Liu et al., "Few-shot Adaptation of Multi-modal Foundation Models: A Survey" (arXiv 2401.01736): methods fall into
 prompts, adapters and external knowledge; a bound on the error on the target data has terms for the gap between the
-domains, the capacity of what is trained, and the number of samples. Only the abstract could be read, so the bound's
-terms are measured by stand-ins of ours:
+domains, the capacity of what is trained, and the number of samples. Only the abstract was available, so the bound's
+terms are approximated:
 
     error      1 - accuracy on the test part
-    shots      labelled pictures of a class
-    gap        how far the data's pictures lie from those that stand for the pre-training, in the backbone's features
-               (`proxy_a_distance`; or `mean_distance`, which goes on growing where a linear classifier errs nowhere)
+    shots      labelled images of a class
+    gap        distance of the data's images from those that represent the pre-training, in the backbone's features
+               (`proxy_a_distance`; or `mean_distance`, which keeps growing once a linear classifier makes no errors)
     capacity   numbers that were trained
 
 Each factor is looked at where nothing else changes: shots along the curve of one method on one data set and backbone,
 the gap over data sets for one method and number of shots on one backbone, capacity over methods for one data set,
 backbone and number of shots. In each such block the rank correlation (Spearman) with the error is taken, and averaged
-over the blocks. A correlation over a handful of data sets or methods is weak evidence; a cause it is not.
+over the blocks. A correlation over a handful of data sets or methods is weak evidence, and does not show a cause.
 
     clipadapt bench survey --out survey
     python -m clipadapt.evaluation.studies.survey survey/results.jsonl
@@ -75,7 +75,7 @@ def proxy_a_distance(source: Tensor, target: Tensor, seed: int = 0) -> float:
     """2 (1 - 2 e) in [0, 2], e the error of telling features (N, D) from (M, D) on halves that were not learned from.
 
     Ben-David et al., "Analysis of Representations for Domain Adaptation" (NeurIPS 2006). Both parts count the same,
-    whatever their sizes; 0 where a linear classifier tells nothing, 2 where it errs nowhere.
+    regardless of their sizes; 0 if a linear classifier is at chance, 2 if it makes no errors.
     """
     rng = np.random.default_rng(seed)
     parts = [x[rng.permutation(len(x))].numpy() for x in (source, target)]
@@ -100,11 +100,11 @@ def domain_gaps(
     """The gap of each (data, backbone) of `rows` whose backbone is a model, not published features.
 
     Args:
-        root: where data sets lie.
-        reference: the definition whose training part stands for the pre-training; by default the playground's drawings
+        root: the folder of the data sets.
+        reference: the definition whose training part represents the pre-training; by default the playground's drawings
             of the kinds and styles that the embedded model learned from, which fit this model alone.
         measure: a key of `MEASURES`.
-        most: training pictures of each side, every so manieth.
+        most: at most this many training images per side, evenly strided.
     """
     found = {}
     for data, source in dict.fromkeys((row["data"], row["backbone"]) for row in rows if not row["published"]):
@@ -114,9 +114,9 @@ def domain_gaps(
         else:
             known = load(definition(reference), root).split.train
         features = []
-        for pictures in (known, load(data, root).split.train):
-            every = max(1, math.ceil(len(pictures) / most))
-            features.append(encode_images(backbone, pictures.select(range(0, len(pictures), every))).features)
+        for images in (known, load(data, root).split.train):
+            every = max(1, math.ceil(len(images) / most))
+            features.append(encode_images(backbone, images.select(range(0, len(images), every))).features)
         found[data, source] = MEASURES[measure](*features)
     return found
 

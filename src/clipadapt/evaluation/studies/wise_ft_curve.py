@@ -1,8 +1,8 @@
 """The whole line of WiSE-FT in one pass: accuracies on several data sets for every mixing weight alpha.
 
-Nothing is trained. Each picture is decoded once, each zero-shot classifier encoded once; per alpha only what differs
-is computed: where the image tower is that of the backbone, pictures are encoded once for all of the line. Every figure
-is that of `wise-ft` with this alpha around the same method (Wortsman et al., arXiv 2109.01903). Beside it stands the
+Nothing is trained. Each image is decoded once, each zero-shot classifier encoded once; per alpha only what differs
+is computed: where the image tower is that of the backbone, images are encoded once for all of the line. Every figure
+is that of `wise-ft` with this alpha around the same method (Wortsman et al., arXiv 2109.01903). Next to it is the
 ensemble of outputs that the paper compares with: logits of the two ends, mixed by the same alpha.
 """
 
@@ -63,7 +63,7 @@ def wise_ft_curve(
         data: data sets by name. One whose classes the model knows is judged among all of the model's; of another, the
             classes are judged among themselves, where the model takes new ones (`Card.new_classes`).
         alphas: mixing weights in [0, 1].
-        batch_size: pictures decoded and encoded at a time.
+        batch_size: images decoded and encoded at a time.
 
     Raises:
         ClipadaptError: the model cannot be interpolated, knows other classes, or an argument is out of range.
@@ -72,7 +72,7 @@ def wise_ft_curve(
     if not alphas or not all(0 <= alpha <= 1 for alpha in alphas):
         raise ClipadaptError(f"wise_ft_curve: alphas must be numbers in [0, 1], at least one, not {alphas}.")
     if not data or not all(len(each) for each in data.values()):
-        raise ClipadaptError("wise_ft_curve needs at least one data set, and pictures in each.")
+        raise ClipadaptError("wise_ft_curve needs at least one data set, and images in each.")
     if (model.origin_ or {}).get("fingerprint") != backbone.fingerprint:
         raise ClipadaptError(f"This {model.card.key} was not fitted on {backbone.source}.")
     line = Line.of(model, backbone)
@@ -81,22 +81,22 @@ def wise_ft_curve(
     walker = _Walker(backbone, line)
     weights: dict[str, list[float]] = {}
     outputs: dict[str, list[float]] = {}
-    for name, pictures in data.items():
-        labels, heads = _judged(model, walker, pictures, points)
+    for name, images in data.items():
+        labels, heads = _prepare_heads(model, walker, images, points)
         right = dict.fromkeys(alphas, 0)
         mixed = dict.fromkeys(alphas, 0)
-        for rows, features in walker.encoded(pictures, points, batch_size):
+        for rows, features in walker.encoded(images, points, batch_size):
             logits = {alpha: features[alpha] @ heads[alpha].T for alpha in points}
             for alpha in right:
                 right[alpha] += int((logits[alpha].argmax(1) == labels[rows]).sum())
                 ensemble = output_ensemble(logits[0.0], logits[1.0], alpha)
                 mixed[alpha] += int((ensemble.argmax(1) == labels[rows]).sum())
-        weights[name] = [right[alpha] / len(pictures) for alpha in alphas]
-        outputs[name] = [mixed[alpha] / len(pictures) for alpha in alphas]
+        weights[name] = [right[alpha] / len(images) for alpha in alphas]
+        outputs[name] = [mixed[alpha] / len(images) for alpha in alphas]
     return WiseFtCurve(alphas, weights, outputs)
 
 
-def _judged(
+def _prepare_heads(
     model: Method, walker: _Walker, data: Dataset, points: Sequence[float]
 ) -> tuple[Tensor, dict[float, Tensor]]:
     """Labels (N,) and, by point, the classifier (C, D) that they point into."""
@@ -115,7 +115,7 @@ class _Walker:
 
     def __init__(self, backbone: Backbone, line: Line) -> None:
         self.backbone, self.line = backbone, line
-        self.sees = any(not name.startswith(TOWERS["text"]) for name in line.tuned)  # pictures differently
+        self.sees = any(not name.startswith(TOWERS["text"]) for name in line.tuned)  # images differently
         self.reads = any(not name.startswith(TOWERS["vision"]) for name in line.tuned)  # texts differently
         self.moving = backbone.copy() if self.sees or self.reads else backbone
         self.state = self.moving.model.state_dict()

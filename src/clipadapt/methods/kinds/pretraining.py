@@ -52,7 +52,7 @@ class Pretraining(Method):
         """The numbers of the run: the latest weights, without an average of them."""
         return Recipe(
             steps=self.steps, batch_size=self.batch_size, learning_rate=self.lr, seed=self.seed, precision="fp32",
-            ema_decay=0.0, log_every=1, evaluate_every=0,
+            ema_decay=0.0, log_every=1, evaluate_every=0, workers=0,
         )  # fmt: skip
 
     def _learn(self, model: Backbone, data: TrainingData, run: Run) -> None:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 BLOCK_NUMBERS = 1 << 20  # 4 MB in float32; at 16 MB a search takes three times as long
 BLOCK_QUERIES = 256
-SMALL_ROWS = 4096  # rows that were added stay apart from the others below so many
+SMALL_ROWS = 4096  # added rows are kept separately while they are fewer than this
 
 
 class ExactStore:
@@ -60,7 +60,7 @@ class ExactStore:
         if last is not None and len(last.ids) + len(ids) <= SMALL_ROWS and (last.facts is None) == (facts is None):
             left = last.left()
             ids, rows = np.concatenate([left.ids, ids]), torch.cat([left.vectors, rows])
-            facts = None if facts is None else joined([left.facts, facts])
+            facts = None if facts is None else join_tables([left.facts, facts])
             self._added = self._added[:-1]
         order = np.argsort(ids)
         facts = None if facts is None else facts.take(order)
@@ -109,7 +109,7 @@ class ExactStore:
 
             files |= {"ids.npy": kept.save_array(ids[order]), "vectors.npy": write_vectors}
             if (schema := self._schema()) is not None:
-                facts = joined([nulls(len(s.ids), schema) if s.facts is None else s.facts for s in added])
+                facts = join_tables([nulls(len(s.ids), schema) if s.facts is None else s.facts for s in added])
                 files["facts.parquet"] = kept.save_table(facts.take(order))
         kept.write(self.folder, "exact", self.dim, self._of(), files)
         self._open()
@@ -156,7 +156,7 @@ class ExactStore:
 
 
 class _Segment(NamedTuple):
-    """A stretch of rows that lie together."""
+    """A stretch of adjacent rows."""
 
     ids: np.ndarray  # (n,) int64, ascending
     vectors: Tensor  # (n, D) float16
@@ -229,7 +229,7 @@ def _tensor(mapped: np.ndarray) -> Tensor:
         return torch.from_numpy(mapped)
 
 
-def joined(tables: list[pyarrow.Table]) -> pyarrow.Table:
+def join_tables(tables: list[pyarrow.Table]) -> pyarrow.Table:
     """Facts below each other; a column of nulls takes the type of the others."""
     import pyarrow
 

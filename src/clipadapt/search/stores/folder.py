@@ -20,9 +20,9 @@ FORMAT = 1  # raised when an older version of the library could not read the fol
 
 
 def read(folder: Path, kind: str, dim: int) -> dict[str, Any] | None:
-    """What `store.json` of the folder says; None where nothing was kept yet.
+    """What `store.json` of the folder says; None if nothing was kept yet.
 
-    Raises `ArtifactError` where it is damaged, newer than this version, or of another kind or width.
+    Raises `ArtifactError` if it is damaged, newer than this version, or of another kind or width.
     """
     path = folder / "store.json"
     if folder.exists() and not folder.is_dir():
@@ -55,7 +55,7 @@ def write(
 
     Args:
         of: what the store belongs to, kept as it is.
-        files: by name ("ids.npy"), what writes the file to a path. It gets a name of its own ("ids-1f….npy").
+        files: by name ("ids.npy"), what writes the file to a path. It gets a unique name ("ids-1f….npy").
 
     Returns:
         The new state, as `read` gives it.
@@ -83,7 +83,7 @@ def _files(folder: Path) -> set[str]:
 
 
 def save_array(array: np.ndarray) -> Callable[[Path], None]:
-    """Writes an array as .npy, whatever the path's ending."""
+    """Writes an array as .npy, regardless of the path's suffix."""
 
     def write_to(path: Path) -> None:
         with path.open("wb") as file:
@@ -93,7 +93,7 @@ def save_array(array: np.ndarray) -> Callable[[Path], None]:
 
 
 def load_array(path: Path, *, mapped: bool = False) -> np.ndarray:
-    """An .npy file, mapped if so asked; raises `ArtifactError` where it is damaged."""
+    """An .npy file, mapped if so asked; raises `ArtifactError` if it is damaged."""
     try:
         return np.load(path, mmap_mode="r" if mapped else None, allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
@@ -112,7 +112,7 @@ def save_table(table: pyarrow.Table) -> Callable[[Path], None]:
 
 
 def load_table(path: Path) -> pyarrow.Table:
-    """A Parquet file; raises `ArtifactError` where it is damaged."""
+    """A Parquet file; raises `ArtifactError` if it is damaged."""
     from pyarrow import ArrowException, parquet
 
     try:

@@ -53,7 +53,7 @@ class LanceStore:
             raise ClipadaptError(f"LanceDB cannot open {location}: {error}") from None
         if self._table is not None:
             if VECTOR not in self._table.schema.names:
-                raise ArtifactError(f"The table {TABLE!r} in {location} is none of this program; use another folder.")
+                raise ArtifactError(f"The table {TABLE!r} in {location} is not clipadapt's; use another folder.")
             width = self._table.schema.field(VECTOR).type.list_size
             if width != dim:
                 raise ArtifactError(f"{location} holds vectors of width {width}, not {dim}.")

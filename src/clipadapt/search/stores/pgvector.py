@@ -191,7 +191,7 @@ class PgvectorStore:
         return sql.Identifier(self.table)
 
     def _one(self, command: Any, parameters: tuple[Any, ...] = ()) -> Any:
-        """The first value of a query's first row; None where there is no row."""
+        """The first value of a query's first row; None if there is no row."""
         row = self._connection.execute(command, parameters).fetchone()
         return None if row is None else row[0]
 

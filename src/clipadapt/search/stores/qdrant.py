@@ -35,7 +35,7 @@ class QdrantStore:
         self.dim = dim
         url, self.collection = split_name(location, COLLECTION)
         if location != ":memory:" and not location.startswith(("http://", "https://")):
-            # The client could keep a folder, too, as pickles, and opening one would run whatever is in it.
+            # The client could keep a folder, too, as pickles, and opening one would run any code in it.
             raise ClipadaptError(f"The qdrant store needs the URL of a server, http://host:6333#name, not {location}.")
         try:
             if location == ":memory:":
@@ -44,7 +44,7 @@ class QdrantStore:
                 key = os.environ.get("QDRANT_API_KEY")
                 self._client = QdrantClient(url=url, api_key=key, check_compatibility=False)
             self._made = self._client.collection_exists(self.collection)
-        except Exception as error:  # each of the client's transports has errors of its own
+        except Exception as error:  # each of the client's transports has its own errors
             raise ClipadaptError(f"Qdrant cannot be reached at {url}: {error}") from None
         self._schema: pyarrow.Schema | None = None
         if self._made:

@@ -61,7 +61,7 @@ def open_store(kind: str, location: str | Path, dim: int, embeddings: Embeddings
         location: a folder (exact, usearch, lance), an object store's URI (lance), or a server's URL (pgvector, qdrant),
             where `#name` at the end names the table or collection; `:memory:` (qdrant) keeps nothing.
         dim: D, the width of the vectors.
-        embeddings: whose rows the ids number. The exact store searches them where they lie and keeps only what is
+        embeddings: whose rows the ids number. The exact store searches them in place and keeps only what is
             added to them or deleted; usearch takes facts from their table, unless `add` brings others.
 
     Raises:

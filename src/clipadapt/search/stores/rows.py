@@ -1,4 +1,4 @@
-"""What every store asks of the rows and queries that it is given, and how it answers."""
+"""Checks of the rows and queries given to every store, and the form of its answers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from clipadapt.search.where import without_nan
 if TYPE_CHECKING:
     import pyarrow
 
-ID, VECTOR = "__id", "__vector"  # columns beside the facts, where a store keeps all in one table
+ID, VECTOR = "__id", "__vector"  # columns next to the facts, in stores that keep everything in one table
 
 
 def as_ids(ids: Any) -> np.ndarray:
@@ -30,7 +30,7 @@ def as_ids(ids: Any) -> np.ndarray:
 def as_rows(
     ids: Any, vectors: Any, facts: pyarrow.Table | None, dim: int, known: pyarrow.Schema | None
 ) -> tuple[np.ndarray, np.ndarray, pyarrow.Table | None]:
-    """What `add` is given, checked: ids (n,) int64, vectors (n, dim) float32, facts in the order of `known`'s columns.
+    """`add`'s arguments, checked: ids (n,) int64, vectors (n, dim) float32, facts in the order of `known`'s columns.
 
     `known` is the schema of the facts that the store has so far. Numbers in `facts` that are NaN become null.
     """
@@ -70,12 +70,12 @@ def as_queries(queries: Any, k: int, dim: int) -> np.ndarray:
     if not np.isfinite(queries).all():
         raise ClipadaptError("queries hold values that are not finite.")
     if k < 1:
-        raise ClipadaptError(f"k = {k} neighbours cannot be found; k must be at least 1.")
+        raise ClipadaptError(f"k must be at least 1, not {k}.")
     return queries
 
 
 def nulls(count: int, schema: pyarrow.Schema) -> pyarrow.Table:
-    """Facts of rows of which nothing is known."""
+    """Facts of rows without any."""
     import pyarrow
 
     return pyarrow.table([pyarrow.nulls(count, field.type) for field in schema], schema=schema)
@@ -96,20 +96,20 @@ def vector_array(vectors: np.ndarray) -> pyarrow.Array:
 
 
 def split_name(location: str, default: str) -> tuple[str, str]:
-    """`URL#name` -> (URL, name); the default name where there is none."""
+    """`URL#name` -> (URL, name); the default name if there is none."""
     url, _, name = location.rpartition("#")
     return (url, name) if re.fullmatch(r"[A-Za-z_][\w-]*", name) and url else (location, default)
 
 
 def no_facts() -> ClipadaptError:
     """The error for a condition where nothing is known of the rows."""
-    return ClipadaptError("This store knows only vectors, so that no condition can be tested; add facts to it.")
+    return ClipadaptError("This store has vectors only, so conditions cannot be tested; add facts to it.")
 
 
 def answer(found: list[tuple[Any, Any]], k: int) -> tuple[np.ndarray, np.ndarray]:
     """For each of Q queries the scores and ids of at most k rows -> scores (Q, k) and ids (Q, k), best first.
 
-    Equal scores stand by the lower id; what is missing is -inf and -1.
+    Ties are ordered by id; what is missing is -inf and -1.
     """
     scores = np.full((len(found), k), -np.inf, np.float32)
     ids = np.full((len(found), k), -1, np.int64)

@@ -22,13 +22,13 @@ class VectorStore(Protocol):
         """
 
     def delete(self, ids: np.ndarray) -> None:
-        """Forget these ids; unknown ones are no error."""
+        """Remove these ids; unknown ones are ignored."""
 
     def search(self, queries: np.ndarray, k: int, where: Where | None = None) -> tuple[np.ndarray, np.ndarray]:
         """The nearest of each of the queries (Q, D): scores (Q, k) float32, best first, and ids (Q, k) int64.
 
         Only rows whose facts fulfil `where` count. Where fewer than k are found, the rest is -inf and -1. Equal scores
-        stand by the lower id; which of them is the last to be named only the exact store and pgvector promise.
+        are ordered by id; only the exact store and pgvector guarantee which of them is the last.
         """
 
     def count(self) -> int:

@@ -61,13 +61,13 @@ class UsearchStore:
         self._index.add(ids, vectors)
         if self._facts is not None:
             facts = nulls(len(ids), self._facts.schema) if facts is None else facts
-            self._facts = exact.joined([self._facts, facts])
+            self._facts = exact.join_tables([self._facts, facts])
             self._fact_ids = np.concatenate([self._fact_ids, ids])
 
     def delete(self, ids: np.ndarray) -> None:
         ids = as_ids(ids)
         if self._mapped is not None:
-            self._index = self._restored(self._mapped, view=False)
+            self._index = self._restore(self._mapped, view=False)
             self._mapped = None
         self._changed = True
         self._index.remove(ids)
@@ -81,13 +81,13 @@ class UsearchStore:
         passing = None if where is None else self._passing(where)
         rows = self.count() if passing is None else len(passing)
         fetched = k if passing is None else math.ceil(1.5 * k * self.count() / max(rows, 1))
-        if rows <= 2 * CONNECTIVITY * fetched:  # about as many rows as a walk that fetches so many compares
-            return self._compared(queries, k, passing)
+        if rows <= 2 * CONNECTIVITY * fetched:  # about as many rows as a walk that fetches `fetched` compares
+            return self._compare(queries, k, passing)
         found = [self._among(match, passing, k) for match in self._walk(queries, fetched)]
         scores, ids = answer(found, k)
         lacking = [row for row, (_, some) in enumerate(found) if len(some) < min(k, rows)]
         if lacking:
-            scores[lacking], ids[lacking] = self._compared(queries[lacking], k, passing)
+            scores[lacking], ids[lacking] = self._compare(queries[lacking], k, passing)
         return scores, ids
 
     def count(self) -> int:
@@ -110,7 +110,7 @@ class UsearchStore:
         self._changed = False
         paths = {name: self.folder / file for name, file in state["files"].items()}
         self._mapped = paths["index.usearch"]
-        self._index = self._restored(self._mapped, view=True)
+        self._index = self._restore(self._mapped, view=True)
         if "facts.parquet" in paths:
             self._facts = kept.load_table(paths["facts.parquet"])
             self._fact_ids = kept.load_array(paths["ids.npy"])
@@ -129,7 +129,7 @@ class UsearchStore:
             expansion_search=EXPANSION_SEARCH,
         )
 
-    def _restored(self, path: Path, view: bool) -> Any:
+    def _restore(self, path: Path, view: bool) -> Any:
         from usearch.index import Index
 
         expansions = {"expansion_add": EXPANSION_ADD, "expansion_search": EXPANSION_SEARCH}
@@ -165,7 +165,7 @@ class UsearchStore:
             ids, scores = ids[passes], scores[passes]
         return scores[:k], ids[:k]
 
-    def _compared(self, queries: np.ndarray, k: int, passing: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+    def _compare(self, queries: np.ndarray, k: int, passing: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
         """The nearest of these ids, by comparing all of them."""
         scores, ids = exact.nearest(torch.from_numpy(queries), self._blocks(passing), k)
         return scores.numpy(), ids.numpy()

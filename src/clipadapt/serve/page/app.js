@@ -3,7 +3,7 @@
 
 const CLASSES = 5; // shown of each prediction
 const HITS = 24;
-const AT_ONCE = 4; // pictures under way together: enough for the server to put into one batch
+const AT_ONCE = 4; // images under way together: enough for the server to put into one batch
 const TRIES = 5; // of one request while the server is busy
 const KEY = "clipadapt-key";
 
@@ -12,7 +12,7 @@ const element = (tag, text) => Object.assign(document.createElement(tag), { text
 const copyOf = (template) => $(template).content.firstElementChild.cloneNode(true);
 const count = (number, one, many = `${one}s`) => `${number} ${number === 1 ? one : many}`;
 
-/** What a button does, and its label for those who do not see what it stands beside. */
+/** What a button does, and its label for those who do not see the rest of the page. */
 function arm(button, label, action) {
   button.ariaLabel = label;
   button.addEventListener("click", action);
@@ -24,7 +24,7 @@ let server = { data: [], indexes: [] }; // what /v1/models says
 
 const answerTo = async (path, body, signal) => (await request(path, body, signal)).json();
 
-/** The response to a GET, or to a POST of `body` (a form or an object); throws an Error whose message is for people. */
+/** The response to a GET, or to a POST of `body` (a form or an object); throws an Error whose message is for the user. */
 async function request(path, body, signal) {
   for (let tries = 1; ; tries += 1) {
     const key = sessionStorage.getItem(KEY);
@@ -134,10 +134,10 @@ function fillOther() {
 
 function describeModel({ id, method, classes, revision, multi_label }) {
   const what = method ? `${method}, ${count(classes.length, "class", "classes")}` : "a backbone";
-  return `${id}: ${what}${multi_label ? ", several a picture" : ""}, revision ${short(revision)}`;
+  return `${id}: ${what}${multi_label ? ", several per image" : ""}, revision ${short(revision)}`;
 }
 
-const describeIndex = ({ id, pictures }) => `${id}: an index of ${count(pictures, "picture")}`;
+const describeIndex = ({ id, images }) => `${id}: an index of ${count(images, "image")}`;
 
 const short = (revision) => (revision ?? "").slice(0, 8);
 const modelOf = (id) => server.data.find((model) => model.id === id);
@@ -153,7 +153,7 @@ function showView() {
 
 // -- classify --------------------------------------------------------------------------------------------------------
 
-const pictures = []; // {file, card, answers: one for each model that was asked}
+const images = []; // {file, card, answers: one for each model that was asked}
 let job = newJob();
 
 function newJob() {
@@ -162,8 +162,8 @@ function newJob() {
 
 function add(files) {
   const added = [...files].map((file) => ({ file, card: cardOf(file) }));
-  pictures.push(...added);
-  $("pictures").append(...added.map((picture) => picture.card));
+  images.push(...added);
+  $("images").append(...added.map((image) => image.card));
   $("files").value = ""; // so that the same files can be chosen again
   enqueue(added);
 }
@@ -174,7 +174,7 @@ function cardOf(file) {
   const image = card.querySelector("img");
   image.src = URL.createObjectURL(file);
   image.addEventListener("error", () => image.removeAttribute("src"));
-  arm(card.querySelector(".similar"), `Find pictures similar to ${file.name}`, () => searchLike(file, file.name));
+  arm(card.querySelector(".similar"), `Find images similar to ${file.name}`, () => searchLike(file, file.name));
   return card;
 }
 
@@ -182,17 +182,17 @@ function enqueue(added) {
   if (job.workers === 0) job = newJob();
   job.queue.push(...added);
   job.total += added.length;
-  for (const picture of added) settle(picture, askedModels().map((model) => ({ model })));
+  for (const image of added) settle(image, askedModels().map((model) => ({ model })));
   while (job.workers < Math.min(AT_ONCE, job.total - job.done)) work(job);
   report();
 }
 
 async function work(mine) {
   mine.workers += 1;
-  for (let picture; (picture = mine.queue.shift()); ) {
-    const answers = await Promise.all(askedModels().map((model) => classify(picture.file, model, mine.stop.signal)));
-    if (mine !== job) return; // cancelled, cleared, or asked anew
-    settle(picture, answers);
+  for (let image; (image = mine.queue.shift()); ) {
+    const answers = await Promise.all(askedModels().map((model) => classify(image.file, model, mine.stop.signal)));
+    if (mine !== job) return; // cancelled, cleared, or asked again
+    settle(image, answers);
     mine.done += 1;
     report();
   }
@@ -219,20 +219,20 @@ function stop() {
 
 function askAgain() {
   stop();
-  enqueue(pictures);
+  enqueue(images);
 }
 
 function cancel() {
   stop();
   const cancelled = askedModels().map((model) => ({ model, error: "Cancelled." }));
   const waits = ({ answers }) => answers.every(({ predictions, error }) => !predictions && !error);
-  for (const picture of pictures.filter(waits)) settle(picture, cancelled);
+  for (const image of images.filter(waits)) settle(image, cancelled);
   report();
 }
 
 function clear() {
   stop();
-  for (const { card } of pictures.splice(0)) {
+  for (const { card } of images.splice(0)) {
     URL.revokeObjectURL(card.querySelector("img").src);
     card.remove();
   }
@@ -240,8 +240,8 @@ function clear() {
   $("files").focus();
 }
 
-function settle(picture, answers) {
-  const { file, card } = Object.assign(picture, { answers });
+function settle(image, answers) {
+  const { file, card } = Object.assign(image, { answers });
   card.querySelector(".columns").replaceChildren(...answers.map((answer) => columnOf(file, answer)));
   const tops = answers.map(({ predictions }) => predictions && (predictions[0]?.class ?? "no class"));
   const known = tops.length > 1 && tops.every((top) => top !== undefined);
@@ -253,7 +253,7 @@ function settle(picture, answers) {
     : differ ? `≠ They differ: ${tops[0]} or ${tops[1]}` : `= They agree: ${tops[0]}`;
 }
 
-/** One model's answer to one picture; while it is under way, the place that it will take. */
+/** One model's answer to one image; while it is under way, the place that it will take. */
 function columnOf(file, { model, revision, predictions, error }) {
   const column = copyOf("column-template");
   column.querySelector(".model").textContent = model;
@@ -284,16 +284,16 @@ function report() {
   $("progress").max = Math.max(1, job.total);
   $("progress").value = job.done;
   $("cancel").disabled = !running;
-  $("clear").disabled = pictures.length === 0;
-  $("classify-status").textContent = running ? `${job.done} of ${count(job.total, "picture")} …` : summary();
+  $("clear").disabled = images.length === 0;
+  $("classify-status").textContent = running ? `${job.done} of ${count(job.total, "image")} …` : summary();
 }
 
 function summary() {
-  if (pictures.length === 0) return "No pictures yet.";
-  const failed = pictures.filter(({ answers }) => answers.some((answer) => answer.error)).length;
-  const differ = pictures.filter(({ card }) => card.classList.contains("differ")).length;
+  if (images.length === 0) return "No images yet.";
+  const failed = images.filter(({ answers }) => answers.some((answer) => answer.error)).length;
+  const differ = images.filter(({ card }) => card.classList.contains("differ")).length;
   return [
-    count(pictures.length, "picture"),
+    count(images.length, "image"),
     failed ? `${failed} without an answer` : "",
     $("other").value ? `different answers for ${differ}` : "",
   ].filter(Boolean).join(", ") + ".";
@@ -301,23 +301,23 @@ function summary() {
 
 // -- search ----------------------------------------------------------------------------------------------------------
 
-let like = null; // the picture to search by
+let like = null; // the image to search by
 let lastSearch = new AbortController();
 
-function setLike(picture, name) {
-  URL.revokeObjectURL($("like-picture").src);
-  like = picture;
-  $("like").hidden = picture === null;
+function setLike(image, name) {
+  URL.revokeObjectURL($("like-image").src);
+  like = image;
+  $("like").hidden = image === null;
   $("like-file").value = "";
-  if (picture === null) return;
+  if (image === null) return;
   $("like-name").textContent = name;
-  $("like-picture").src = URL.createObjectURL(picture);
+  $("like-image").src = URL.createObjectURL(image);
 }
 
-function searchLike(picture, name) {
+function searchLike(image, name) {
   location.hash = "#search";
   showView();
-  setLike(picture, name);
+  setLike(image, name);
   $("text").value = $("minus").value = "";
   search();
   $("search-status").scrollIntoView({ block: "center" });
@@ -326,7 +326,7 @@ function searchLike(picture, name) {
 async function search() {
   const text = $("text").value.trim();
   const minus = $("minus").value.split(",").map((word) => word.trim()).filter(Boolean);
-  if (!text && !like) return found("Describe in words what you are looking for, or choose a picture.");
+  if (!text && !like) return found("Describe in words what you are looking for, or choose an image.");
   lastSearch.abort();
   const mine = (lastSearch = new AbortController());
   const index = $("index").value;
@@ -336,7 +336,7 @@ async function search() {
   try {
     const body = like ? formOf({ ...wanted, image: like }) : wanted;
     const { hits } = await answerTo("v1/search", body, mine.signal);
-    found(hits.length ? `${count(hits.length, "picture")}, the best first.` : "No picture fits.");
+    found(hits.length ? `${count(hits.length, "image")}, the best first.` : "No image fits.");
     showHits(hits.map((hit) => hitOf(index, hit, text, mine.signal)));
   } catch (error) {
     if (error.name === "AbortError") return;
@@ -368,11 +368,11 @@ function hitOf(index, { id, score, name, facts }, text, signal) {
 
   async function loadThumbnail() {
     try {
-      const path = `v1/indexes/${encodeURIComponent(index)}/pictures/${id}`;
-      const picture = await (await request(path, null, signal)).blob();
-      card.querySelector("img").src = URL.createObjectURL(picture);
-      arm(card.querySelector(".similar"), `More like ${file}`, () => searchLike(picture, file));
-      arm(card.querySelector(".why"), `Why? Heat map of ${file}`, () => openWhy(picture, file, text));
+      const path = `v1/indexes/${encodeURIComponent(index)}/images/${id}`;
+      const image = await (await request(path, null, signal)).blob();
+      card.querySelector("img").src = URL.createObjectURL(image);
+      arm(card.querySelector(".similar"), `More like ${file}`, () => searchLike(image, file));
+      arm(card.querySelector(".why"), `Why? Heat map of ${file}`, () => openWhy(image, file, text));
       for (const button of card.querySelectorAll("button")) button.disabled = false;
     } catch (error) {
       if (error.name !== "AbortError") card.querySelector(".facts").textContent = error.message;
@@ -383,12 +383,12 @@ function hitOf(index, { id, score, name, facts }, text, signal) {
 // -- why -------------------------------------------------------------------------------------------------------------
 
 const SCALE = [[68, 1, 84], [59, 82, 139], [33, 145, 140], [94, 201, 98], [253, 231, 37]]; // viridis, low to high
-let asked = null; // the picture that the dialog is about
+let asked = null; // the image that the dialog is about
 let heat = null; // {bitmap, box, scores, low, high}: what it shows
 let lastWhy = null; // the question whose answer it waits for
 
-function openWhy(picture, name, text, model = $("model").value || server.data[0].id) {
-  asked = picture;
+function openWhy(image, name, text, model = $("model").value || server.data[0].id) {
+  asked = image;
   $("why-title").textContent = `Why? ${name}`;
   $("why-model").value = model;
   $("why-text").value = text;
@@ -396,7 +396,7 @@ function openWhy(picture, name, text, model = $("model").value || server.data[0]
   heat = null;
   draw();
   $("why-table").replaceChildren();
-  $("why-picture").ariaLabel = "No heat map yet";
+  $("why-image").ariaLabel = "No heat map yet";
   $("why-status").textContent = "Choose a class, or write any text.";
   $("why").showModal();
   explain();
@@ -407,21 +407,21 @@ function fillClasses() {
 }
 
 async function explain() {
-  const [picture, model, text] = [asked, $("why-model").value, $("why-text").value.trim()];
+  const [image, model, text] = [asked, $("why-model").value, $("why-text").value.trim()];
   if (!text) return;
   const mine = (lastWhy = Symbol());
   const wording = modelOf(model).classes.includes(text) ? "class" : "text";
   $("why-status").textContent = "Looking at the patches …";
   try {
-    const form = formOf({ image: picture, model, [wording]: text });
+    const form = formOf({ image: image, model, [wording]: text });
     const { box, scores, score } = await answerTo("v1/explain", form);
-    const bitmap = await createImageBitmap(picture);
+    const bitmap = await createImageBitmap(image);
     if (mine !== lastWhy) return;
     heat = { bitmap, box, scores, low: Math.min(...scores.flat()), high: Math.max(...scores.flat()) };
     $("why-low").textContent = heat.low.toFixed(2);
     $("why-high").textContent = heat.high.toFixed(2);
     $("why-status").textContent = inWords(text, score);
-    $("why-picture").ariaLabel = `Heat map. ${inWords(text, score)}`;
+    $("why-image").ariaLabel = `Heat map. ${inWords(text, score)}`;
     showNumbers();
     draw();
   } catch (error) {
@@ -434,7 +434,7 @@ function inWords(text, score) {
     const row = heat.scores.findIndex((line) => line.includes(value));
     return `row ${row + 1}, column ${heat.scores[row].indexOf(value) + 1} (${value.toFixed(2)})`;
   };
-  return `Similarity to “${text}”: ${score.toFixed(2)} for the whole picture; ` +
+  return `Similarity to “${text}”: ${score.toFixed(2)} for the whole image; ` +
     `highest at ${place(heat.high)}, lowest at ${place(heat.low)}.`;
 }
 
@@ -454,7 +454,7 @@ function showNumbers() {
 }
 
 function draw() {
-  const canvas = $("why-picture");
+  const canvas = $("why-image");
   const context = canvas.getContext("2d");
   context.clearRect(0, 0, canvas.width, canvas.height);
   if (heat === null) return;
@@ -463,7 +463,7 @@ function draw() {
   const [width, height] = [canvas.width, canvas.height] = [bitmap.width * zoom, bitmap.height * zoom].map(Math.round);
   const opacity = $("why-opacity").value / 100;
   context.drawImage(bitmap, 0, 0, width, height);
-  context.globalAlpha = Math.min(1, 2 * opacity); // the picture's own colours would be taken for heat
+  context.globalAlpha = Math.min(1, 2 * opacity); // the image's own colours would be taken for heat
   context.globalCompositeOperation = "saturation";
   context.fillRect(0, 0, width, height);
   context.globalCompositeOperation = "source-over";
@@ -494,7 +494,7 @@ function paint(canvas, values) {
   context.putImageData(image, 0, 0);
 }
 
-// -- what people do --------------------------------------------------------------------------------------------------
+// -- what users do ----------------------------------------------------------------------------------------------------
 
 /** Files that were chosen, dropped or pasted: to be classified, or to search by, whichever is shown. */
 function take(files) {
