@@ -10,7 +10,7 @@ from importlib import import_module
 import pytest
 
 import clipadapt
-from clipadapt.renamed import MODULES, NAMES
+from clipadapt.renamed import MODULES, NAMES, RENAMED, old_argument
 
 
 def run(code: str) -> subprocess.CompletedProcess[str]:
@@ -92,3 +92,24 @@ def test_old_paths_cost_nothing_until_they_are_used():
     done = run("import sys, clipadapt; sys.exit('torch' in sys.modules or 'numpy' in sys.modules)")
     assert done.returncode == 0
     assert clipadapt.renamed.MODULES is MODULES
+
+
+@pytest.mark.parametrize(("module", "old"), [(module, old) for module, names in RENAMED.items() for old in names])
+def test_a_name_that_changed_is_found_under_both(module, old, monkeypatch):
+    home = import_module(module)
+    monkeypatch.delitem(vars(home), old, raising=False)
+    new = RENAMED[module][old]
+    with pytest.warns(FutureWarning, match=f"^{module}.{old} is now {module}.{new}; ") as caught:
+        found = getattr(home, old)
+    assert len(caught) == 1
+    assert found is getattr(home, new)
+
+
+def test_an_argument_that_changed_is_taken_by_both_names():
+    @old_argument("pictures", "images")
+    def count(*, images: int) -> int:
+        return images
+
+    assert count(images=2) == 2
+    with pytest.warns(FutureWarning, match="The argument pictures of count is now images; "):
+        assert count(pictures=3) == 3

@@ -143,6 +143,7 @@ def test_a_thumbnail_is_a_small_jpeg_of_its_row(ask, folders, app, tmp_path):
     assert (answer.headers["content-type"], image.format, image.size) == ("image/jpeg", "JPEG", (32, 32))
     expected = np.asarray(Image.open(BytesIO(folders.images[5])).convert("RGB"), dtype=float).mean((0, 1))
     assert np.abs(np.asarray(image, dtype=float).mean((0, 1)) - expected).max() < 5
+    assert ask("GET", "/v1/indexes/photos/pictures/5").content == answer.content, "the old path"
     assert ask("GET", "/v1/indexes/photos/images/16").status_code == 404
     assert ask("GET", "/v1/indexes/photos/images/-1").status_code == 404
 
