@@ -6,7 +6,7 @@ import pytest
 from typer.testing import CliRunner
 
 from clipadapt.cli.app import app
-from tests.pictures import colours
+from tests.images import colours
 from tests.tiny import tiny_clip
 
 

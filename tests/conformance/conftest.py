@@ -12,7 +12,7 @@ import pytest
 from clipadapt.backbones import Backbone, load_backbone
 from clipadapt.data import Dataset
 from clipadapt.methods import registry
-from tests.pictures import colours
+from tests.images import colours
 from tests.quick import brief, card
 from tests.tiny import tiny_clip
 

@@ -7,7 +7,7 @@ import pytest
 from clipadapt.backbones import load_backbone
 from clipadapt.backbones.families import FAMILIES
 from clipadapt.methods import create
-from tests.pictures import colours
+from tests.images import colours
 from tests.tiny import tiny
 
 METHODS = {

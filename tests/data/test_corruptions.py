@@ -18,7 +18,7 @@ from clipadapt.data.corruptions.kinds import GROUPS, KINDS, PARAMETERS, SEVERITI
 from clipadapt.data.items import FeatureItem
 from clipadapt.errors import ClipadaptError, DataError
 from clipadapt.features import encode_images
-from tests.pictures import colours
+from tests.images import colours
 from tests.tiny import tiny_clip
 
 

@@ -15,7 +15,7 @@ spec = importlib.util.spec_from_file_location("nearest_mean", sys.argv[1])
 spec.loader.exec_module(importlib.util.module_from_spec(spec))
 
 from clipadapt.evaluation.selection import select
-from tests.pictures import colours
+from tests.images import colours
 from tests.tiny import tiny_clip
 
 assert "nearest-mean" in clipadapt.list_methods("nearest*")

@@ -14,7 +14,7 @@ from clipadapt.evaluation.protocol import NotApplicable, options, protocol
 from clipadapt.evaluation.protocols import adversarial
 from clipadapt.evaluation.robustness import NotAttackable, adversarial_accuracy
 from clipadapt.methods import create
-from tests.pictures import colours
+from tests.images import colours
 from tests.tiny import tiny_clip
 
 

@@ -23,7 +23,7 @@ from clipadapt.methods import create
 from clipadapt.methods.card import Card
 from clipadapt.methods.kinds.features import FeatureMethod
 from clipadapt.methods.tasks.classification import Classifier
-from tests.pictures import colours
+from tests.images import colours
 from tests.tiny import tiny_clip
 
 

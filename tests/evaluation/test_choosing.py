@@ -16,7 +16,7 @@ from clipadapt.evaluation.choosing import SEED, with_chosen
 from clipadapt.evaluation.protocol import protocol
 from clipadapt.methods import create
 from clipadapt.metrics.classification import accuracy
-from tests.pictures import colours
+from tests.images import colours
 from tests.tiny import tiny_clip
 
 GRID = {"lr": ["x1", "x10", 1e30]}

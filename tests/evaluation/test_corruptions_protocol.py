@@ -14,7 +14,7 @@ from clipadapt.data.items import FeatureItem
 from clipadapt.errors import ClipadaptError
 from clipadapt.evaluation.protocol import NotApplicable, options, protocol
 from clipadapt.methods import create
-from tests.pictures import colours
+from tests.images import colours
 from tests.tiny import tiny_clip
 
 

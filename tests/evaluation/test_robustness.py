@@ -14,7 +14,7 @@ from clipadapt.errors import ClipadaptError
 from clipadapt.evaluation.robustness import adversarial_accuracy
 from clipadapt.methods import create
 from clipadapt.training.attacks import LEVEL, PixelSpace, pgd
-from tests.pictures import colours
+from tests.images import colours
 from tests.tiny import tiny_clip
 
 

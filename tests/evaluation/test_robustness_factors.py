@@ -22,7 +22,7 @@ from clipadapt.evaluation.protocol import protocol
 from clipadapt.evaluation.protocols.robustness_factors import TEST_SEED
 from clipadapt.methods import create
 from clipadapt.metrics.calibration import confidences, expected_calibration_error
-from tests.pictures import colours
+from tests.images import colours
 
 SOME = ["heart", "ring", "tree", "car", "ladder", "flag"]
 CHANGES = {  # what of an image's look each factor may change

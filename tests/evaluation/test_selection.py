@@ -14,7 +14,7 @@ from clipadapt.evaluation.selection import OverBudget, Trial, contenders, select
 from clipadapt.features import encode_classes, encode_images
 from clipadapt.methods import create, method_class
 from clipadapt.metrics.classification import wilson
-from tests.pictures import colours
+from tests.images import colours
 from tests.tiny import tiny_clip
 
 ONE = {"gda-clip": {"alpha": 1.0}}

@@ -11,7 +11,7 @@ from clipadapt.backbones import load_backbone
 from clipadapt.errors import ClipadaptError
 from clipadapt.evaluation.studies.wise_ft_curve import output_ensemble, wise_ft_curve
 from clipadapt.methods import create
-from tests.pictures import colours
+from tests.images import colours
 from tests.tiny import tiny_clip
 
 ALPHAS = [0.0, 0.3, 0.7, 1.0]

@@ -13,7 +13,7 @@ from clipadapt.errors import ClipadaptError, DataError
 from clipadapt.features import encode_classes, encode_images
 from clipadapt.features.memory import encode_memory
 from clipadapt.features.retrieval import nearest, top
-from tests.pictures import colours
+from tests.images import colours
 from tests.tiny import tiny_clip
 
 

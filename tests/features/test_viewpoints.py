@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from clipadapt.features.viewpoints import turn, turned
-from tests.pictures import colours
+from tests.images import colours
 
 
 def dot(x: float, y: float, size: int = 201) -> Image.Image:

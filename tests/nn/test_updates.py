@@ -21,8 +21,8 @@ from clipadapt.methods.kinds.weights import class_encoder, tower_weights
 from clipadapt.methods.robust_fine_tuning.wise_ft import interpolate
 from clipadapt.nn.updates import Bottlenecks, Full, LinearAdapters, LowRank, Sparse
 from clipadapt.training.loop import seeded
+from tests.images import colours
 from tests.pairs import inject, merged
-from tests.pictures import colours
 from tests.tiny import tiny, tiny_clip
 
 NAMES = ["red cat", "blue dog", "green star"]

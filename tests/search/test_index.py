@@ -18,7 +18,7 @@ from clipadapt.features import encode_images
 from clipadapt.methods import create
 from clipadapt.search import Index, build_index, query_vector
 from clipadapt.search import index as index_module
-from tests.pictures import colours
+from tests.images import colours
 from tests.search.conftest import COLOURS, PER_COLOUR
 from tests.tiny import tiny_clip
 

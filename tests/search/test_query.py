@@ -11,7 +11,7 @@ from clipadapt.backbones import load_backbone
 from clipadapt.errors import ClipadaptError, DataError
 from clipadapt.methods import create
 from clipadapt.search import query_vector
-from tests.pictures import colours
+from tests.images import colours
 from tests.tiny import tiny_clip
 
 

@@ -19,7 +19,7 @@ from clipadapt.serve.app import create_app
 from clipadapt.serve.indexes import Indexes
 from clipadapt.serve.limits import Settings
 from clipadapt.serve.models import Models
-from tests.pictures import colours
+from tests.images import colours
 from tests.tiny import tiny_clip
 
 

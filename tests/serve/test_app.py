@@ -17,7 +17,7 @@ from clipadapt.data import BytesItem
 from clipadapt.search.index import Index
 from clipadapt.search.query import query_vector
 from clipadapt.serve.models import EncodedImage, Explain, Models, Why
-from tests.pictures import colours
+from tests.images import colours
 from tests.quick import quick
 from tests.serve.conftest import files, png, serving, together
 from tests.tiny import tiny_clip

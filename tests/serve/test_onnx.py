@@ -12,7 +12,7 @@ from clipadapt.backbones import load_backbone
 from clipadapt.errors import ArtifactError, ClipadaptError
 from clipadapt.methods import create
 from clipadapt.serve.onnx import OnnxModel, export_onnx
-from tests.pictures import colours
+from tests.images import colours
 from tests.quick import quick
 from tests.tiny import tiny, tiny_clip
 

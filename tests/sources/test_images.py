@@ -19,7 +19,7 @@ from clipadapt.data.playground.drawing import Playground
 from clipadapt.errors import ClipadaptError, DataError
 from clipadapt.features import encode_classes, encode_images
 from clipadapt.sources.images import Drawn, Generated, Given, Retrieved, as_image_source, support_of
-from tests.pictures import colours
+from tests.images import colours
 from tests.tiny import tiny_clip
 
 NAMES = ["red", "green", "blue", "yellow"]

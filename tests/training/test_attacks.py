@@ -12,7 +12,7 @@ from torch.nn.functional import cross_entropy
 from clipadapt.backbones import load_backbone
 from clipadapt.errors import BackboneError
 from clipadapt.training.attacks import LEVEL, PixelSpace, pgd
-from tests.pictures import colours
+from tests.images import colours
 from tests.tiny import tiny_clip
 
 

@@ -13,7 +13,7 @@ from clipadapt.errors import ArtifactError
 from clipadapt.training.loop import Run, batches, seeded, stream, train
 from clipadapt.training.pixels import Pixels
 from clipadapt.training.search import best_on
-from tests.pictures import colours
+from tests.images import colours
 from tests.tiny import tiny_clip
 
 

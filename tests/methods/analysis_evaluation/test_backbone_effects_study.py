@@ -22,8 +22,8 @@ from clipadapt.methods.analysis_evaluation.backbone_effects_study import (
     overlap,
 )
 from clipadapt.methods.artifact import NESTED
+from tests.images import colours
 from tests.methods.test_golden_features import ENCODERS, Case
-from tests.pictures import colours
 from tests.tiny import tiny_clip, tiny_siglip
 
 

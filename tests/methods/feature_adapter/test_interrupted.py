@@ -7,7 +7,7 @@ import torch
 
 from clipadapt.backbones import load_backbone
 from clipadapt.methods import create
-from tests.pictures import colours
+from tests.images import colours
 from tests.tiny import tiny_clip
 
 

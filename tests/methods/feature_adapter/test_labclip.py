@@ -15,7 +15,7 @@ from clipadapt.data import image_list
 from clipadapt.errors import ClipadaptError
 from clipadapt.methods import create
 from clipadapt.methods.feature_adapter.labclip import ATTRIBUTES, contrastive, swapped
-from tests.pictures import colours
+from tests.images import colours
 from tests.tiny import tiny_clip
 
 

@@ -19,7 +19,7 @@ from clipadapt.methods.feature_adapter.mf_adapter import (
     local_logits,
     windows,
 )
-from tests.pictures import colours
+from tests.images import colours
 from tests.tiny import tiny_clip, tiny_siglip
 
 

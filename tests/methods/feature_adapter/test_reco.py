@@ -13,7 +13,7 @@ from clipadapt.errors import ClipadaptError
 from clipadapt.methods import Support, create
 from clipadapt.methods.feature_adapter.reco import Fusion, left_out, loss_of, neighbours
 from clipadapt.training.loop import seeded
-from tests.pictures import colours
+from tests.images import colours
 from tests.tiny import tiny_clip
 
 

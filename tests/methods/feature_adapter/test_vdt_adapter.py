@@ -13,7 +13,7 @@ from clipadapt.backbones import load_backbone
 from clipadapt.errors import ClipadaptError
 from clipadapt.methods import create
 from clipadapt.methods.feature_adapter.vdt_adapter import class_features, dropped, initial, padded
-from tests.pictures import colours
+from tests.images import colours
 from tests.tiny import tiny_clip
 
 DESCRIBED = {

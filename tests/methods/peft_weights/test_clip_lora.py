@@ -14,8 +14,8 @@ from clipadapt.errors import ClipadaptError
 from clipadapt.methods import create, load
 from clipadapt.methods.peft_weights.clip_lora import part_of_tower
 from clipadapt.nn.updates import LowRank
+from tests.images import colours
 from tests.pairs import inject
-from tests.pictures import colours
 from tests.quick import quick
 from tests.tiny import tiny_clip
 

@@ -12,7 +12,7 @@ from clipadapt.backbones import load_backbone
 from clipadapt.features import encode_classes
 from clipadapt.methods import create
 from clipadapt.methods.peft_weights.saft import chosen
-from tests.pictures import colours
+from tests.images import colours
 from tests.tiny import tiny, tiny_clip
 
 QUICK = {"share": 0.01, "epochs": 3, "lr": 1e-2, "batch_size": 5, "min_scale": 1.0}

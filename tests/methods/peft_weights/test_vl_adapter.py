@@ -18,7 +18,7 @@ from clipadapt.methods import create
 from clipadapt.methods.peft_weights.vl_adapter import linear
 from clipadapt.nn.updates import Bottlenecks
 from clipadapt.training.loop import batches, seeded
-from tests.pictures import colours
+from tests.images import colours
 from tests.tiny import tiny, tiny_clip
 
 QUICK = {"lr": 1e-2, "epochs": 4, "batch_size": 6}

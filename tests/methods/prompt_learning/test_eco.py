@@ -12,8 +12,8 @@ from clipadapt.errors import ClipadaptError
 from clipadapt.methods import create
 from clipadapt.training.loop import seeded
 from tests.golden import assert_close
+from tests.images import colours
 from tests.learners import coop
-from tests.pictures import colours
 from tests.tiny import tiny_clip
 
 NAMES = ["red star", "cat", "blue house"]

@@ -11,8 +11,8 @@ from clipadapt.methods import create
 from clipadapt.methods.kinds.prompts import Batch
 from clipadapt.nn.prompts import visual_prompts
 from tests.golden import Golden, assert_close, golden_backbone
+from tests.images import colours
 from tests.methods.prompt_learning.test_golden_promptsrc import VARIANTS, golden_learner
-from tests.pictures import colours
 from tests.tiny import tiny_clip
 
 

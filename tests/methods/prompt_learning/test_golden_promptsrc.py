@@ -18,7 +18,7 @@ from clipadapt.methods.prompt_learning.promptsrc import RegulatedPrompts, mean_t
 from clipadapt.training.averages import Average, gaussian_weights
 from clipadapt.training.loop import Run, train
 from tests.golden import NAMES, Golden, assert_close, golden_backbone
-from tests.pictures import colours
+from tests.images import colours
 from tests.tiny import tiny_clip
 
 VARIANTS = ["shallow", "deep", "deep_words"]

@@ -13,9 +13,9 @@ from clipadapt.features import encode_classes
 from clipadapt.methods import create
 from clipadapt.methods.kinds.prompts import Batch
 from tests.golden import NAMES, Golden, assert_close, golden_backbone
+from tests.images import colours
 from tests.learners import bound
 from tests.methods.prompt_learning.test_golden_promptsrc import VARIANTS, parameter_names
-from tests.pictures import colours
 from tests.tiny import tiny_clip
 
 

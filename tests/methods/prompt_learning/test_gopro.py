@@ -13,8 +13,8 @@ from clipadapt.methods import TrainingData, create
 from clipadapt.methods.kinds.prompts import Batch
 from clipadapt.methods.prompt_learning.gopro import StyleLearner, encode_with_statistics, views_of
 from clipadapt.nn.prompts import word_vectors
+from tests.images import colours
 from tests.learners import coop
-from tests.pictures import colours
 from tests.tiny import tiny_clip
 
 NAMES = ["red", "green", "cat", "small house"]

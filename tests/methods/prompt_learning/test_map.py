@@ -14,7 +14,7 @@ from clipadapt.errors import ClipadaptError
 from clipadapt.methods import create
 from clipadapt.methods.kinds.prompts import Batch
 from clipadapt.methods.prompt_learning.map import GENERIC, AttributeLearner, described
-from tests.pictures import COLOURS, colours
+from tests.images import COLOURS, colours
 from tests.tiny import tiny, tiny_clip
 
 NAMES = ["red", "green", "cat", "small house"]

@@ -17,8 +17,8 @@ from clipadapt.methods.kinds.prompts import Batch
 from clipadapt.methods.prompt_learning.mocoop import MixtureLearner, general_groups, guidance, routing
 from clipadapt.training.loop import seeded
 from tests.golden import assert_close
+from tests.images import colours
 from tests.learners import coop
-from tests.pictures import colours
 from tests.tiny import tiny_clip
 
 NAMES = ["red star", "cat", "blue house"]

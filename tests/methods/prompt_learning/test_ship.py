@@ -19,7 +19,7 @@ from clipadapt.features import encode_classes, encode_images
 from clipadapt.methods import FeatureMethod, create
 from clipadapt.methods.prompt_learning.ship import Ship, Synthesis, sample, synthesis_loss, trained
 from clipadapt.training.loop import Run
-from tests.pictures import colours
+from tests.images import colours
 from tests.tiny import tiny_clip
 
 SMALL = {"encoder_width": 32, "generator_width": 32, "epochs": 5, "batch_size": 8, "n_ctx": 3}

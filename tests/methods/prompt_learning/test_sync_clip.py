@@ -18,7 +18,7 @@ from clipadapt.methods import TrainingData, create
 from clipadapt.methods.artifact import recipe
 from clipadapt.methods.prompt_learning.sync_clip import DomainPrompts, TwoDomains, alignment
 from clipadapt.sources.images import as_image_source
-from tests.pictures import colours
+from tests.images import colours
 from tests.tiny import tiny_clip
 
 SMALL = {"n_ctx": 2, "init": None, "depth": 2, "epochs": 2, "batch_size": 4, "min_scale": 1.0, "lr": 0.01}

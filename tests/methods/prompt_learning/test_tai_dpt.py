@@ -12,7 +12,7 @@ from clipadapt.data import MultiLabelDataset, Playground
 from clipadapt.errors import ClipadaptError
 from clipadapt.methods import create
 from clipadapt.methods.prompt_learning.tai_dpt import Sentences, local_scores, sentences_of
-from tests.pictures import COLOURS, colours
+from tests.images import COLOURS, colours
 from tests.quick import quick
 from tests.tiny import tiny, tiny_clip
 

@@ -12,7 +12,7 @@ from clipadapt.errors import ClipadaptError
 from clipadapt.features import encode_classes
 from clipadapt.methods import create
 from clipadapt.methods.robust_fine_tuning.clipood import margin_logits
-from tests.pictures import colours
+from tests.images import colours
 from tests.tiny import tiny_clip
 
 QUICK = {"epochs": 3, "lr": 1e-3, "batch_size": 8, "min_scale": 1.0}

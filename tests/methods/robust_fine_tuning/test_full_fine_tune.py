@@ -12,7 +12,7 @@ from clipadapt.features import encode_classes
 from clipadapt.methods import create
 from clipadapt.methods.kinds.weights import class_encoder, tower_weights
 from clipadapt.methods.robust_fine_tuning.full_fine_tune import layers_above
-from tests.pictures import colours
+from tests.images import colours
 from tests.tiny import tiny, tiny_clip
 
 QUICK = {"epochs": 2, "lr": 1e-3, "batch_size": 8, "min_scale": 1.0}

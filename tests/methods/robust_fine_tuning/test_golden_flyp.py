@@ -14,7 +14,7 @@ from clipadapt.losses.mpm_nce import mpm_nce
 from clipadapt.methods import create
 from clipadapt.methods.kinds.weights import Captions
 from tests.golden import Golden, assert_close, golden_backbone
-from tests.pictures import colours
+from tests.images import colours
 from tests.tiny import tiny_clip
 
 # Official names of the weights whose gradients are given, ours, and if ours are stored the other way round.

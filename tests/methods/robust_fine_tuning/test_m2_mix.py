@@ -15,7 +15,7 @@ from clipadapt.methods import create
 from clipadapt.methods.robust_fine_tuning.m2_mix import mixed
 from clipadapt.training.loop import batches
 from clipadapt.training.schedules import cosine
-from tests.pictures import colours
+from tests.images import colours
 from tests.tiny import tiny_clip
 
 QUICK = {"lr": 1e-3, "epochs": 3, "batch_size": 6}

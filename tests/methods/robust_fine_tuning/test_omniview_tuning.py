@@ -16,7 +16,7 @@ from clipadapt.features import encode_classes
 from clipadapt.features.viewpoints import turned
 from clipadapt.methods import create
 from clipadapt.methods.robust_fine_tuning.omniview_tuning import aligned, centre, object_numbers
-from tests.pictures import colours
+from tests.images import colours
 from tests.tiny import tiny, tiny_clip
 
 

@@ -16,7 +16,7 @@ from clipadapt.methods.kinds.weights import Captions
 from clipadapt.nn.updates import LinearAdapters
 from clipadapt.training.loop import batches, seeded
 from clipadapt.training.schedules import cosine
-from tests.pictures import colours
+from tests.images import colours
 from tests.tiny import tiny, tiny_clip
 
 QUICK = {"lr": 3e-2, "epochs": 3, "batch_size": 6, "min_scale": 1.0}

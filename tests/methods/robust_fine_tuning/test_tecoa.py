@@ -14,7 +14,7 @@ from clipadapt.features import encode_classes
 from clipadapt.methods import create
 from clipadapt.methods.robust_fine_tuning.tecoa import border, framed_positions, one_hot_head
 from clipadapt.training.attacks import LEVEL, PixelSpace, pgd
-from tests.pictures import colours
+from tests.images import colours
 from tests.tiny import tiny, tiny_clip
 
 FAMILIES = ("clip", "metaclip_2", "siglip", "siglip2", "altclip", "chinese_clip")

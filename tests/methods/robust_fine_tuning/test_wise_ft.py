@@ -10,7 +10,7 @@ import clipadapt
 from clipadapt.backbones import load_backbone
 from clipadapt.errors import ClipadaptError
 from clipadapt.methods import create
-from tests.pictures import colours
+from tests.images import colours
 from tests.tiny import tiny_clip
 
 

@@ -18,9 +18,9 @@ from clipadapt.methods.recipe import recipe
 from clipadapt.methods.training_free_few_shot.caps_adapter import DELTAS, mixed
 from clipadapt.nn.signatures import divergence, official_affinity, official_logits
 from clipadapt.training.cache_search import best_signature_cache, published_grid
+from tests.images import colours
 from tests.methods.test_golden_features import ENCODERS, close
 from tests.methods.training_free_few_shot.test_golden_sus_x import TipXCase, random_case
-from tests.pictures import colours
 from tests.tiny import tiny_clip
 
 

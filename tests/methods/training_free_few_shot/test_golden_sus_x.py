@@ -26,8 +26,8 @@ from clipadapt.nn.signatures import (
 )
 from clipadapt.sources.images import Retrieved
 from clipadapt.training.cache_search import best_signature_cache, published_grid
+from tests.images import colours
 from tests.methods.test_golden_features import ENCODERS, Case, close
-from tests.pictures import colours
 from tests.tiny import tiny_clip
 
 

@@ -16,7 +16,7 @@ from clipadapt.errors import ClipadaptError
 from clipadapt.methods import create
 from clipadapt.methods.recipe import recipe
 from clipadapt.methods.zero_shot_inference.x_more import confidence, mixed, retrieve
-from tests.pictures import colours
+from tests.images import colours
 from tests.tiny import tiny_clip
 
 CAPTIONS = ["a red cat", "a green house", "the blue star", "a small circle", "a large red dog", "a photo of the dog"]

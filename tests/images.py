@@ -1,4 +1,4 @@
-"""Small labelled pictures that tests make."""
+"""Small labelled images that tests make."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ COLOURS = {"red": (200, 30, 30), "green": (30, 160, 40), "blue": (30, 40, 200), 
 
 
 def colours(per_class: int, seed: int, noise: int = 25) -> Dataset:
-    """Noisy plain 32 x 32 pictures of four colours: easy to learn, and no two alike."""
+    """Noisy plain 32 x 32 images of four colours: easy to learn, and no two alike."""
     rng = np.random.default_rng(seed)
     images, labels = [], []
     for label, colour in enumerate(COLOURS.values()):
