@@ -29,7 +29,9 @@ def images():
 
 @pytest.fixture(scope="session")
 def fitted(backbone, images):
-    pairs = image_pairs([(image, f"a {colour} star") for image, colour in zip(images, ["red", "blue"] * 2, strict=True)])
+    pairs = image_pairs(
+        [(image, f"a {colour} star") for image, colour in zip(images, ["red", "blue"] * 2, strict=True)]
+    )
     return cache(lambda key: brief(key).fit(backbone, pairs if card(key).signal == "pairs" else None))
 
 
