@@ -1,7 +1,7 @@
 """How fast pictures become embeddings, beside what a user would write, and what a billion of them would take.
 
     python benchmarks/embed.py PICTURES [--limit N] [--batch-size N] [--threads N] [--device cuda] [--rounds N]
-    python benchmarks/embed.py --fast-decode PICTURES [--limit N] [--backbone SOURCE]
+    python benchmarks/embed.py --fast-decode IMAGES [--limit N] [--backbone SOURCE]
     python benchmarks/embed.py --plan [PAGE]
 
 The first prints JSON lines of one run: clipadapt, a plain `transformers` loop and `sentence-transformers` (where it is

@@ -135,7 +135,9 @@ class Evil:
 
 def test_pickled_objects_are_never_run(tmp_path):
     torch.save({"weight": Evil(tmp_path / "ran")}, tmp_path / "evil.pt")
-    with pytest.raises(BackboneError, match=r"evil\.pt holds pickled objects in addition to tensors, which are never loaded"):
+    with pytest.raises(
+        BackboneError, match=r"evil\.pt holds pickled objects in addition to tensors, which are never loaded"
+    ):
         load_backbone(tmp_path / "evil.pt")
     assert not (tmp_path / "ran").exists()
 

@@ -134,7 +134,7 @@ def test_images_that_are_held_out_are_never_learned_from():
 
 def test_nothing_left_over_is_said(adapt):
     result = adapt("--shots", 8)
-    assert "No image is left over" in result.stdout
+    assert "No images are left" in result.stdout
     assert json.loads(adapt("--shots", 8, "--json").stdout)["held_out"] is None
 
 
@@ -175,10 +175,10 @@ def test_only_models_are_replaced_and_that_is_known_before_the_work(adapt, photo
     monkeypatch.setattr("clipadapt.cli.adapt.read_photos", lambda *_: pytest.fail("the work began"))
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes" / "config.json").write_text('{"model_type": "clip"}')
-    assert "holds other files and no clipadapt model" in adapt(out=tmp_path / "notes", code=1).stderr
+    assert "holds other files and is not a clipadapt model" in adapt(out=tmp_path / "notes", code=1).stderr
     (tmp_path / "file").write_text("text")
     assert "is a file" in adapt(out=tmp_path / "file", code=1).stderr
-    assert "lies among the images" in adapt(out=photos / "model", code=1).stderr
+    assert "is inside the image folder" in adapt(out=photos / "model", code=1).stderr
 
 
 def test_the_model_finds_its_backbone_from_any_folder(run, photos, backbone, tmp_path, monkeypatch):
@@ -209,7 +209,7 @@ def test_an_interrupted_training_goes_on_with_the_same_command(run, adapt, photo
     assert "features and training so far are kept" in result.stderr
     assert not (tmp_path / "model").exists()
     resumed = adapt(*settings, "--json", method="coop", out=tmp_path / "model")
-    assert "an interrupted training is continued" in resumed.stderr
+    assert "an interrupted training run is resumed" in resumed.stderr
     assert steps == [*range(1, 6), *range(6, 13)]  # 2 batches in each of 6 epochs, none of them twice
     assert json.loads(resumed.stdout)["held_out"] == whole["held_out"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "whole"]

@@ -85,8 +85,8 @@ def test_as_an_adapted_model_encodes(run, photos, backbone, model, out, tmp_path
     [
         (["--shard", "3/3"], 2, "'3/3' is not I/N"),
         (["--shard", "0"], 2, "'0' is not I/N"),
-        (["--shard", "0/3", "--jobs", "2"], 2, "leave --shards, --jobs and --ray away"),
-        (["--model", "pets", "--backbone", "embedded"], 2, "leave --backbone away"),
+        (["--shard", "0/3", "--jobs", "2"], 2, "omit --shards, --jobs and --ray"),
+        (["--model", "pets", "--backbone", "embedded"], 2, "omit --backbone"),
         (["--model", "no-model"], 1, "no-model is not a saved model"),
     ],
 )

@@ -81,7 +81,7 @@ def test_of_a_wrapped_method_and_of_one_that_has_nothing_to_choose(backbone, spl
     assert (chosen.method.lr, list(scores)) == (2e-4, ['{"lr": 0.0002}'])
     plain = create("tip-adapter")
     assert with_chosen(plain, backbone, split.train, support, GRID) == (plain, {})
-    with pytest.raises(DataError, match="training images that are not learned from"):
+    with pytest.raises(DataError, match="training images beyond those learned from"):
         with_chosen(inner, backbone, support, support, GRID)
     with pytest.raises(DataError, match=r"choose: .*epochs"):
         with_chosen(inner, backbone, split.train, support, {"epochs": [-1]})

@@ -117,7 +117,7 @@ def test_the_embedded_model():
 def test_what_cannot_be_probed():
     points = PublishedFeatures("points", {kind: np.eye(12)[i] for i, kind in enumerate(KINDS)})
     run = protocol("multi-object")
-    with pytest.raises(NotApplicable, match="texts"):
+    with pytest.raises(NotApplicable, match="tokenizer"):
         run(create("zero-shot"), points, None, 1)
     with pytest.raises(NotApplicable, match="tip-adapter cannot be applied"):
         run(create("tip-adapter"), points, None, 1)

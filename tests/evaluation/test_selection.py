@@ -101,13 +101,13 @@ def test_one_image_a_class_cannot_be_judged(backbone, support):
     selection = select(backbone, support.few_shot(1))
     assert selection.best.key == "tip-adapter"
     assert selection.best.accuracy is None
-    assert "one image of each class" in selection.reason
+    assert "one image per class" in selection.reason
 
 
 def test_what_the_backbone_lacks_is_named(backbone, support, monkeypatch):
     monkeypatch.setattr(Backbone, "capabilities", property(lambda self: frozenset({"texts"})))
     selection = select(backbone, support, keys=["coop", "gda-clip"], folds=2)
-    assert selection.skipped == [("coop", "needs a backbone with prompts")]
+    assert selection.skipped == [("coop", f"coop needs a backbone with prompts; {backbone.source} has texts.")]
 
 
 def test_what_needs_more_than_its_share_gets_what_is_left(backbone, support, monkeypatch):

@@ -20,6 +20,7 @@ class CountingBackbone:
     device = torch.device("cpu")
     image_size = (16, 12)  # (H, W)
     aligned = True
+    kind = "backbone"
 
     def __init__(self, seed: int = 0) -> None:
         self.source = f"counting {seed}"

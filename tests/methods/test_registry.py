@@ -10,7 +10,7 @@ import pytest
 
 import clipadapt
 from clipadapt.errors import ClipadaptError
-from clipadapt.methods import Classifier, FeatureMethod, create, list_methods, method, method_class
+from clipadapt.methods import Classifier, FeatureMethod, create, list_methods, method
 from clipadapt.methods.catalogue import cards, module_of
 from clipadapt.methods.registry import card
 

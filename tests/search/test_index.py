@@ -120,7 +120,7 @@ def test_a_model_that_changes_images_needs_its_own(tiny, tiny_emb, tmp_path):
 
 
 def test_other_backbones_and_models_without_one_are_refused(emb, tiny):
-    with pytest.raises(ArtifactError, match="sees images otherwise"):
+    with pytest.raises(ArtifactError, match="encodes images differently"):
         Index.open(emb, tiny)
     head = create("gda-clip").fit_features(np.eye(4), [0, 1, 2, 3], np.eye(4))
     with pytest.raises(ArtifactError, match="no text tower"):
@@ -241,7 +241,7 @@ def test_an_index_of_older_embeddings_is_refused_and_made_anew(noise, counting, 
 def test_a_store_that_is_gone_is_not_searched(noise, counting):
     build_index(noise, "usearch")
     shutil.rmtree(noise / "index-usearch")
-    with pytest.raises(ArtifactError, match=r"holds nothing.*run `clipadapt index"):
+    with pytest.raises(ArtifactError, match=r"is now empty.*run `clipadapt index"):
         Index.open(noise, counting)
 
 
@@ -266,6 +266,6 @@ def test_damaged_and_newer_notes(noise, counting):
 
 
 def test_passwords_are_not_kept(noise):
-    with pytest.raises(ClipadaptError, match="would keep the password"):
+    with pytest.raises(ClipadaptError, match="would store the password"):
         build_index(noise, "pgvector", "postgresql://me:secret@host/images")
     assert not list(noise.glob("*index.json"))

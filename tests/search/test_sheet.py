@@ -98,7 +98,7 @@ def test_members_of_tar_files_are_found_by_name(tmp_path):
         member.size = len(data.getvalue())
         archive.addfile(member, io.BytesIO(data.getvalue()))
     assert named_image(f"{shard}:x/1.png").open().size == (5, 4)
-    with pytest.raises(DataError, match=r"has no member 2\.png"):
+    with pytest.raises(DataError, match=r"no longer has a member 2\.png"):
         named_image(f"{shard}:2.png")
     with pytest.raises(DataError, match=r"gone\.tar"):
         named_image("gone.tar:1.png")

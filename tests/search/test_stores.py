@@ -239,7 +239,7 @@ def test_facts_follow_their_rows(opened):
 def test_a_condition_needs_facts(opened):
     store = opened()
     store.add(IDS, VECTORS)
-    with pytest.raises(ClipadaptError, match="knows only vectors"):
+    with pytest.raises(ClipadaptError, match="has vectors only"):
         store.search(QUERIES, 1, Where.parse("year > 2020"))
 
 

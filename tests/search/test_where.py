@@ -192,7 +192,7 @@ def test_the_place_of_a_mistake_is_named(condition, place, what):
         ("folder = 5", "'folder' holds text"),
         ("seen = 1", "'seen' holds true or false"),
         ("seen > false", "holds true or false, which > cannot compare"),
-        ("year like '2%'", "'year' holds numbers, and like needs text"),
+        ("year like '2%'", "'year' holds numbers, but like needs text"),
         ("day > '31.1.2020'", "'day' holds dates; write '2020-01-31', not '31.1.2020'"),
         ("day > 2020", "write '2020-01-31', not 2020"),
         ("taken > 'noon'", "or '2020-01-31 18:30'"),
@@ -213,7 +213,7 @@ def test_what_a_column_cannot_be_compared_with_is_refused(condition, what):
 
 def test_depth_is_limited_and_length_is_not():
     for text in ("not " * 5000 + "year = 1", "(" * 5000):
-        with pytest.raises(ClipadaptError, match="nested more than 100 deep"):
+        with pytest.raises(ClipadaptError, match="nested more than 100 levels deep"):
             Where.parse(text)
     assert selected(" or ".join(["year = 2020"] * 3000)) == selected("year = 2020")
 
