@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,21 +26,33 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     ordered = sorted((items[i] for i in places), key=lambda item: str(_params(item).get("key", "")))
     for place, item in zip(places, ordered, strict=True):
         items[place] = item
-    for key in [key for key, cls in registry._METHODS.items() if cls.__module__.startswith("tests.conformance")]:
-        ONLY_HERE[key] = registry._METHODS.pop(key)
 
 
 def _params(item: Any) -> dict[str, Any]:
     return item.callspec.params if hasattr(item, "callspec") else {}
 
 
-@pytest.fixture(scope="package", autouse=True)
-def methods_of_this_folder() -> Iterator[None]:
-    """Other tests do not meet them."""
+@contextmanager
+def with_those_of_this_folder() -> Iterator[None]:
+    """While it lasts, methods that are defined here are registered; others do not meet them."""
     registry._METHODS.update(ONLY_HERE)
-    yield
-    for key in ONLY_HERE:
-        registry._METHODS.pop(key, None)
+    try:
+        yield
+    finally:
+        for key in [key for key, cls in registry._METHODS.items() if cls.__module__.startswith("tests.conformance.")]:
+            ONLY_HERE[key] = registry._METHODS.pop(key)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report() -> Iterator[Any]:
+    with with_those_of_this_folder():
+        return (yield)
+
+
+@pytest.fixture(scope="package", autouse=True)
+def registered() -> Iterator[None]:
+    with with_those_of_this_folder():
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -27,7 +27,7 @@ class Tpt(TestTimeMethod, PromptMethod, Classifier):
 
     n_ctx: int = hyper(4, "context vectors", low=1)
     init: str | None = hyper("a photo of a", "words to start from")
-    views: int = hyper(4, "views of an image, the plain one included", low=1)
+    views: int = hyper(3, "views of an image, the plain one included", low=1)
     steps: int = hyper(1, "steps for an image", low=0)
     lr: float = hyper(5e-3, "AdamW learning rate", low=0)
 
@@ -85,6 +85,7 @@ class Rapf(FeatureMethod, Classifier):
 class LongClip(Pretraining, Retriever):
     """More positions for texts, and training on long captions."""
 
+    batch_size: int = hyper(4, "pairs a step", low=2)
     length: int = hyper(40, "tokens of a text at most", low=17)
 
     def _towers(self, model):

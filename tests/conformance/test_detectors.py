@@ -7,13 +7,11 @@ import pytest
 from PIL import Image
 
 import clipadapt
-from clipadapt.backbones import load_backbone
 from clipadapt.data import as_items
 from clipadapt.errors import ClipadaptError
 from clipadapt.methods import create
 from tests.conformance import doors
 from tests.quick import keys
-from tests.tiny import tiny_clip
 
 KEYS = keys(task="detector")
 
@@ -23,11 +21,6 @@ def image(bright: bool) -> Image.Image:
     if bright:
         pixels[1:4, 2:9] = 230
     return Image.fromarray(pixels)
-
-
-@pytest.fixture(scope="module")
-def backbone():
-    return load_backbone(tiny_clip())
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from tests.tiny import tiny
 
 METHODS = {
     "coop": {"n_ctx": 2, "epochs": 12, "lr": 1e-3},
-    "clip-lora": {"steps_per_shot": 3, "min_scale": 1.0, "lr": 1e-3, "dropout": 0.0},
+    "clip-lora": {"steps_per_shot": 4, "min_scale": 1.0, "lr": 1e-3, "dropout": 0.0},
     "fine-tune": {"epochs": 8, "lr": 1e-3, "min_scale": 1.0},
 }
 
@@ -21,7 +21,7 @@ METHODS = {
 @pytest.mark.parametrize("key", METHODS)
 def test_training_lowers_the_loss(family, key):
     backbone, losses = load_backbone(tiny(family)), []
-    support = colours(4, seed=1)
+    support = colours(2, seed=1)
     model = create(key, **METHODS[key]).fit(backbone, support, report=lambda step: losses.append(step["loss"]))
     assert losses[-1] < losses[0]
-    assert model.predict(support).shape == (16,)
+    assert model.predict(support).shape == (8,)

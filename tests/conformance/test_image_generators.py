@@ -7,12 +7,10 @@ import pytest
 from PIL import Image
 
 import clipadapt
-from clipadapt.backbones import load_backbone
 from clipadapt.errors import ClipadaptError
 from clipadapt.methods import create
 from tests.conformance import doors  # noqa: F401 - registers the methods
 from tests.quick import keys
-from tests.tiny import tiny_clip
 
 KEYS = keys(task="image-generator")
 
@@ -22,11 +20,6 @@ def image(bright: bool) -> Image.Image:
     if bright:
         pixels[1:4, 2:9] = 230
     return Image.fromarray(pixels)
-
-
-@pytest.fixture(scope="module")
-def backbone():
-    return load_backbone(tiny_clip())
 
 
 @pytest.fixture(scope="module")

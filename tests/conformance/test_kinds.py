@@ -199,4 +199,4 @@ def test_what_is_not_pairs_is_refused(backbone, support, pairs):
         with pytest.raises(ClipadaptError, match="test-long-clip learns from images with captions"):
             create("test-long-clip").fit(backbone, wrong)
     with pytest.raises(ClipadaptError, match="fewer than the 64 of a batch"):
-        create("test-long-clip").fit(backbone, pairs)
+        create("test-long-clip", batch_size=64).fit(backbone, pairs)

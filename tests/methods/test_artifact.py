@@ -13,11 +13,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import clipadapt
 from clipadapt.backbones import load_backbone
 from clipadapt.errors import ArtifactError, ClipadaptError
-from clipadapt.methods import Method, create
+from clipadapt.methods import create
 from tests.tiny import tiny_clip, tiny_siglip
 
 
@@ -116,38 +117,44 @@ def test_saving_again_replaces_the_weights(saved):
     assert len(list(saved.glob("*"))) == 2
 
 
+# A process that starts others, which save one model after the other until they are killed.
 SAVER = """
-import sys, torch
+import os, sys, torch
+torch.set_num_threads(1)
 from clipadapt.methods import create
 heads = [create("zero-shot").fit_features(torch.empty(0, 512), [], torch.randn(800, 512)) for _ in range(2)]
-print("ready", flush=True)
-while True:
-    for head in heads:
-        head.save(sys.argv[1])
+for _ in sys.stdin:
+    child = os.fork()
+    while child == 0:
+        for head in heads:
+            head.save(sys.argv[1])
+    print(child, flush=True)
+    os.waitpid(child, 0)
 """
 
 
 def test_killed_while_saving_leaves_a_whole_model(tmp_path):
     """kill -9 at whatever moment: what is there afterwards loads, as one of the two models that were being saved."""
     folder = tmp_path / "model"
-    for delay in (0.01, 0.05, 0.13, 0.22):
-        process = subprocess.Popen([sys.executable, "-c", SAVER, str(folder)], stdout=subprocess.PIPE, text=True)
-        assert process.stdout.readline() == "ready\n"
-        while not (folder / "config.json").exists():
-            time.sleep(0.002)
-        time.sleep(delay)
-        os.kill(process.pid, signal.SIGKILL)
-        process.wait()
-        assert clipadapt.load(folder).logits(np.zeros((1, 512))).shape == (1, 800)
+    command = [sys.executable, "-c", SAVER, str(folder)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        for delay in (0.01, 0.05, 0.13, 0.22):
+            process.stdin.write("save\n")
+            process.stdin.flush()
+            child = int(process.stdout.readline())
+            while not (folder / "config.json").exists():
+                time.sleep(0.002)
+            time.sleep(delay)
+            os.kill(child, signal.SIGKILL)
+            assert clipadapt.load(folder).logits(np.zeros((1, 512))).shape == (1, 800)
+        process.stdin.close()
     create("zero-shot").fit_features(torch.empty(0, 4), [], torch.eye(4)).save(folder)
     assert clipadapt.load(folder).dim_ == 4
 
 
 def test_scores_by_class_name(saved):
     """A data set whose classes come in another order is judged by their names; unknown classes are named."""
-    model: Method = clipadapt.load(saved)
-    from PIL import Image
-
+    model = clipadapt.load(saved)
     images = [Image.new("RGB", (32, 32), colour) for colour in ("red", "green", "blue")]
     names = [model.class_names_[i] for i in model.predict(images)]
     classes = sorted(set(names))

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import subprocess
+import sys
 
 import pytest
 
 import clipadapt
 from clipadapt.errors import ClipadaptError
 from clipadapt.methods import Classifier, FeatureMethod, create, list_methods, method
+from clipadapt.methods.catalogue import cards, module_of
+from clipadapt.methods.registry import card
 
 
 def test_globbing():
@@ -38,6 +42,21 @@ def test_a_key_can_be_taken_only_once():
         @method("zero-shot", title="", arxiv=None)
         class Impostor(FeatureMethod, Classifier):
             pass
+
+
+def test_cards_are_read_without_importing_methods():
+    code = (
+        "import sys; from clipadapt.methods.registry import card, list_methods; "
+        "print(card('tip-adapter').title, len(list_methods()), 'torch' in sys.modules)"
+    )
+    said = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+    assert said == f"{card('tip-adapter').title} {len(cards())} False\n"
+
+
+def test_a_file_is_found_by_its_key():
+    assert module_of("no-such-method") is None
+    assert module_of("lp++") == "clipadapt.methods.feature_adapter.lp_plus_plus"
+    assert all(module_of(key) for key in cards())
 
 
 def test_a_method_is_a_dataclass_of_its_settings():
