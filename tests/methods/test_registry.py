@@ -10,7 +10,7 @@ import pytest
 
 import clipadapt
 from clipadapt.errors import ClipadaptError
-from clipadapt.methods import Classifier, FeatureMethod, create, list_methods, method
+from clipadapt.methods import Classifier, FeatureMethod, catalogue, create, list_methods, method
 from clipadapt.methods.catalogue import cards, module_of
 from clipadapt.methods.registry import card
 
@@ -64,3 +64,38 @@ def test_a_method_is_a_dataclass_of_its_settings():
     assert repr(chosen) == "TipAdapter(templates='photo', alpha=2.0, beta=5.5)"
     assert chosen == create("tip-adapter", alpha=2.0) != create("tip-adapter")
     assert dataclasses.replace(chosen, beta=1.0).alpha == 2.0
+
+
+@pytest.mark.parametrize(
+    ("code", "says"),
+    [
+        (
+            '@method("faulty", titel="")\nclass Faulty(FeatureMethod, Classifier):\n    pass\n',
+            "the card of 'faulty'.*titel",
+        ),
+        ('@method(KEY, title="")\nclass Faulty(FeatureMethod, Classifier):\n    pass\n', "literals"),
+        ('@method("other", title="")\nclass Faulty(FeatureMethod, Classifier):\n    pass\n', r"must be other\.py"),
+    ],
+)
+def test_a_faulty_card_names_its_file(code, says, tmp_path, monkeypatch):
+    folder = tmp_path / "feature_adapter"
+    folder.mkdir()
+    (folder / "faulty.py").write_text(code)
+    monkeypatch.setattr(catalogue, "ROOT", tmp_path)
+    catalogue._files.cache_clear()
+    catalogue.cards.cache_clear()
+    try:
+        with pytest.raises(ClipadaptError, match=rf"faulty\.py: .*{says}"):
+            catalogue.cards()
+    finally:
+        monkeypatch.undo()
+        catalogue._files.cache_clear()
+        catalogue.cards.cache_clear()
+
+
+def test_a_method_needs_a_task():
+    with pytest.raises(ValueError, match="no-task has no task"):
+
+        @method("no-task", title="")
+        class NoTask(FeatureMethod):
+            pass

@@ -13,6 +13,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from clipadapt.errors import ClipadaptError
 from clipadapt.methods.card import Card, card_of
 
 ROOT = Path(__file__).parent
@@ -41,7 +42,12 @@ def cards() -> dict[str, Card]:
         facts = _facts(file)
         if facts is not None:
             key, given, _ = facts
-            found[key] = card_of(key, file.parent.name, _bases(file), given)
+            if stem_of(key) != file.stem:
+                raise ClipadaptError(f"{file}: the method is called {key!r}, so its file must be {stem_of(key)}.py.")
+            try:
+                found[key] = card_of(key, file.parent.name, _bases(file), given)
+            except TypeError as error:
+                raise ClipadaptError(f"{file}: the card of {key!r} is wrong: {error}.") from None
     return dict(sorted(found.items()))
 
 
@@ -58,9 +64,12 @@ def _facts(file: Path) -> tuple[str, dict[str, Any], list[str]] | None:
     found = _CLASS.search(file.read_text(encoding="utf-8"))
     if found is None:
         return None
-    call: Any = ast.parse(found[1].strip().removeprefix("@"), mode="eval").body
-    facts = {keyword.arg: ast.literal_eval(keyword.value) for keyword in call.keywords}
-    return ast.literal_eval(call.args[0]), facts, [name.strip() for name in found[3].split(",") if name.strip()]
+    try:
+        call: Any = ast.parse(found[1].strip().removeprefix("@"), mode="eval").body
+        key, facts = ast.literal_eval(call.args[0]), {k.arg: ast.literal_eval(k.value) for k in call.keywords}
+    except (ValueError, SyntaxError, IndexError) as error:
+        raise ClipadaptError(f"{file}: @method takes a key and facts as literals: {error}.") from None
+    return key, facts, [name.strip() for name in found[3].split(",") if name.strip()]
 
 
 def _bases(file: Path) -> list[str]:

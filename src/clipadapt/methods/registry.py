@@ -31,6 +31,8 @@ def method(key: str, **facts: Any) -> Callable[[M], M]:
         family = facts.get("family", cls.__module__.rpartition(".")[0].rpartition(".")[2])
         names = [base.__name__ for base in cls.__mro__[1:]]
         cls.card = card_of(key, family, names, {k: v for k, v in facts.items() if k != "family"})  # type: ignore[attr-defined]
+        if not cls.card.task and cls.card.kind != "pretraining":  # type: ignore[attr-defined]
+            raise ValueError(f"{key} has no task: one of its bases must be named in TASKS of clipadapt.methods.card.")
         _METHODS[key] = dataclasses.dataclass(kw_only=True)(cls)
         return cls
 
@@ -47,6 +49,8 @@ def card(key: str) -> Card:
     if key in _METHODS:
         return _METHODS[key].card
     if key not in cards():
+        if home := module_of(key):
+            raise ClipadaptError(f"{home} has no class under @method({key!r}, ...), so there is no such method.")
         raise unknown_name("method", key, list_methods())
     return cards()[key]
 
