@@ -8,9 +8,11 @@ import warnings
 from importlib import import_module
 
 import pytest
+import torch
 
 import clipadapt
 from clipadapt.renamed import MODULES, NAMES, RENAMED, old_argument
+from tests.tiny import tiny_clip
 
 
 def run(code: str) -> subprocess.CompletedProcess[str]:
@@ -113,3 +115,14 @@ def test_an_argument_that_changed_is_taken_by_both_names():
     assert count(images=2) == 2
     with pytest.warns(FutureWarning, match="The argument pictures of count is now images; "):
         assert count(pictures=3) == 3
+
+
+def test_old_attributes_of_a_model_are_facts_of_its_encoder():
+    model = clipadapt.create("zero-shot").fit(clipadapt.load_backbone(tiny_clip()), class_names=["red", "blue"])
+    pixels = torch.zeros(1, 3, 32, 32)
+    with pytest.warns(FutureWarning, match=r"ZeroShot.image_tower is now encoder;"):
+        assert model.image_tower() is model.encoder
+    with pytest.warns(FutureWarning, match=r"ZeroShot.encode_pixels is now encoder\.encode;"):
+        assert torch.equal(model.encode_pixels(pixels), model.encoder.encode(pixels))
+    with pytest.warns(FutureWarning, match="image_fingerprint"):
+        assert model.image_fingerprint == model.encoder.image_fingerprint

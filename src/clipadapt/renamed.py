@@ -128,6 +128,22 @@ def old_argument(old: str, new: str) -> Callable[[F], F]:
     return decorate
 
 
+def old_attribute(new: str, get: Callable[[Any], Any]) -> Any:
+    """A property for the old name of an attribute: what `get` gives of the object, with a FutureWarning."""
+
+    class Old:
+        def __set_name__(self, owner: type, name: str) -> None:
+            self.name = name
+
+        def __get__(self, instance: Any, owner: type) -> Any:
+            if instance is None:
+                return self
+            _warn(f"{owner.__name__}.{self.name}", new, stacklevel=3)
+            return get(instance)
+
+    return Old()
+
+
 def _homes(module: str, name: str) -> Iterator[tuple[str, str]]:
     """The modules that may hold what `module.name` was, and its name there."""
     if name in (renamed := RENAMED.get(module, {})):

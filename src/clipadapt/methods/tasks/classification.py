@@ -22,6 +22,7 @@ from clipadapt.methods.base import Method
 from clipadapt.methods.recipe import recipe
 from clipadapt.methods.tasks.labels import OneLabel, SeveralLabels, several, threshold_for
 from clipadapt.methods.training_data import TrainingData
+from clipadapt.renamed import old_attribute
 
 Array = Tensor | np.ndarray
 
@@ -216,6 +217,10 @@ class Classifier(Method):
         if model is None or self.origin_ is None:
             return False
         return not self.plain_texts or model.fingerprint != self.origin_["fingerprint"]
+
+    image_tower = old_attribute("encoder", lambda model: lambda: model.encoder)
+    encode_pixels = old_attribute("encoder.encode", lambda model: model.encoder.encode)
+    image_fingerprint = old_attribute("encoder.image_fingerprint", lambda model: model.encoder.image_fingerprint)
 
     def _adapted_fingerprint(self, model: Any, learned: Mapping[str, Tensor]) -> str:
         """Of an image tower that `learned` tensors change without being weights of `model`."""
