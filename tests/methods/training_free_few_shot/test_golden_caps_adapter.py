@@ -246,7 +246,7 @@ def test_refused(backbone):
         create("caps-adapter", captions=["a"] * 7).fit(backbone, support)
     with pytest.raises(ClipadaptError, match=f"captions has none for {support.items[0].name!r}; add it"):
         create("caps-adapter", captions={"no such": "a"}).fit(backbone, support)
-    with pytest.raises(ClipadaptError, match="list of 8 strings for as many images"):
+    with pytest.raises(ClipadaptError, match="one string per image, a list of 8"):
         create("caps-adapter", captioner=lambda images: "one").fit(backbone, support)
     with pytest.raises(ClipadaptError, match='captioner is "phrases", a hub id or folder'):
         create("caps-adapter", captioner=3).fit(backbone, support)
