@@ -56,7 +56,7 @@ def test_shipped_ones_are_whole(name):
     else:
         (problem,) = check(what, "nowhere")
         assert "lacks" in problem
-        assert "say where" in check(what)[0]
+        assert "needs files on disk" in check(what)[0]
 
 
 def test_the_eleven_and_the_imagenet_family_are_there():

@@ -41,7 +41,7 @@ def test_only_relabels_in_the_order_given(letters):
     assert chosen.labels == [1, 0] * 4
     with pytest.raises(ClipadaptError, match="Unknown class 'f'"):
         letters.only(["a", "f"])
-    with pytest.raises(DataError, match="a class is asked for twice"):
+    with pytest.raises(DataError, match="a class is given twice"):
         letters.only(["a", "a"])
 
 
@@ -141,7 +141,7 @@ def test_a_stream_is_drawn_by_its_seed_alone(letters):
 
 @pytest.mark.parametrize("tasks", [0, 3, -1])
 def test_a_stream_has_at_least_two_classes_a_task(letters, tasks):
-    with pytest.raises(DataError, match=f"5 classes do not make {tasks} tasks; there must be a task, and at least two"):
+    with pytest.raises(DataError, match=f"5 classes cannot be divided into {tasks} tasks; each task needs at least two"):
         letters.stream(tasks)
 
 
@@ -174,8 +174,8 @@ def test_duplicates_are_found_by_content(pets):
     ("fields", "sentence"),
     [
         ({"labels": [0]}, "toys: 2 items but 1 labels"),
-        ({"labels": [0, 2]}, "label 2 does not point into its 2 class names"),
-        ({"labels": [0, -1]}, "label -1 does not point"),
+        ({"labels": [0, 2]}, "label 2 is not an index into its 2 class names"),
+        ({"labels": [0, -1]}, "label -1 is not an index"),
         ({"domains": ["x"]}, "2 items but 1 domains"),
     ],
 )
@@ -200,7 +200,7 @@ def test_labels_may_be_names_numbers_or_arrays():
         ([["cat"], ["cat", "dog"]], None, r"image 0 has the label \['cat'\]"),
         (["cat"], None, "2 items but 1 labels"),
         (["cat", "dgo"], ["cat", "dog"], "Unknown class 'dgo'; did you mean 'dog'?"),
-        ([0, 5], ["cat", "dog"], "label 5 does not point into its 2 class names"),
+        ([0, 5], ["cat", "dog"], "label 5 is not an index into its 2 class names"),
         ([0, 1], "cat", "class_names is the string 'cat'; a list of names is needed"),
     ],
 )

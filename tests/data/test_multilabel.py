@@ -72,8 +72,8 @@ def test_a_image_can_be_in_base_and_in_new(rooms):
     ("fields", "sentence"),
     [
         ({"labels": [frozenset()]}, "toys: 2 items but 1 labels"),
-        ({"labels": [frozenset(), frozenset({0, 2})]}, "label 2 does not point into its 2 class names"),
-        ({"labels": [frozenset({-1}), frozenset()]}, "label -1 does not point"),
+        ({"labels": [frozenset(), frozenset({0, 2})]}, "label 2 is not an index into its 2 class names"),
+        ({"labels": [frozenset({-1}), frozenset()]}, "label -1 is not an index"),
         ({"labels": [frozenset(), 1]}, r"toys: the labels of image 1 are 1; a frozenset is needed"),
         ({"domains": ["x"]}, "2 items but 1 domains"),
     ],
@@ -172,7 +172,7 @@ def test_all_is_decided_by_the_seed(many):
 
 
 def test_impossible_requests_are_refused(rooms):
-    with pytest.raises(DataError, match="test must be a share between 0 and 1"):
+    with pytest.raises(DataError, match="test must be a fraction between 0 and 1"):
         rooms.split(1.0)
     with pytest.raises(DataError, match=r"between 2 and the number of images \(6\), not 7"):
         rooms.folds(7)

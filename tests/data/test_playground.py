@@ -356,9 +356,9 @@ def test_scenes_still_show_what_they_showed_in_version_1():
         (lambda: Playground().scene(0, kinds=("star", "star")), "1 to 9 different kinds, not star, star"),
         (lambda: Playground().scene(0, kinds=KINDS[:10]), "1 to 9 different kinds"),
         (lambda: Playground().scene(0, kinds=()), "1 to 9 different kinds"),
-        (lambda: Playground().scene(0, kinds=("star",), colour="red"), "leaves all but the style to chance"),
-        (lambda: Playground().multilabel(1, kinds=("star", "cat")), "most must lie between 1 and 2, .* not 3"),
-        (lambda: Playground().multilabel(1, most=10), "most must lie between 1 and 9"),
+        (lambda: Playground().scene(0, kinds=("star",), colour="red"), "can fix nothing else but the style"),
+        (lambda: Playground().multilabel(1, kinds=("star", "cat")), "most must be between 1 and 2, .* not 3"),
+        (lambda: Playground().multilabel(1, most=10), "most must be between 1 and 9"),
         (lambda: Playground().dataset(1, by="style"), "Unknown way to label playground images 'style'"),
     ],
 )

@@ -79,7 +79,7 @@ def test_folds_cover_each_image_once_and_are_even():
 def test_impossible_requests_are_refused():
     with pytest.raises(DataError, match="shots must be at least 1, not 0"):
         sample_shots(LABELS, 0, random.Random(0))
-    with pytest.raises(DataError, match=r"test must be a share between 0 and 1 \(such as 0\.3\), not 30"):
+    with pytest.raises(DataError, match=r"test must be a fraction between 0 and 1 \(such as 0\.3\), not 30"):
         stratified_split(LABELS, 30, 0)
     with pytest.raises(DataError, match=r"between 2 and the number of images \(18\), not 1"):
         stratified_folds(LABELS, 1, 0)

@@ -90,7 +90,7 @@ def test_of_equal_scores_the_lower_number_ranks_first():
         ({"image_of": [0.5] * 10}, "10 ints"),
         ({"image_of": [0]}, "10 ints"),
         ({"ks": (0,)}, "at least 1"),
-        ({"texts": unit(0, 10, 5)}, "do not fit together"),
+        ({"texts": unit(0, 10, 5)}, "do not match"),
         ({"texts": np.full((10, 6), np.nan)}, "finite"),
     ],
 )

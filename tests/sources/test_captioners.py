@@ -106,7 +106,7 @@ def test_describe(folder, images):
     assert counts == [OPEN, 100 - OPEN], "few are open at a time"
     assert describe(size, []) == []
     for wrong in (lambda images: "a" * len(images), lambda images: ["a"], lambda images: [1] * len(images)):
-        with pytest.raises(ClipadaptError, match="list of 5 strings for as many images"):
+        with pytest.raises(ClipadaptError, match="one string per image, a list of 5"):
             describe(wrong, items)
 
 

@@ -147,7 +147,7 @@ def test_grounding_dino_scores_each_name_by_its_own_words(dino, image):
         np.testing.assert_allclose(found.scores[found.names == name].max(), expected[best, name], atol=1e-6)
     with pytest.raises(ClipadaptError, match="at most 32 tokens"):
         detector(image, NAMES * 10)
-    with pytest.raises(ClipadaptError, match="no word"):
+    with pytest.raises(ClipadaptError, match="blank name"):
         detector(image, ["cat", "."])
 
 

@@ -63,7 +63,7 @@ def test_image_source_refuses_everything_else(backbone):
     for wrong in (3, None, [Image.new("RGB", (8, 8))], Retrieved):
         with pytest.raises(ClipadaptError, match=r'a Dataset, a folder of classes, "playground", or a callable .* not'):
             as_image_source(wrong, backbone)
-    with pytest.raises(ClipadaptError, match="must give a Dataset, not list"):
+    with pytest.raises(ClipadaptError, match="must return a Dataset, not list"):
         support_of(lambda *_: [], backbone, NAMES, 1, 1)
 
 
@@ -119,11 +119,11 @@ def test_retrieved_by_other_sentences(backbone):
 
 
 def test_retrieved_refuses_a_small_pool(backbone):
-    with pytest.raises(DataError, match="'mine' holds 4 different images; 5 of each class"):
+    with pytest.raises(DataError, match="'mine' holds 4 different images; 5 per class"):
         Retrieved(colours(1, seed=3).items * 2, name="mine", backbone=backbone)(NAMES, 5, 1)
     with pytest.raises(DataError, match="'retrieved' holds 0 different images"):
         Retrieved([], backbone=backbone)(NAMES, 1, 1)
-    with pytest.raises(ClipadaptError, match="Retrieved compares features, so it needs backbone="):
+    with pytest.raises(ClipadaptError, match="Retrieved compares features and needs backbone="):
         Retrieved(colours(1, seed=3))(NAMES, 1, 1)
 
 
@@ -205,7 +205,7 @@ def test_blackened_images_are_left_out(backbone):
 
 def test_generated_refusals(backbone, tmp_path, monkeypatch):
     with pytest.raises(
-        ClipadaptError, match="pipeline must be one of diffusers, or the folder or hub id of one, not 3"
+        ClipadaptError, match="pipeline must be a diffusers pipeline, or the folder or hub id of one, not 3"
     ):
         Generated(3)
     with pytest.raises(ClipadaptError, match="batch_size must be at least 1, not 0"):
@@ -281,5 +281,5 @@ def test_a_pipeline_of_diffusers(diffusion, backbone, tmp_path):
 
 def test_what_is_no_pipeline(backbone, tmp_path):
     pytest.importorskip("diffusers")
-    with pytest.raises(ClipadaptError, match="diffusers can load no text-to-image pipeline from"):
+    with pytest.raises(ClipadaptError, match="diffusers cannot load a text-to-image pipeline from"):
         Generated(tmp_path)(NAMES, 1, 1)
