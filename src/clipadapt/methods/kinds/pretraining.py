@@ -1,6 +1,4 @@
-"""Methods that leave a better backbone: they train both towers on images with captions, and `backbone_` is an ordinary
-`Backbone`, of which `backbone_.save(folder)` writes a plain transformers folder.
-"""
+"""Methods that train both towers on images with captions and leave an ordinary, better `Backbone` in `backbone_`."""
 
 from __future__ import annotations
 
