@@ -49,10 +49,10 @@ def pytest_make_collect_report() -> Iterator[Any]:
         return (yield)
 
 
-@pytest.fixture(scope="package", autouse=True)
-def registered() -> Iterator[None]:
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol() -> Iterator[Any]:  # not a fixture, which those of the session would come before
     with with_those_of_this_folder():
-        yield
+        return (yield)
 
 
 @pytest.fixture(scope="session")

@@ -28,7 +28,7 @@ class Tpt(TestTimeMethod, PromptMethod, Classifier):
     n_ctx: int = hyper(4, "context vectors", low=1)
     init: str | None = hyper("a photo of a", "words to start from")
     views: int = hyper(3, "views of an image, the plain one included", low=1)
-    steps: int = hyper(1, "steps for an image", low=0)
+    updates: int = hyper(1, "steps for an image", low=0)
     lr: float = hyper(5e-3, "AdamW learning rate", low=0)
 
     learner = ContextLearner
@@ -38,7 +38,7 @@ class Tpt(TestTimeMethod, PromptMethod, Classifier):
         with torch.no_grad():
             seen = learner.images(views)  # (V, D)
         with torch.enable_grad():
-            for _ in range(self.steps):
+            for _ in range(self.updates):
                 mean = learner.logits(seen, learner.texts()).softmax(1).mean(0)  # (C,)
                 optimizer.zero_grad()
                 (-mean @ mean.log()).backward()

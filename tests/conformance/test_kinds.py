@@ -43,8 +43,8 @@ def test_images_are_adapted_to_one_by_one_and_leave_no_trace(tpt, queries):
         assert not value.requires_grad
 
 
-def test_zero_steps_are_the_plain_prompt(tpt, backbone, support, queries):
-    plain = create("test-tpt", steps=0).fit(backbone, class_names=support.class_names)
+def test_no_update_is_the_plain_prompt(tpt, backbone, support, queries):
+    plain = create("test-tpt", updates=0).fit(backbone, class_names=support.class_names)
     features = plain.encoder.encode(torch.stack([backbone.preprocess(item.open()) for item in queries.items]))
     texts = torch.stack([plain.encode_class(name) for name in support.class_names])
     expected = (backbone.logit_scale * features @ texts.T).softmax(1)

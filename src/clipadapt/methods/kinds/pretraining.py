@@ -1,6 +1,4 @@
-"""Methods that leave a better backbone: they train both towers on images with captions, and `backbone_` is an ordinary
-`Backbone`, of which `backbone_.save(folder)` writes a plain transformers folder.
-"""
+"""Methods that train both towers on images with captions and leave an ordinary, better `Backbone` in `backbone_`."""
 
 from __future__ import annotations
 
@@ -61,15 +59,10 @@ class Pretraining(Method):
         weights = towers.model.named_parameters()
         locked = () if recipe.towers == "both" else IMAGE_PARTS
         run.trained = sum(weight.numel() for name, weight in weights if not name.startswith(locked))
+        on_log = None if report is None else (lambda line: report({"steps": recipe.steps, **line}))
         with TemporaryDirectory() as aside:
-            trained = train_contrastive(
-                towers,
-                source,
-                recipe,
-                run.folder or aside,
-                objective=self._objective,
-                on_log=None if report is None else lambda line: report({"steps": recipe.steps, **line}),
-            )
+            out, objective = run.folder or aside, self._objective
+            trained = train_contrastive(towers, source, recipe, out, objective=objective, on_log=on_log)
         before = start.weights()
         self.update_ = {n: w.cpu() for n, w in trained.weights().items() if not torch.equal(w, before[n])}
         self._restore(model)
@@ -83,5 +76,5 @@ class Pretraining(Method):
 
     def with_classes(self, class_names: Sequence[str]) -> Any:
         """A zero-shot classifier of these classes by `backbone_`."""
-        model = self._model("it has no towers")
-        return create("zero-shot", templates=self.templates).fit(model, class_names=class_names)
+        zero_shot, model = create("zero-shot", templates=self.templates), self._model("it has no towers")
+        return zero_shot.fit(model, class_names=class_names)
