@@ -141,7 +141,9 @@ def test_a_stream_is_drawn_by_its_seed_alone(letters):
 
 @pytest.mark.parametrize("tasks", [0, 3, -1])
 def test_a_stream_has_at_least_two_classes_a_task(letters, tasks):
-    with pytest.raises(DataError, match=f"5 classes cannot be divided into {tasks} tasks; each task needs at least two"):
+    with pytest.raises(
+        DataError, match=f"5 classes cannot be divided into {tasks} tasks; each task needs at least two"
+    ):
         letters.stream(tasks)
 
 
