@@ -153,8 +153,8 @@ def select(
             except OverBudget as error:
                 late[key] = str(error)
             except (ClipadaptError, FloatingPointError) as error:  # this data or this backbone does not suit it
-                refused[key] = str(error)
-                tell(f"{key}: skipped, {error}")
+                refused[key] = str(error).removeprefix(f"{key}: ")
+                tell(f"{key}: skipped, {refused[key]}")
     if late:
         tell(f"not tried, out of time: {', '.join(late)}")
 

@@ -108,7 +108,7 @@ def test_a_memory_is_needed(backbone):
         create("x-more", memory=[]).fit(backbone, class_names=["red", "green"])
     with pytest.raises(ClipadaptError, match="A memory is"):
         create("x-more", memory=7).fit(backbone, class_names=["red", "green"])
-    with pytest.raises(ClipadaptError, match=r"fit_features\(\.\.\., memory=\)"):
+    with pytest.raises(ClipadaptError, match="features as memory="):
         create("x-more").fit_features(torch.empty(0, 8), [], torch.eye(3, 8))
     with pytest.raises(ClipadaptError, match="memory must have shape"):
         create("x-more").fit_features(torch.empty(0, 8), [], torch.eye(3, 8), memory=torch.ones(2, 7))

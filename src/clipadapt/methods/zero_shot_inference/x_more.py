@@ -111,14 +111,14 @@ class XMoRe(FeatureMethod, Classifier):
     def _extras(self, model: Any, data: TrainingData) -> dict[str, Any]:
         if self.memory is None:
             raise ClipadaptError(
-                "x-more retrieves captions from a memory: set memory to sentences, a file of them, pairs or a data set."
+                "x-more: set memory, the captions to retrieve from: sentences, a file of them, pairs or a data set."
             )
         return {"memory": encode_memory(model, self.memory, self.templates, prefix=self.prefix)}
 
     def _fit(self, support: Support, run: Run) -> None:
         memory = support.extras.get("memory")
         if memory is None:
-            raise ClipadaptError("x-more retrieves captions from a memory: give fit_features(..., memory=).")
+            raise ClipadaptError("x-more: set memory, the captions to retrieve from; fit_features takes their features as memory=.")
         if not isinstance(memory, Mapping):
             texts = unit(memory, "memory", dim=support.texts.shape[1])
             memory = {"texts": texts, "images": texts[:0], "text_of": torch.empty(0, dtype=torch.int64)}
