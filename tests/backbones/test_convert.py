@@ -216,7 +216,7 @@ def test_command(golden, tmp_path):
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 0, result.output
     assert (
-        "pictures of 32 px in patches of 8, features of 32, activation quick_gelu, without a tokenizer" in result.output
+        "images of 32 px in patches of 8, features of 32, activation quick_gelu, without a tokenizer" in result.output
     )
     assert load_backbone(tmp_path / "out").dim == 32
 

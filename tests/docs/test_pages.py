@@ -23,7 +23,7 @@ import typer
 
 from clipadapt.cli.app import app
 from clipadapt.data import Playground
-from clipadapt.methods import list_methods
+from clipadapt.methods.catalogue import cards
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -172,4 +172,4 @@ def test_the_catalogue_is_that_of_the_cards(tmp_path):
 def test_every_method_has_a_row_of_evidence():
     """`zero-shot` is what the others are compared with."""
     rows = re.findall(r"^\| `([^`]+)` \|", (ROOT / "docs" / "evidence.md").read_text(), re.MULTILINE)
-    assert set(rows) == set(list_methods()) - {"zero-shot"}
+    assert set(rows) == set(cards()) - {"zero-shot"}
