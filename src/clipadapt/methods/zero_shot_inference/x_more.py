@@ -118,7 +118,9 @@ class XMoRe(FeatureMethod, Classifier):
     def _fit(self, support: Support, run: Run) -> None:
         memory = support.extras.get("memory")
         if memory is None:
-            raise ClipadaptError("x-more: set memory, the captions to retrieve from; fit_features takes their features as memory=.")
+            raise ClipadaptError(
+                "x-more: set memory, the captions to retrieve from; fit_features takes their features as memory=."
+            )
         if not isinstance(memory, Mapping):
             texts = unit(memory, "memory", dim=support.texts.shape[1])
             memory = {"texts": texts, "images": texts[:0], "text_of": torch.empty(0, dtype=torch.int64)}
