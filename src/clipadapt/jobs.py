@@ -14,6 +14,7 @@ from __future__ import annotations
 import multiprocessing
 import sys
 import threading
+import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import Any, TypeVar
@@ -101,6 +102,8 @@ class Processes:
             process.kill()
         for process in self._started:
             process.join()
+            while process.exitcode is None:  # the thread that has waited for it, too, is about to say how it ended
+                time.sleep(0.001)
 
 
 def _serve(pipe: Any, make: Callable[[], Work]) -> None:

@@ -282,6 +282,7 @@ def test_a_run_is_resumed_with_the_same_source_only(backbone, generated):
     assert identity(generated.select(range(5))) != identity(generated)
 
 
+@pytest.mark.claim("sync-clip", "sketches of eight kinds: generated images of eight others make these known")
 def test_generated_images_of_new_classes_make_them_known():
     """Sketches, a style new to the model, of eight kinds; of eight others there are only drawings in all styles."""
     backbone = load_backbone()

@@ -128,6 +128,7 @@ def test_unlabelled_images_beat_zero_shot(shared, encoder, claim):
     assert percent(head.logits(x), y) > percent(x @ t.T, y) + 13
 
 
+@pytest.mark.claim("gda-clip", "whu-rs19, four labelled images a class and others without labels: above either alone")
 @pytest.mark.parametrize("encoder", ENCODERS)
 def test_labels_and_unlabelled_images_together(shared, encoder):
     """Four labelled images a class and the others without labels: better than either alone, in the mean of seeds."""
