@@ -9,8 +9,9 @@ import numpy as np
 import torch
 from PIL import Image
 
+from clipadapt.backbones import Backbone
 from clipadapt.data import Item
-from clipadapt.methods import method
+from clipadapt.methods import create, method
 from clipadapt.methods.tasks.detection import Detector
 from clipadapt.methods.tasks.image_generation import ImageGenerator
 from clipadapt.methods.tasks.retrieval import Retriever
@@ -29,6 +30,19 @@ class Labelled:
 
     def __len__(self) -> int:
         return len(self.items)
+
+
+def image(bright: bool) -> Image.Image:
+    """A dark image of 6 x 10 pixels, with a bright box in it or without."""
+    pixels = np.full((6, 10, 3), 20, np.uint8)
+    if bright:
+        pixels[1:4, 2:9] = 230
+    return Image.fromarray(pixels)
+
+
+def fitted(keys: list[str], backbone: Backbone) -> dict[str, Any]:
+    """The methods fitted on two class names."""
+    return {key: create(key).fit(backbone, class_names=["dark", "bright"]) for key in keys}
 
 
 @method("test-segmenter", title="Bright and dark", family="tests", trains="", signal="none")

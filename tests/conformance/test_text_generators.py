@@ -2,30 +2,22 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
-from PIL import Image
 
 import clipadapt
 from clipadapt.data import as_items
 from clipadapt.errors import ClipadaptError
 from clipadapt.methods import create
 from tests.conformance import doors
+from tests.conformance.doors import image
 from tests.quick import keys
 
 KEYS = keys(task="text-generator")
 
 
-def image(bright: bool) -> Image.Image:
-    pixels = np.full((6, 10, 3), 20, np.uint8)
-    if bright:
-        pixels[1:4, 2:9] = 230
-    return Image.fromarray(pixels)
-
-
 @pytest.fixture(scope="module")
 def fitted(backbone):
-    return {key: create(key).fit(backbone, class_names=["dark", "bright"]) for key in KEYS}
+    return doors.fitted(KEYS, backbone)
 
 
 @pytest.mark.parametrize("key", KEYS)
