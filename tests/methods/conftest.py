@@ -1,4 +1,4 @@
-"""What the tests of prompt methods that have no golden figures learn from."""
+"""What tests of methods learn from, unless their module says otherwise."""
 
 from __future__ import annotations
 
@@ -6,7 +6,20 @@ import pytest
 import torch
 from torch.nn.functional import normalize
 
+from clipadapt.backbones import load_backbone
 from clipadapt.methods.kinds.prompts import Batch
+from tests.images import colours
+from tests.tiny import tiny_clip
+
+
+@pytest.fixture(scope="module")
+def backbone():
+    return load_backbone(tiny_clip())
+
+
+@pytest.fixture(scope="module")
+def support():
+    return colours(3, seed=1)
 
 
 @pytest.fixture

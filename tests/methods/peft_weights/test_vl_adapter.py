@@ -19,19 +19,9 @@ from clipadapt.methods.peft_weights.vl_adapter import linear
 from clipadapt.nn.updates import Bottlenecks
 from clipadapt.training.loop import batches, seeded
 from tests.images import colours
-from tests.tiny import tiny, tiny_clip
+from tests.tiny import tiny
 
 QUICK = {"lr": 1e-2, "epochs": 4, "batch_size": 6}
-
-
-@pytest.fixture(scope="module")
-def backbone():
-    return load_backbone(tiny_clip())
-
-
-@pytest.fixture(scope="module")
-def support():
-    return colours(3, seed=1)
 
 
 def sites_of(backbone, tower: str = "both") -> list[str]:

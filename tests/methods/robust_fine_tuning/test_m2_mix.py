@@ -8,7 +8,6 @@ import torch
 from torch.func import functional_call
 from torch.nn.functional import normalize
 
-from clipadapt.backbones import load_backbone
 from clipadapt.losses.contrastive import info_nce
 from clipadapt.losses.geodesic import alignment, both_modal_mixup, multi_modal_mixup, slerp, uni_modal_mixup
 from clipadapt.methods import create
@@ -16,20 +15,9 @@ from clipadapt.methods.robust_fine_tuning.m2_mix import mixed
 from clipadapt.training.loop import batches
 from clipadapt.training.schedules import cosine
 from tests.images import colours
-from tests.tiny import tiny_clip
 
 QUICK = {"lr": 1e-3, "epochs": 3, "batch_size": 6}
 WEIGHTS = {"m2_mix": 0.3, "v_mix": 0.2, "l_mix": 0.1, "vl_mix": 0.15}
-
-
-@pytest.fixture(scope="module")
-def backbone():
-    return load_backbone(tiny_clip())
-
-
-@pytest.fixture(scope="module")
-def support():
-    return colours(3, seed=1)
 
 
 class Towers(torch.nn.Module):

@@ -16,18 +16,7 @@ from clipadapt.features import encode_classes
 from clipadapt.features.viewpoints import turned
 from clipadapt.methods import create
 from clipadapt.methods.robust_fine_tuning.omniview_tuning import aligned, centre, object_numbers
-from tests.images import colours
-from tests.tiny import tiny, tiny_clip
-
-
-@pytest.fixture(scope="module")
-def backbone():
-    return load_backbone(tiny_clip())
-
-
-@pytest.fixture(scope="module")
-def support():
-    return colours(3, seed=1)
+from tests.tiny import tiny
 
 
 def unit_rows(n: int, d: int = 8, seed: int = 0) -> torch.Tensor:

@@ -17,19 +17,9 @@ from clipadapt.nn.updates import LinearAdapters
 from clipadapt.training.loop import batches, seeded
 from clipadapt.training.schedules import cosine
 from tests.images import colours
-from tests.tiny import tiny, tiny_clip
+from tests.tiny import tiny
 
 QUICK = {"lr": 3e-2, "epochs": 3, "batch_size": 6, "min_scale": 1.0}
-
-
-@pytest.fixture(scope="module")
-def backbone():
-    return load_backbone(tiny_clip())
-
-
-@pytest.fixture(scope="module")
-def support():
-    return colours(3, seed=1)
 
 
 @pytest.fixture(scope="module")

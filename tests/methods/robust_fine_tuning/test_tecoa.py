@@ -15,19 +15,9 @@ from clipadapt.methods import create
 from clipadapt.methods.robust_fine_tuning.tecoa import border, framed_positions, one_hot_head
 from clipadapt.training.attacks import LEVEL, PixelSpace, pgd
 from tests.images import colours
-from tests.tiny import tiny, tiny_clip
+from tests.tiny import tiny
 
 FAMILIES = ("clip", "metaclip_2", "siglip", "siglip2", "altclip", "chinese_clip")
-
-
-@pytest.fixture(scope="module")
-def backbone():
-    return load_backbone(tiny_clip())
-
-
-@pytest.fixture(scope="module")
-def support():
-    return colours(3, seed=1)
 
 
 def pixels_of(backbone, data):
