@@ -8,22 +8,14 @@ from PIL import Image
 
 from clipadapt.data import as_items
 from clipadapt.errors import ClipadaptError
-from clipadapt.methods.base import Method
-from clipadapt.methods.training_data import TrainingData
+from clipadapt.methods.tasks.named_classes import NamedClasses
 from clipadapt.metrics.detection import Boxes, average_precision_50
 
 
-class Detector(Method):
+class Detector(NamedClasses):
     """Answers with boxes for each image: write `_boxes(image)`."""
 
     task: ClassVar[str] = "detector"
-    class_names_: list[str]
-
-    def _open(self, model: Any, data: TrainingData) -> None:
-        super()._open(model, data)
-        if not data.class_names:
-            raise ClipadaptError(f"{self.card.key}.fit needs a support set or class_names.")
-        self.class_names_ = list(data.class_names)
 
     def _boxes(self, image: Image.Image) -> Boxes:
         """The boxes of an RGB image, in its own pixels."""

@@ -11,22 +11,14 @@ from torch import Tensor
 
 from clipadapt.data import as_items
 from clipadapt.errors import ClipadaptError
-from clipadapt.methods.base import Method
-from clipadapt.methods.training_data import TrainingData
+from clipadapt.methods.tasks.named_classes import NamedClasses
 from clipadapt.metrics.segmentation import confusion, mean_iou
 
 
-class Segmenter(Method):
+class Segmenter(NamedClasses):
     """Answers with one map of classes for each image: write `_maps(image)`."""
 
     task: ClassVar[str] = "segmenter"
-    class_names_: list[str]
-
-    def _open(self, model: Any, data: TrainingData) -> None:
-        super()._open(model, data)
-        if not data.class_names:
-            raise ClipadaptError(f"{self.card.key}.fit needs a support set or class_names.")
-        self.class_names_ = list(data.class_names)
 
     def _maps(self, image: Image.Image) -> Tensor:
         """Logits (C, H, W) of an RGB image, H and W its own height and width in pixels."""
