@@ -21,6 +21,8 @@ class Interrupted(Exception):
         ("tip-adapter-f", {"epoch": "val", "epochs": 6, "batch_size": 4, "lr": 0.05}, 9),
         ("ape-t", {"epoch": "val", "epochs": 6, "batch_size": 4, "lr": 0.05}, 9),
         ("cross-modal-probe", {"steps": 250}, 180),
+        ("lp++", {"steps": 40}, 25),
+        ("lp++", {"steps": 40, "variant": "official"}, 25),
     ],
 )
 def test_the_same_result_as_without_an_interruption(key, settings, at, tmp_path, monkeypatch):

@@ -77,39 +77,43 @@ class LpPlusPlus(FeatureMethod, Classifier):
         if official:
             with seeded(self.seed):
                 bias = torch.nn.Linear(dim, classes).bias
-        gradient, calls = torch.zeros(classes), 0
+        gradient = torch.zeros(classes)  # of alpha, summed since the start
+        step = 0
 
         def alpha_gradient(now: Tensor) -> Tensor:
             """What alpha's optimiser sees: nothing between two of alpha's iterations."""
-            nonlocal gradient, calls
-            calls += 1
-            gradient = gradient + now if official else now
-            return gradient if calls % self.alpha_every == 0 else torch.zeros_like(now)
+            if official:
+                now = gradient.add_(now).clone()
+            return now if (step + 1) % self.alpha_every == 0 else torch.zeros_like(now)
 
         alpha.register_hook(alpha_gradient)
         cosines = images @ texts.T  # (N, C)
 
-        def loss_of(rows: Tensor) -> Tensor:
+        def loss_of(number: int) -> Tensor:
+            nonlocal step
+            step = number
             return cross_entropy(images @ w.T + bias + alpha * cosines, labels)
 
-        best = -1.0
+        best = torch.tensor(-1.0, dtype=torch.double)
+        kept = [w.detach().clone(), alpha.detach().clone(), bias.detach().clone()]  # of the best iteration
 
-        def keep(step: int) -> None:
-            nonlocal best
+        def keep(number: int) -> None:
             if support.val is not None:
                 x, y = support.val
-                accuracy = ((x @ (w + alpha[:, None] * texts).T + bias).argmax(1) == y).double().mean().item()
+                accuracy = ((x @ (w + alpha[:, None] * texts).T + bias).argmax(1) == y).double().mean()
                 if accuracy < best:
                     return
-                best = accuracy
-            elif step < self.steps - 1:
+                best.copy_(accuracy)
+            elif number < self.steps - 1:
                 return
-            self.weight_ = (w + alpha[:, None] * texts).detach()  # (C, D)
-            self.alpha_, self.bias_ = alpha.detach().clone(), bias.detach().clone()  # (C,), (C,)
+            for of, now in zip(kept, (w, alpha, bias), strict=True):
+                of.copy_(now.detach())
 
         groups = [
             {"params": [w, bias] if official else [w], "lr": lr_w, "momentum": self.momentum},
             {"params": [alpha], "lr": lr_alpha, "momentum": 0.0},
         ]
-        rows = torch.arange(len(images))
-        train(loss_of, torch.optim.SGD(groups), [rows] * self.steps, run=run, after_step=keep)
+        state = [best, gradient, *kept]
+        train(loss_of, torch.optim.SGD(groups), range(self.steps), run=run, after_step=keep, state=state)
+        w, self.alpha_, self.bias_ = kept  # (C, D), (C,), (C,)
+        self.weight_ = w + self.alpha_[:, None] * texts  # (C, D)
