@@ -302,9 +302,9 @@ def test_an_interrupted_fit_goes_on(key, backbone, support, queries, fit, fitted
     try:
         fit(key, backbone, support, report=interrupt, resume=tmp_path / "run")
     except Interrupted:
-        kept = any(path.is_file() for path in tmp_path.rglob("*"))
+        assert any(path.is_file() for path in tmp_path.rglob("*")), "what was done is kept"
         model = fit(key, backbone, support, report=resumed.append, resume=tmp_path / "run")
-        assert kept and resumed[0]["step"] > 1, "what was done is not done again"
+        assert resumed[0]["step"] > 1, "what was done is not done again"
         np.testing.assert_array_equal(model.predict_proba(queries), fitted(key).predict_proba(queries))
     assert not [path for path in tmp_path.rglob("*") if path.is_file()], "nothing is left of a fit that ended"
 

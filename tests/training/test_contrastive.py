@@ -15,6 +15,7 @@ from transformers import CLIPTokenizer
 from clipadapt.backbones import Backbone, load_backbone
 from clipadapt.backbones.scratch import new_backbone
 from clipadapt.errors import ArtifactError, ClipadaptError
+from clipadapt.losses.contrastive import contrast
 from clipadapt.training.contrastive import adamw, train_contrastive
 from clipadapt.training.pairs import Batch, Batches
 from clipadapt.training.recipe import Recipe
@@ -159,6 +160,29 @@ def test_workers_prepare_the_same_batches():
         assert torch.equal(batch.ids["text"], plain.ids["text"])
     assert ahead[0].keep.shape == (8, 8)
     assert ahead[-1].keep is None  # the unmasked end of the run
+
+
+class Torn(Squares):
+    """Has a batch that cannot be read."""
+
+    def batch(self, step, *arguments):
+        if step == 2:
+            raise ClipadaptError("images/2.png cannot be read")
+        return super().batch(step, *arguments)
+
+
+@pytest.mark.parametrize("source", [Squares(), Torn()])
+def test_no_worker_outlives_a_failed_run(source, tmp_path):
+    """They ignore the signal that Python ends its children with, so that it would wait for them for ever."""
+
+    def objective(out):
+        if isinstance(source, Torn):
+            return contrast(out)
+        raise ClipadaptError("images/2.png cannot be read")
+
+    with pytest.raises(ClipadaptError, match="cannot be read") as held:  # which keeps what the traceback refers to
+        train_contrastive(fresh(), source, replace(RECIPE, workers=1), tmp_path, objective=objective)
+    assert not multiprocessing.active_children(), held
 
 
 def test_bytes_are_normalised_as_clip_does():

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -124,48 +124,55 @@ def train(
     run.begin(len(losses))
     start = saved = time.perf_counter()
     right: deque[float] = deque(maxlen=50)
-    for number, step in enumerate(_from(steps, len(losses)), start=len(losses)):
-        factor = schedule(number) if schedule is not None else 1.0
-        for group, lr in zip(optimizer.param_groups, base, strict=True):
-            group["lr"] = lr * factor
-        optimizer.zero_grad(set_to_none=True)
-        result = loss_of(step)
-        terms, hits = result if isinstance(result, tuple) else (result, None)
-        loss = total(terms)
-        if loss.requires_grad or all(p.grad is None for p in parameters):
-            loss.backward()
-        if clip_norm is not None:
-            torch.nn.utils.clip_grad_norm_(parameters, clip_norm)
-        optimizer.step()
-        losses.append(loss.item())
-        if not math.isfinite(losses[-1]):
-            raise FloatingPointError(f"The loss became {losses[-1]} at step {number + 1}: lower the learning rate.")
-        if after_step is not None:
-            after_step(number)
-        now = time.perf_counter()
-        if run.report is not None:
-            line: dict[str, Any] = {"step": number + 1, "steps": len(steps), "loss": losses[-1], "lr": base[0] * factor}
-            line["seconds"] = earlier + now - start
-            if isinstance(terms, dict):
-                line["terms"] = {name: term.item() for name, term in terms.items()}
-            if hits is not None:
-                right.append(hits.float().mean().item())
-                line["accuracy"] = sum(right) / len(right)  # of the latest 50 batches, while they were learned from
-            run.report(line)
-        if file is not None and run.due(number + 1, number + 1 == len(steps), now - saved):
-            run.save(file, kept, optimizer, losses, earlier + now - start)
-            saved = time.perf_counter()
-        if run.stopped:
-            break
+    with closing(_from(steps, len(losses))) as ahead:
+        for number, step in enumerate(ahead, start=len(losses)):
+            factor = schedule(number) if schedule is not None else 1.0
+            for group, lr in zip(optimizer.param_groups, base, strict=True):
+                group["lr"] = lr * factor
+            optimizer.zero_grad(set_to_none=True)
+            result = loss_of(step)
+            terms, hits = result if isinstance(result, tuple) else (result, None)
+            loss = total(terms)
+            if loss.requires_grad or all(p.grad is None for p in parameters):
+                loss.backward()
+            if clip_norm is not None:
+                torch.nn.utils.clip_grad_norm_(parameters, clip_norm)
+            optimizer.step()
+            losses.append(loss.item())
+            if not math.isfinite(losses[-1]):
+                raise FloatingPointError(f"The loss became {losses[-1]} at step {number + 1}: lower the learning rate.")
+            if after_step is not None:
+                after_step(number)
+            now = time.perf_counter()
+            if run.report is not None:
+                line: dict[str, Any] = {
+                    "step": number + 1,
+                    "steps": len(steps),
+                    "loss": losses[-1],
+                    "lr": base[0] * factor,
+                }
+                line["seconds"] = earlier + now - start
+                if isinstance(terms, dict):
+                    line["terms"] = {name: term.item() for name, term in terms.items()}
+                if hits is not None:
+                    right.append(hits.float().mean().item())
+                    line["accuracy"] = sum(right) / len(right)  # of the latest 50 batches, while they were learned from
+                run.report(line)
+            if file is not None and run.due(number + 1, number + 1 == len(steps), now - saved):
+                run.save(file, kept, optimizer, losses, earlier + now - start)
+                saved = time.perf_counter()
+            if run.stopped:
+                break
     for group, lr in zip(optimizer.param_groups, base, strict=True):
         group["lr"] = lr
     return losses
 
 
-def _from(steps: Sequence[Any] | Stream, first: int) -> Iterator[Any]:
+def _from(steps: Sequence[Any] | Stream, first: int) -> Generator[Any]:
     if isinstance(steps, Stream):
-        return steps.stream(first)
-    return (steps[number] for number in range(first, len(steps)))
+        yield from steps.stream(first)
+    else:
+        yield from (steps[number] for number in range(first, len(steps)))
 
 
 @contextmanager

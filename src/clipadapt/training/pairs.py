@@ -160,7 +160,12 @@ class Batches(Dataset):
             worker_init_fn=_start_worker,
             pin_memory=torch.cuda.is_available(),
         )
-        return iter(loader)
+        ahead = iter(loader)
+        try:
+            yield from ahead
+        finally:
+            if workers:  # an error's traceback holds the iterator; and the workers ignore the signal that ends children
+                ahead._shutdown_workers()  # type: ignore[attr-defined]
 
 
 def _start_worker(_: int) -> None:
