@@ -15,7 +15,6 @@ from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import redirect_stdout
 from io import StringIO
-from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
@@ -24,6 +23,7 @@ import typer
 from clipadapt.cli.app import app
 from clipadapt.data import Playground
 from clipadapt.methods.catalogue import cards
+from tests.processes import FORKED
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -37,10 +37,6 @@ AT_HAND = {
     "README.md": "import numpy, shutil; shutil.copytree('photos', 'more-photos'); labels = [0, 1, 2, 3]; "
     "image_features = text_features = other_features = numpy.random.default_rng(0).normal(size=(4, 8))"
 }
-
-# A page's process is forked from one that has these already; they take most of its time.
-PROCESSES = get_context("forkserver")
-PROCESSES.set_forkserver_preload(["clipadapt.methods", "clipadapt.evaluation.selection", "sklearn.datasets", "pytest"])
 
 
 def blocks(page: Path, language: str) -> Iterator[tuple[int, str]]:
@@ -93,7 +89,7 @@ def run(script: str, folder: str, *arguments: str) -> str:
 
 def run_apart(script: Path, folder: Path, *arguments: str) -> str:
     """The same in a process of its own."""
-    with ProcessPoolExecutor(1, PROCESSES) as pool:
+    with ProcessPoolExecutor(1, FORKED) as pool:
         return pool.submit(run, str(script), str(folder), *arguments).result(timeout=300)
 
 

@@ -1,4 +1,3 @@
-import multiprocessing
 from pathlib import Path
 
 import pytest
@@ -7,6 +6,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from clipadapt.losses.contrastive import contrast, info_nce
+from tests.processes import FORKED
 
 PAIRS, DIM = 8, 5
 GROUPS = torch.tensor([0, 1, 0, 2, 3, 1, 0, 4])  # of which some are in both halves
@@ -114,8 +114,7 @@ def one_of_two(rank: int, folder: Path, hard: bool) -> None:
 
 @pytest.mark.parametrize("hard", [False, True])
 def test_two_processes_equal_one(tmp_path, hard):
-    context = multiprocessing.get_context("spawn")
-    processes = [context.Process(target=one_of_two, args=(rank, tmp_path, hard)) for rank in range(2)]
+    processes = [FORKED.Process(target=one_of_two, args=(rank, tmp_path, hard)) for rank in range(2)]
     for process in processes:
         process.start()
     image, text, log_scale = features()

@@ -20,6 +20,7 @@ from clipadapt.training.contrastive import adamw, train_contrastive
 from clipadapt.training.pairs import Batch, Batches
 from clipadapt.training.recipe import Recipe
 from clipadapt.training.towers import Towers, backward
+from tests.processes import FORKED
 
 RECIPE = Recipe(
     steps=6, batch_size=8, learning_rate=3e-3, warmup=2, patch_dropout=0.5, unmasked_tuning=0.3, ema_decay=0.9,
@@ -243,11 +244,10 @@ def interrupted_run(out: Path, number: int, step: int) -> None:
 
 
 def test_killed_and_continued_runs_equal_an_uninterrupted_one(tmp_path):
-    context = multiprocessing.get_context("spawn")
     cases = {"terminated": (signal.SIGTERM, 4), "killed": (signal.SIGKILL, 5)}  # checkpoints are then of steps 4 and 3
     processes = {}
     for name, case in cases.items():
-        processes[name] = context.Process(target=interrupted_run, args=(tmp_path / name, *case))
+        processes[name] = FORKED.Process(target=interrupted_run, args=(tmp_path / name, *case))
         processes[name].start()
     whole = train_contrastive(fresh(), Squares(), RECIPE, tmp_path / "whole")
     for name, process in processes.items():
@@ -298,8 +298,7 @@ def weights(run: Path) -> torch.Tensor:
 
 @pytest.mark.parametrize("sharded", [False, True])
 def test_two_processes_with_gradient_caching_equal_one_without(tmp_path, sharded):
-    context = multiprocessing.get_context("spawn")
-    processes = [context.Process(target=one_of_two, args=(rank, tmp_path, sharded)) for rank in range(2)]
+    processes = [FORKED.Process(target=one_of_two, args=(rank, tmp_path, sharded)) for rank in range(2)]
     for process in processes:
         process.start()
     expected = train_contrastive(fresh(), Squares(), replace(RECIPE, steps=4), tmp_path / "one")
