@@ -13,6 +13,8 @@ import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
+from clipadapt.backbones.trunk import TrunkClipConfig, TrunkClipModel
+
 _WORDS = ["a", "photo", "of", "the", "red", "blue", "green", "cat", "dog", "house", "star", "circle", "small", "large"]
 _ROOT = tempfile.TemporaryDirectory(prefix="clipadapt-tiny-")
 
@@ -108,6 +110,7 @@ def _xlm_tokenizer() -> Any:
 
 _TOKENIZERS = {
     "clip": _bpe_tokenizer,
+    "clip_trunk": _bpe_tokenizer,
     "metaclip_2": _xlm_tokenizer,
     "siglip": lambda: _word_tokenizer(
         pad="</s>", start=None, end="</s>", unknown="<unk>", specials=["<pad>", "</s>", "<unk>"]
@@ -135,6 +138,13 @@ def _clip(tokenizer: Any) -> Any:
     text = _text_config(tokenizer, projection_dim=16)
     config = transformers.CLIPConfig(text_config=text, vision_config=_VISION, projection_dim=16)
     return transformers.CLIPModel(config)
+
+
+def _clip_trunk(tokenizer: Any) -> Any:
+    text = _text_config(tokenizer, projection_dim=16)
+    trunk = {"stages": [[1, 3, 1, 1, 8], [2, 5, 2, 2, 8], [1, 3, 2, 2, 12]], "stem": 8, "head": 16}
+    vision = {**_VISION, "trunk": trunk}
+    return TrunkClipModel(TrunkClipConfig(text_config=text, vision_config=vision, projection_dim=16))
 
 
 def _metaclip_2(tokenizer: Any) -> Any:
@@ -168,6 +178,7 @@ def _chinese_clip(tokenizer: Any) -> Any:
 
 _MODELS = {
     "clip": _clip,
+    "clip_trunk": _clip_trunk,
     "metaclip_2": _metaclip_2,
     "siglip": _siglip,
     "siglip2": _siglip2,
@@ -183,6 +194,7 @@ _CROPPED = {
 _STRETCHED = {"image_processor_type": "SiglipImageProcessor", "size": {"height": 32, "width": 32}}
 _PROCESSORS = {
     "clip": _CROPPED,
+    "clip_trunk": _CROPPED,
     "metaclip_2": _CROPPED,
     "siglip": _STRETCHED,
     "siglip2": {"image_processor_type": "Siglip2ImageProcessor", "patch_size": 8, "max_num_patches": 16},

@@ -54,7 +54,7 @@ EDITS: dict[str, Edit] = {
 def trained(backbone: Backbone) -> Backbone:
     """Where an edit adds weights that are zero at first, others."""
     weights = backbone.weights()
-    name = "vision_model.embeddings.patch_embedding.weight"
+    name = f"{backbone.tower('vision').pixels}.weight"
     return backbone.with_weights({name: weights[name] + 0.1 * randn(*weights[name].shape)})
 
 
@@ -171,7 +171,7 @@ def test_a_mask_is_seen_as_in_alpha_clip(shared):
     both = torch.cat([pixels, alpha], 1)
     close = {"rtol": 0, "atol": 5e-5 * float(golden["image_features"].abs().max())}
     torch.testing.assert_close(zero.encode_images(both, **raw), golden["zero_init/image_features"], **close)
-    name = "vision_model.embeddings.patch_embedding.weight"
+    name = f"{backbone.tower('vision').pixels}.weight"
     weight = torch.cat([backbone.weights()[name], golden["conv1_alpha"]], 1)
     tuned = zero.with_weights({name: weight})
     torch.testing.assert_close(tuned.encode_images(both, **raw), golden["image_features"], **close)

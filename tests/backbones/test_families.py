@@ -352,4 +352,4 @@ def test_clear_errors_for_sources_that_are_none(tmp_path):
 
 def test_capabilities(backbone):
     assert {"texts", "patches", "prompts", "attention", "gradients", "weights"} <= backbone.capabilities
-    assert ("causal-text" in backbone.capabilities) == (backbone.family in ("clip", "metaclip_2"))
+    assert ("causal-text" in backbone.capabilities) == (backbone.family in ("clip", "clip_trunk", "metaclip_2"))

@@ -106,22 +106,17 @@ class ExtraChannels(Edit):
     def apply(self, tower: Tower) -> None:
         if self.count < 1:
             raise BackboneError(f"ExtraChannels needs at least one channel, but got {self.count}.")
-        embeddings = tower.part("embeddings")
-        old: Any = embeddings.patch_embedding
+        new: Any = copy.deepcopy(tower.part("pixels"))
         before, channels = tower.config.num_channels, tower.config.num_channels + self.count
-        weight = old.weight.detach()
-        if isinstance(old, nn.Conv2d):  # (W, C, P, P)
-            new: Any = nn.utils.skip_init(
-                nn.Conv2d, channels, old.out_channels, old.kernel_size, old.stride, bias=old.bias is not None
-            )
+        weight = new.weight.detach()
+        if isinstance(new, nn.Conv2d):  # (W, C, P, P)
+            new.in_channels = channels
             weight = torch.cat([weight, weight.new_zeros(len(weight), self.count, *weight.shape[2:])], 1)
         else:  # (W, P * P * C), the channels innermost
-            new = nn.utils.skip_init(nn.Linear, old.in_features // before * channels, old.out_features)
+            new.in_features = new.in_features // before * channels
             weight = nn.functional.pad(weight.unflatten(1, (-1, before)), (0, self.count)).flatten(1)
         new.weight = nn.Parameter(weight, requires_grad=False)
-        if old.bias is not None:
-            new.bias = nn.Parameter(old.bias.detach(), requires_grad=False)
-        embeddings.patch_embedding = new
+        tower.model.set_submodule(tower.parts.pixels, new)
         tower.config.num_channels, tower.config.extra_channels_fill = channels, self.fill
 
 

@@ -1,10 +1,10 @@
-"""The model families, told apart by one table of attribute names; the only file that imports `transformers`."""
+"""The model families, told apart by one table of attribute names."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import AttentionInterface
 
+from clipadapt.backbones import trunk
 from clipadapt.errors import BackboneError
 
 TowerName = Literal["text", "vision"]
@@ -30,6 +31,7 @@ class TowerParts:
     tokens: str = ""  # the table of token vectors (text towers)
     positions: str = ""  # the table of position vectors (causal text towers, and so the next two)
     projection: str = ""  # from the normed pooled row to the joint space
+    pixels: str = ""  # the layer that sees pixels, or flattened patches of them (image towers)
     attention: str = "self_attn"
     q: str = "self_attn.q_proj"
     k: str = "self_attn.k_proj"
@@ -43,7 +45,11 @@ class TowerParts:
 
 
 VIT = TowerParts(
-    "vision_model.embeddings", "vision_model.encoder.layers", "vision_model.post_layernorm", "vision_config"
+    "vision_model.embeddings",
+    "vision_model.encoder.layers",
+    "vision_model.post_layernorm",
+    "vision_config",
+    pixels="vision_model.embeddings.patch_embedding",
 )
 GPT = TowerParts(
     "text_model.embeddings",
@@ -90,17 +96,19 @@ class Family:
              "fixed": padding is attended to, so texts are filled up to the context length as in training.
     """
 
-    model: str  # class name in transformers
+    model: str  # class name
     text: TowerParts
     padding: Literal["causal", "masked", "fixed"]
     vision: TowerParts = VIT
     class_token: bool = True  # row 0 of the vision tower; without it a pooling head makes the image feature
     patchified: bool = False  # the vision tower takes flattened patches and their grid instead of pixels
     position_offset: int = 0  # rows of the position table that texts cannot use
+    library: Any = transformers  # that has the class
 
 
 FAMILIES: dict[str, Family] = {  # by `model_type` of config.json
     "clip": Family("CLIPModel", GPT, "causal"),
+    "clip_trunk": Family("TrunkClipModel", GPT, "causal", replace(VIT, pixels=f"{VIT.pixels}.layers.0"), library=trunk),
     "metaclip_2": Family("MetaClip2Model", GPT, "causal"),
     "siglip": Family("SiglipModel", GPT, "fixed", class_token=False),
     "siglip2": Family("Siglip2Model", GPT, "fixed", class_token=False, patchified=True),
@@ -131,9 +139,8 @@ def from_pretrained(source: str) -> Pretrained:
                 raise BackboneError(
                     f"{source} holds a model of type {config.model_type!r}; known are: {', '.join(sorted(FAMILIES))}."
                 )
-            model = _with_weights(
-                getattr(transformers, FAMILIES[config.model_type].model), source, source, config=config
-            )
+            family = FAMILIES[config.model_type]
+            model = _with_weights(getattr(family.library, family.model), source, source, config=config)
             processor = transformers.AutoImageProcessor.from_pretrained(source, backend="pil")
             # where its files are missing, transformers would make an empty tokenizer and go on
             has_tokenizer = folder is None or any(any(folder.glob(name)) for name in _TOKENIZER_FILES)

@@ -1,0 +1,88 @@
+"""The convolutional trunk: batch norm folded in gives what the layers one after the other give."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import batch_norm, conv2d, pad, relu6
+
+from clipadapt.backbones import load_backbone
+from clipadapt.backbones.trunk import EPSILON, LITE0, STEM, Trunk, folded
+from tests.tiny import tiny
+
+STAGES = ((1, 3, 1, 1, 6), (2, 5, 2, 3, 8), (2, 3, 2, 2, 8))
+
+
+class Official:
+    """Weights under the names of the official ones in PyTorch, and what they compute, layer by layer."""
+
+    def __init__(self) -> None:
+        self.generator = torch.Generator().manual_seed(0)
+        self.weights: dict[str, Tensor] = {}
+
+    def layer(self, rows: Tensor, name: str, norm: str, kernel: int, out: int, *, stride=1, groups=1) -> Tensor:
+        shape = (out, rows.shape[1] // groups, kernel, kernel)
+        weight = torch.randn(shape, generator=self.generator) / math.sqrt(math.prod(shape[1:]))
+        scale, shift, mean, variance = (torch.rand(4, out, generator=self.generator) + 0.5).unbind()
+        self.weights |= {f"{name}.weight": weight, f"{norm}.weight": scale, f"{norm}.bias": shift}
+        self.weights |= {f"{norm}.running_mean": mean, f"{norm}.running_var": variance}
+        missing = max(kernel - stride, 0)  # TensorFlow's padding of sizes that the stride divides
+        rows = pad(rows, (missing // 2, missing - missing // 2) * 2)
+        rows = conv2d(rows, weight, stride=stride, groups=groups)
+        return batch_norm(rows, mean, variance, scale, shift, eps=EPSILON)
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        rows, number = relu6(self.layer(rows, "_conv_stem", "_bn0", 3, 4, stride=2)), 0
+        for repeats, kernel, stride, factor, out in STAGES:
+            for repeat in range(repeats):
+                block, before, step = f"_blocks.{number}.", rows, 1 if repeat else stride
+                if factor > 1:
+                    rows = relu6(self.layer(rows, f"{block}_expand_conv", f"{block}_bn0", 1, factor * rows.shape[1]))
+                wide = rows.shape[1]
+                rows = self.layer(
+                    rows, f"{block}_depthwise_conv", f"{block}_bn1", kernel, wide, stride=step, groups=wide
+                )
+                rows = self.layer(relu6(rows), f"{block}_project_conv", f"{block}_bn2", 1, out)
+                rows = rows + before if rows.shape == before.shape else rows
+                number += 1
+        return relu6(self.layer(rows, "_conv_head", "_bn1", 1, 10))
+
+
+def test_folded_weights_give_what_batch_norm_gives():
+    pixels = torch.randn(2, 3, 32, 48, generator=torch.Generator().manual_seed(1))
+    official = Official()
+    expected = official(pixels)
+    trunk = Trunk(5, STAGES, stem=4, head=10)
+    trunk.layers.load_state_dict(folded(official.weights, STAGES))
+    with torch.no_grad():
+        torch.testing.assert_close(trunk.features(pixels), expected, rtol=0, atol=1e-5)
+        assert trunk(pixels).shape == (2, 5, 4, 6)
+        whole = trunk(torch.nn.functional.pad(pixels, (0, 5, 0, 3)))
+        torch.testing.assert_close(whole, trunk(pixels), rtol=0, atol=1e-6)  # what exceeds the stride is not seen
+
+
+def test_lite0_has_its_published_size():
+    trunk = Trunk(256)
+    assert trunk.stride == 32
+    assert sum(parameter.numel() for parameter in trunk.layers.parameters()) == 3_350_000
+    assert trunk.layers[0].out_channels == STEM
+    assert len(trunk.layers) == 2 + sum(stage[0] for stage in LITE0)
+
+
+def test_gradients_reach_pixels_and_the_first_layer():
+    backbone = load_backbone(tiny("clip_trunk")).copy()
+    weight = backbone.model.get_submodule(backbone.tower("vision").pixels).weight.requires_grad_()
+    pixels = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    backbone.encode_images(pixels).square().sum(0)[0].backward()
+    assert pixels.grad.abs().max() > 0
+    assert weight.grad.abs().max() > 0
+
+
+@pytest.mark.parametrize("size", [(32, 32), (40, 32), (45, 70)])
+def test_any_size_is_a_grid_of_whole_patches(size):
+    backbone = load_backbone(tiny("clip_trunk"))
+    tokens = backbone.encode_images(torch.zeros(1, 3, *size), tokens=True)
+    assert tokens.grid == (size[0] // 8, size[1] // 8)
