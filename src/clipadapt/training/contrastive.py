@@ -9,6 +9,7 @@ Each of them holds all weights (DDP), or with `sharded` its share of them (FSDP2
 
 from __future__ import annotations
 
+import atexit
 import json
 import math
 import os
@@ -292,7 +293,16 @@ def save_at_any_time(backbone: Backbone, folder: Path) -> None:
 def launched_processes() -> PartialState:
     """This process among those that a launcher started; alone without a launcher."""
     # Unless told that there is no accelerator, PartialState takes launched CPU processes for that many separate ones.
-    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available())
+    state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available())
+    if dist.is_initialized():  # a process that ends while it is still connected may be aborted by its own threads
+        atexit.unregister(_disconnect)
+        atexit.register(_disconnect)
+    return state
+
+
+def _disconnect() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def over_processes(value: Tensor, operation: Any) -> Tensor:
