@@ -15,7 +15,9 @@ import time
 from contextlib import contextmanager
 
 import httpx
+from typer.testing import CliRunner
 
+from clipadapt.cli.app import app
 from tests.serve.conftest import files
 from tests.tiny import tiny_clip
 
@@ -126,16 +128,12 @@ def test_raw_bytes_too_large_bodies_and_keys_on_the_wire(folders):
         assert running.wait(30) == 130
 
 
-def test_bad_beginnings_are_one_sentence(folders, tmp_path):
-    def started(*arguments):
-        command = [sys.executable, "-m", "clipadapt.cli", "serve", *map(str, arguments)]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-        assert done.returncode == 1
-        return done.stderr
-
-    assert started(tmp_path) == f"error: {tmp_path} is not a saved model: it has no config.json.\n"
+def test_bad_beginnings_are_one_sentence(tmp_path):
+    answer = CliRunner().invoke(app, ["serve", str(tmp_path)])
+    assert (answer.exit_code, answer.stderr) == (1, f"error: {tmp_path} is not a saved model: it has no config.json.\n")
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        assert f"cannot listen on 127.0.0.1, port {port}: Address already in use" in started(
-            "--backbone", tiny_clip(), "--port", port
-        )
+        command = [sys.executable, "-m", "clipadapt.cli", "serve", "--backbone", tiny_clip(), "--port", str(port)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1
+    assert f"cannot listen on 127.0.0.1, port {port}: Address already in use" in done.stderr
