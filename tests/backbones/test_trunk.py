@@ -11,6 +11,7 @@ from torch.nn.functional import batch_norm, conv2d, pad, relu6
 
 from clipadapt.backbones import load_backbone
 from clipadapt.backbones.trunk import EPSILON, LITE0, STEM, Trunk, folded
+from clipadapt.errors import BackboneError
 from tests.tiny import tiny
 
 STAGES = ((1, 3, 1, 1, 6), (2, 5, 2, 3, 8), (2, 3, 2, 2, 8))
@@ -86,3 +87,17 @@ def test_any_size_is_a_grid_of_whole_patches(size):
     backbone = load_backbone(tiny("clip_trunk"))
     tokens = backbone.encode_images(torch.zeros(1, 3, *size), tokens=True)
     assert tokens.grid == (size[0] // 8, size[1] // 8)
+
+
+def test_patches_stand_for_pixels():
+    backbone = load_backbone(tiny("clip_trunk"))
+    for size in ((32, 32), (40, 24)):
+        pixels = torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(0))
+        patches = backbone.encode_patches(pixels)
+        assert patches.shape == (2, 32, size[0] // 8, size[1] // 8)
+        plain, kept = backbone.encode_images(pixels, tokens=True), backbone.encode_images(patches, tokens=True)
+        assert torch.equal(plain.pooled, kept.pooled)
+        assert torch.equal(plain.patches, kept.patches)
+        assert plain.grid == kept.grid
+    with pytest.raises(BackboneError, match="no trunk"):
+        load_backbone(tiny("clip")).encode_patches(pixels)

@@ -9,10 +9,10 @@ import tarfile
 import numpy as np
 import pytest
 
+from clipadapt.data.corpus.packages import NPM
 from clipadapt.data.corpus.pairs import Corpus, augment, build_corpus
 from clipadapt.data.corpus.sources import (
     HELDOUT_SETS,
-    NPM_PACKAGES,
     Annotations,
     clean_name,
     clipart_records,
@@ -96,7 +96,7 @@ def archives(tmp_path_factory):
         "\U0001f1eb\U0001f1f7": {"tts": ["flag: France"], "default": ["flag"]},
     }
     iconify, cldr, cldr_derived = (
-        folder / f"{package.strip('@').replace('/', '-')}-{version}.tgz" for package, version in NPM_PACKAGES.items()
+        folder / f"{package.strip('@').replace('/', '-')}-{version}.tgz" for package, version in NPM.items()
     )
     write_archive(
         iconify, {"collections.json": infos} | {f"json/{prefix}.json": icons for prefix, icons in sets.items()}
@@ -136,7 +136,7 @@ def test_licences_and_brands(corpus):
     assert facts["sources"]["noto"]["licence"] == "Apache-2.0"
     assert facts["sources"]["noto"]["author"] == "A. Painter"
     assert facts["sources"]["noto"]["pictures"] == len(ANIMALS) + 1
-    assert facts["packages"]["@iconify/json"] == NPM_PACKAGES["@iconify/json"]
+    assert facts["packages"]["@iconify/json"] == NPM["@iconify/json"]
     assert "openmoji" not in facts["sources"]
     assert facts["pictures"] == len(corpus.pairs) == len(corpus.images)
 
@@ -312,6 +312,6 @@ def test_clipart_names_stop_at_authors(tmp_path, archives):
     for file in ("hats/cat_face_dave_pena_01.png", "animals/birds/xyz_01.png", "unsorted/xyz_02.png"):
         (root / file).parent.mkdir(parents=True, exist_ok=True)
         (root / file).touch()
-    words = Annotations([archives / f"cldr-annotations-full-{NPM_PACKAGES['cldr-annotations-full']}.tgz"]).words()
+    words = Annotations([archives / f"cldr-annotations-full-{NPM['cldr-annotations-full']}.tgz"]).words()
     records = list(clipart_records(tmp_path, words))
     assert [(record.name, record.keywords) for record in records] == [("birds", []), ("cat face", ["hats"])]

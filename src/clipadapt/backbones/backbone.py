@@ -81,6 +81,7 @@ class Backbone(TwoTowers):
         weights      weights can be adapted (`target_modules`) and exported
         causal-text  a text's rows do not depend on later ones, so prefixes can be shared and ends cut
         class-token  row 0 of the image tower stands for the image; elsewhere a head pools the patches
+        trunk        a convolutional trunk gives patches that can be kept (`encode_patches`)
         """
         has = {
             "texts": self.tokenizer is not None,
@@ -91,6 +92,7 @@ class Backbone(TwoTowers):
             "weights": True,
             "causal-text": FAMILIES[self.family].padding == "causal",
             "class-token": FAMILIES[self.family].class_token,
+            "trunk": FAMILIES[self.family].trunk,
         }
         return frozenset(name for name, present in has.items() if present)
 
@@ -116,6 +118,14 @@ class Backbone(TwoTowers):
         With `tokens` an `ImageTokens` is returned. Gradients flow back to the pixels unless the caller stops them.
         """
         return self._vision.encode(pixels, tokens=tokens, normalize=normalize)
+
+    def encode_patches(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Preprocessed pixels (B, 3, H, W) -> patches (B, W, h, w), which `encode_images` takes in their place.
+
+        What changes neither pixels nor trunk can keep them: the trunk is most of the work. Raises BackboneError where
+        the image tower has no trunk.
+        """
+        return self._vision.patches(pixels)
 
     def project_rows(self, rows: torch.Tensor) -> torch.Tensor:
         """Rows of the image tower behind its last norm (B, N, W), such as `ImageTokens.inserted`, -> (B, N, D).

@@ -103,12 +103,15 @@ class Family:
     class_token: bool = True  # row 0 of the vision tower; without it a pooling head makes the image feature
     patchified: bool = False  # the vision tower takes flattened patches and their grid instead of pixels
     position_offset: int = 0  # rows of the position table that texts cannot use
+    trunk: bool = False  # the vision tower sees patches through a convolutional trunk
     library: Any = transformers  # that has the class
 
 
 FAMILIES: dict[str, Family] = {  # by `model_type` of config.json
     "clip": Family("CLIPModel", GPT, "causal"),
-    "clip_trunk": Family("TrunkClipModel", GPT, "causal", replace(VIT, pixels=f"{VIT.pixels}.layers.0"), library=trunk),
+    "clip_trunk": Family(
+        "TrunkClipModel", GPT, "causal", replace(VIT, pixels=f"{VIT.pixels}.layers.0"), trunk=True, library=trunk
+    ),
     "metaclip_2": Family("MetaClip2Model", GPT, "causal"),
     "siglip": Family("SiglipModel", GPT, "fixed", class_token=False),
     "siglip2": Family("Siglip2Model", GPT, "fixed", class_token=False, patchified=True),

@@ -33,12 +33,13 @@ class ImageTower(Tower):
     """A tower of images.
 
     class_token  whether row 0 stands for the image; elsewhere a head pools the patches
+    trunk        whether patches come from a convolutional trunk (see `patches`)
     """
 
     def __init__(self, model: nn.Module, family: str, dim: int) -> None:
         super().__init__(model, "vision", FAMILIES[family].vision)
         self.class_token, self._patchified = FAMILIES[family].class_token, FAMILIES[family].patchified
-        self.dim = dim
+        self.trunk, self.dim = FAMILIES[family].trunk, dim
 
     @property
     def patch_size(self) -> int:
@@ -56,8 +57,11 @@ class ImageTower(Tower):
 
     def encode(self, pixels: Tensor, *, tokens: bool = False, normalize: bool = True) -> Any:
         """See `Backbone.encode_images`."""
-        pixels = self._with_all_channels(pixels)
-        grid = (pixels.shape[2] // self.patch_size, pixels.shape[3] // self.patch_size)
+        if self.trunk and pixels.ndim == 4 and pixels.shape[1] == self.width:  # patches
+            grid = (pixels.shape[2], pixels.shape[3])
+        else:
+            pixels = self._with_all_channels(pixels)
+            grid = (pixels.shape[2] // self.patch_size, pixels.shape[3] // self.patch_size)
         if not all(grid):
             raise BackboneError(
                 f"Images of {tuple(pixels.shape[2:])} pixels are smaller than one patch of {self.patch_size}."
@@ -79,6 +83,13 @@ class ImageTower(Tower):
         prompted = self.prompted
         taken = rows[:, :0] if prompted is None or prompted.taken is None else prompted.taken
         return ImageTokens(unit(pooled, normalize), unit(patches, normalize), grid, norm(taken))
+
+    def patches(self, pixels: Tensor) -> Tensor:
+        """See `Backbone.encode_patches`."""
+        if not self.trunk:
+            raise BackboneError("This image tower has no trunk whose patches could be kept.")
+        pixels = self._with_all_channels(pixels).to(self.device)
+        return self.part("embeddings").patch_embedding(pixels)
 
     def project_rows(self, rows: Tensor) -> Tensor:
         """Rows behind the last norm (B, N, W), such as `ImageTokens.inserted`, -> (B, N, D).

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad, relu6
 from transformers import AutoConfig, AutoModel, CLIPConfig, CLIPModel
+from transformers.models.clip.modeling_clip import CLIPVisionEmbeddings
 
 # (repeats, kernel, stride, factor of widening, channels) of each stage
 LITE0 = ((1, 3, 1, 1, 16), (2, 3, 2, 6, 24), (2, 5, 2, 6, 40), (3, 3, 2, 6, 80), (3, 5, 1, 6, 112), (4, 5, 2, 6, 192),
@@ -74,7 +75,7 @@ class Trunk(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """Whose type the pixels are given, as CLIP reads it from a plain patch embedding."""
+        """Whose type pixels are given, as in a plain patch embedding."""
         return self.projection.weight
 
     def features(self, pixels: Tensor) -> Tensor:
@@ -92,6 +93,28 @@ class TrunkClipConfig(CLIPConfig):
     model_type = "clip_trunk"
 
 
+class TrunkEmbeddings(CLIPVisionEmbeddings):
+    """CLIP's embeddings of what a trunk gives; patches that have passed it may stand for pixels."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.patch_embedding: Any = Trunk(self.embed_dim, **config.trunk, inputs=config.num_channels)
+
+    def forward(self, pixel_values: Tensor, interpolate_pos_encoding: bool = False) -> Tensor:
+        """Pixels (B, 3, H, W), or patches (B, W, h, w), -> the rows (B, 1 + h w, W) that enter the blocks."""
+        passed = pixel_values.shape[1] == self.embed_dim
+        patches = pixel_values if passed else self.patch_embedding(pixel_values.to(self.patch_embedding.weight.dtype))
+        height, width = (side * self.patch_size for side in patches.shape[2:])
+        if not interpolate_pos_encoding and {height, width} != {self.image_size}:
+            raise ValueError(
+                f"Images of {height} x {width} pixels; without interpolation the size is {self.image_size}."
+            )
+        rows = torch.cat([self.class_embedding.expand(len(patches), 1, -1), patches.flatten(2).mT], 1)
+        if interpolate_pos_encoding:
+            return rows + self.interpolate_pos_encoding(rows, height, width)
+        return rows + self.position_embedding(self.position_ids)
+
+
 class TrunkClipModel(CLIPModel):
     """transformers' CLIP with a trunk as its patch embedding."""
 
@@ -99,10 +122,7 @@ class TrunkClipModel(CLIPModel):
 
     def __init__(self, config: TrunkClipConfig) -> None:
         super().__init__(config)
-        vision: Any = config.vision_config
-        self.vision_model.embeddings.patch_embedding = Trunk(
-            vision.hidden_size, **vision.trunk, inputs=vision.num_channels
-        )
+        self.vision_model.embeddings = TrunkEmbeddings(config.vision_config)
 
 
 AutoConfig.register(TrunkClipConfig.model_type, TrunkClipConfig)

@@ -1,7 +1,7 @@
 """The pretraining corpus: named images of many styles in one folder, and training batches drawn from it.
 
     corpus.json   what it was built from: versions, licences, authors, counts
-    images.npy    (N, 64, 64, 4) uint8, straight RGBA, memory-mapped
+    images.npy    (N, 128, 128, 4) uint8, straight RGBA, memory-mapped
     pairs.jsonl   one line per image: source, name, texts, keywords, other, split, kind
 
 Kept out of training, and for evaluation only: one emoji style ("heldout-style"), a tenth of all names in every source
@@ -26,17 +26,14 @@ import numpy as np
 from joblib import cpu_count
 from PIL import Image
 
+from clipadapt.data.corpus.packages import CLIP_ART, NPM, from_debian, from_npm, unpack
 from clipadapt.data.corpus.sources import (
-    DEBIAN_PACKAGES,
-    NPM_PACKAGES,
     Annotations,
     Record,
     clipart_records,
-    fetch_archives,
     icon_records,
     known_words,
     set_facts,
-    unpack,
 )
 from clipadapt.errors import DataError
 from clipadapt.files import written_aside
@@ -44,7 +41,7 @@ from clipadapt.files import written_aside
 if TYPE_CHECKING:
     import torch
 
-SIZE = 64  # pixels a side
+SIZE = 128  # pixels a side
 MAX_PIXELS = 16_000_000  # larger clip art is left out: it takes seconds each
 KIND_WEIGHTS = {"emoji": 0.6, "icon": 0.1, "clipart": 0.05, "playground": 0.25}  # shares of a training batch
 
@@ -85,16 +82,19 @@ def build_corpus(
     """
     out = Path(out)
     folder = Path(archives) if archives else out / "archives"
-    found = fetch_archives(folder, report)
-    annotations = Annotations([found["cldr-annotations-full"], found["cldr-annotations-derived-full"]])
-    records = list(icon_records(found["@iconify/json"], annotations))
-    for package in DEBIAN_PACKAGES:
-        if package in found:
-            words = known_words(records, annotations)
-            records += clipart_records(unpack(found[package], folder / package), words)
+    folder.mkdir(parents=True, exist_ok=True)
+    iconify, *cldr = (from_npm(package, folder) for package in NPM)
+    annotations = Annotations(cldr)
+    records = list(icon_records(iconify, annotations))
+    clip_art = from_debian(CLIP_ART, folder)
+    if clip_art is None:
+        report(f"{CLIP_ART} is left out: apt-get and dpkg-deb are not both installed.")
+    else:
+        words = known_words(records, annotations)
+        records += clipart_records(unpack(clip_art, folder / CLIP_ART), words)
     facts: dict[str, Any] = {
-        "packages": {**NPM_PACKAGES, **{name: found[name].name for name in DEBIAN_PACKAGES if name in found}},
-        "sources": set_facts(found["@iconify/json"])
+        "packages": {**NPM, **({CLIP_ART: clip_art.name} if clip_art else {})},
+        "sources": set_facts(iconify)
         | {"cldr": {"title": "Unicode CLDR annotations", "author": "Unicode, Inc.", "licence": "Unicode-3.0"}}
         | {"openclipart": {"title": "Open Clip Art Library", "author": "many", "licence": "public domain"}}
         | {"playground": {"title": "clipadapt's playground", "author": "clipadapt", "licence": "Apache-2.0"}},
@@ -155,7 +155,7 @@ def _line(record: Record) -> dict[str, Any]:
 
 
 def draw_record(record: Record) -> bytes | None:
-    """The record's image, (64, 64, 4) straight RGBA bytes, longest side 64, centred; None if it cannot be drawn."""
+    """The record's image, (128, 128, 4) straight RGBA bytes, longest side 128, centred; None if it cannot be drawn."""
     image: Image.Image
     try:
         if record.svg is not None:
@@ -211,7 +211,7 @@ class Corpus:
     """A corpus folder, open for reading. Build one with `build_corpus`."""
 
     folder: Path
-    images: np.ndarray  # (N, 64, 64, 4) uint8 straight RGBA
+    images: np.ndarray  # (N, 128, 128, 4) uint8 straight RGBA
     pairs: list[dict[str, Any]]
 
     @classmethod
@@ -305,7 +305,7 @@ class Corpus:
         from torch.nn.functional import interpolate
 
         rgba = torch.from_numpy(np.stack([self.images[index] for index in indices])).permute(0, 3, 1, 2).float()
-        alpha = rgba[:, 3:] / 255  # (B, 1, 64, 64)
+        alpha = rgba[:, 3:] / 255  # (B, 1, 128, 128)
         rgb = rgba[:, :3] * alpha + 255 * (1 - alpha)
         rgb = interpolate(rgb, size=(image_size, image_size), mode="bicubic", antialias=True)
         return rgb.round().clamp(0, 255).to(torch.uint8)

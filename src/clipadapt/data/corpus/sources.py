@@ -1,31 +1,20 @@
 """Where the pretraining images come from: named icon sets, CLDR annotations, Debian's clip art.
 
 Every source yields `Record`s: one image that is not drawn yet, and what it may be called. Nothing here is random and
-nothing is drawn, so that the list of records is the same on every machine for the pinned versions below.
+nothing is drawn, so that the list of records is the same on every machine for the pinned versions (see `packages`).
 """
 
 from __future__ import annotations
 
 import json
 import re
-import shutil
-import subprocess
 import tarfile
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
-
-from clipadapt.errors import DataError
-
-NPM_PACKAGES = {
-    "@iconify/json": "2.2.535",
-    "cldr-annotations-full": "48.2.0",
-    "cldr-annotations-derived-full": "48.2.0",
-}
-DEBIAN_PACKAGES = ("openclipart-png",)
 
 HELDOUT_SETS = ("fluent-emoji-flat",)  # the emoji style that is kept for evaluation
 LEFT_OUT_SETS = ("fluent-emoji-high-contrast",)  # the held-out style's own outlines
@@ -72,47 +61,6 @@ def is_heldout_name(name: str) -> bool:
     """A tenth of all names, chosen by a hash, in every source alike; "cat" and "cat face" fall together."""
     concept = name.removesuffix(" face")
     return int.from_bytes(blake2b(concept.encode(), digest_size=4).digest(), "big") % 10 == 0
-
-
-def fetch_archives(folder: Path, report: Callable[[str], None] = print) -> dict[str, Path]:
-    """Package name -> archive in `folder`; what is missing is fetched with the user's own npm and apt.
-
-    Clip art is left out, and that is reported, where apt is missing. Raises `DataError` when a package cannot be had.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    found: dict[str, Path] = {}
-    for package, version in NPM_PACKAGES.items():
-        archive = folder / f"{package.strip('@').replace('/', '-')}-{version}.tgz"
-        if not archive.exists():
-            if shutil.which("npm") is None:
-                raise DataError(f"{archive.name} is not in {folder} and npm is not installed to fetch it.")
-            _run(["npm", "pack", f"{package}@{version}"], folder)
-        found[package] = archive
-    for package in DEBIAN_PACKAGES:
-        if shutil.which("apt-get") is None or shutil.which("dpkg-deb") is None:
-            report(f"{package} is left out: apt-get and dpkg-deb are not both installed.")
-            continue
-        if not list(folder.glob(f"{package}_*.deb")):
-            _run(["apt-get", "download", package], folder)
-        found[package] = sorted(folder.glob(f"{package}_*.deb"))[-1]
-    return found
-
-
-def unpack(archive: Path, folder: Path) -> Path:
-    """The files of a Debian package in `folder`, unpacked aside and renamed; what is there already is kept."""
-    if not folder.exists():
-        aside = folder.with_name(folder.name + ".part")
-        shutil.rmtree(aside, ignore_errors=True)
-        _run(["dpkg-deb", "-x", str(archive.resolve()), aside.name], folder.parent)
-        aside.rename(folder)
-    return folder
-
-
-def _run(command: list[str], folder: Path) -> None:
-    finished = subprocess.run(command, cwd=folder, capture_output=True, text=True)
-    if finished.returncode:
-        said = finished.stderr.strip().splitlines() or ["nothing"]
-        raise DataError(f"`{' '.join(command)}` failed with status {finished.returncode} and said: {said[-1]}")
 
 
 def clean_name(name: str) -> str:
