@@ -104,7 +104,8 @@ class TrunkEmbeddings(CLIPVisionEmbeddings):
         """Pixels (B, 3, H, W), or patches (B, W, h, w), -> the rows (B, 1 + h w, W) that enter the blocks."""
         passed = pixel_values.shape[1] == self.embed_dim
         patches = pixel_values if passed else self.patch_embedding(pixel_values.to(self.patch_embedding.weight.dtype))
-        height, width = (side * self.patch_size for side in patches.shape[2:])
+        side: Any = self.patch_size
+        height, width = patches.shape[2] * side, patches.shape[3] * side
         if not interpolate_pos_encoding and {height, width} != {self.image_size}:
             raise ValueError(
                 f"Images of {height} x {width} pixels; without interpolation the size is {self.image_size}."

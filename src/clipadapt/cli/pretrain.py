@@ -27,6 +27,23 @@ def corpus(
 
 
 @app.command()
+def prepare(
+    corpus: Annotated[Path, typer.Argument(help="Folder built by `clipadapt pretrain corpus`.")],
+    archives: Annotated[
+        Path | None, typer.Option("--from", help="Folder of packages fetched before; missing ones are added.")
+    ] = None,
+    views: Annotated[int, typer.Option(help="Random views of each drawing that are kept.", min=1)] = 2,
+) -> None:
+    """Make in CORPUS the model to begin with, the lessons of its text tower, and the patches that its trunk gives.
+
+    Needs packages that are fetched with pip, apt and git. Given again, it goes on where it was interrupted.
+    """
+    from clipadapt.training.embedded.prepare import prepare
+
+    prepare(corpus, archives or corpus / "archives", views=views, report=typer.echo)
+
+
+@app.command()
 def run(
     corpus: Annotated[Path, typer.Argument(help="Folder built by `clipadapt pretrain corpus`.")],
     out: Annotated[Path, typer.Option(help="Folder of the run; an unfinished run there is resumed.")],
@@ -64,6 +81,43 @@ def run(
         sharded=sharded or None,
     )
     typer.echo(f"The model is in {out / 'model'}")
+
+
+@app.command()
+def embedded(
+    corpus: Annotated[Path, typer.Argument(help="Folder that `clipadapt pretrain prepare` has filled.")],
+    out: Annotated[Path, typer.Option(help="Folder of the run; an unfinished run there is resumed.")],
+    recipe: Annotated[Path, typer.Option(help='JSON file: two recipes, "text" and "together".')],
+    archives: Annotated[
+        Path | None, typer.Option("--from", help="Folder of packages fetched before; missing ones are added.")
+    ] = None,
+) -> None:
+    """Make the embedded model: teach its text tower, then train both towers; it is in OUT/together/model in the end."""
+    from clipadapt.backbones import load_backbone
+    from clipadapt.data.corpus.pairs import Corpus
+    from clipadapt.evaluation.studies.pretraining import corpus_hooks
+    from clipadapt.training.contrastive import train_contrastive
+    from clipadapt.training.embedded.lessons import Lessons, taught
+    from clipadapt.training.embedded.patches import KeptPatches
+    from clipadapt.training.embedded.prepare import photo_files, wordnet
+    from clipadapt.training.embedded.together import Together, together
+    from clipadapt.training.recipe import Recipe
+
+    stages = read_recipe(recipe)
+    first, second = (Recipe.from_dict(stages[name]) for name in ("text", "together"))
+    archives = archives or corpus / "archives"
+    lessons, images, kept = Lessons.open(corpus / "lessons"), Corpus.open(corpus), KeptPatches.open(corpus / "patches")
+
+    def told(record: dict[str, Any]) -> None:
+        typer.echo(json.dumps(record))
+
+    start = load_backbone(corpus / "start")
+    hooks = corpus_hooks(images, start.image_size[0], trunk=start)
+    taught_model = train_contrastive(start, lessons, first, out / "text", objective=taught, hooks=hooks, on_log=told)
+    senses = wordnet(archives).senses
+    source = Together(images, kept, lessons, [senses[one] for one in photo_files(archives)])
+    train_contrastive(taught_model, source, second, out / "together", objective=together, hooks=hooks, on_log=told)
+    typer.echo(f"The model is in {out / 'together' / 'model'}")
 
 
 def read_recipe(file: Path) -> dict[str, Any]:

@@ -109,7 +109,7 @@ def train_contrastive(
     averaged.source = str((out / "model").resolve())
     if state.device.type == "cpu":
         backbone.model.set_attn_implementation("eager")  # several times as fast there as sdpa while sequences are short
-    towers = Towers(backbone.to(state.device), recipe.precision, recipe.towers).train()
+    towers = Towers(backbone.to(state.device), recipe.precision, recipe.towers, recipe.frozen).train()
     parallel: nn.Module = towers
     if sharded or (sharded is None and parse_flag_from_env("ACCELERATE_USE_FSDP")):
         if state.num_processes == 1:

