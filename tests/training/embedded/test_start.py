@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import zlib
+
+import numpy as np
 import pytest
 import torch
 from torch.nn.functional import cosine_similarity
 
 from clipadapt.backbones import load_backbone
 from clipadapt.backbones.trunk import HEAD, LITE0, STEM
-from clipadapt.training.embedded.start import joint_space, new_embedded
+from clipadapt.training.embedded.lessons import Lessons
+from clipadapt.training.embedded.start import joint_space, new_embedded, warm_texts
+from clipadapt.training.embedded.teacher import unit
 from tests.official_trunk import Official
 
+ANIMALS = ["dog", "cat", "horse", "cow", "fish", "bird", "mouse", "bear"]
 SIZES = {"image_size": 96, "width": 32, "layers": 2, "text_width": 32, "text_layers": 1, "text_heads": 2}
 
 
@@ -63,3 +69,24 @@ def test_it_is_a_whole_backbone(start, tmp_path):
     start.save(tmp_path / "start")
     assert load_backbone(tmp_path / "start").fingerprint == start.fingerprint
     assert (start.preprocess.mean[0] * 255, start.preprocess.std[0] * 255) == pytest.approx((127, 128))
+
+
+def test_texts_begin_in_closed_form(start):
+    """Texts of the same words go to about the same place at once, and lessons are met far better than at random."""
+    backbone, rng = start.copy(), np.random.default_rng(0)
+    tokens = backbone.tokenizer.convert_ids_to_tokens(range(len(backbone.tokenizer)))
+    seeds = [zlib.crc32(token.removesuffix("</w>").encode()) for token in tokens]
+    words = np.stack([np.random.default_rng(seed).normal(size=40) for seed in seeds]).astype(np.float32)
+    names = [" ".join(rng.choice(ANIMALS, 2, replace=False)) for _ in range(300)]
+    place = {name: unit(rng.normal(size=32)) for name in ANIMALS}
+    targets = np.stack([unit(sum(place[word] for word in name.split())) for name in names]).astype(np.float32)
+    lessons = Lessons([[name] for name in names], [None] * 300, targets, np.full(300, 1 / 300))
+    before = agreement(backbone, names, targets)
+    warm_texts(backbone, words, lessons, texts=200)
+    assert agreement(backbone, names, targets) > 0.8 > 0.3 > before
+    assert not any(parameter.requires_grad for parameter in backbone.model.parameters())
+
+
+def agreement(backbone, names, targets):
+    features = backbone.encode_texts([f"a photo of a {name}." for name in names])
+    return (features * torch.from_numpy(targets)).sum(1).mean()
