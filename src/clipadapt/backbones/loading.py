@@ -13,7 +13,10 @@ from clipadapt.backbones.families import from_pretrained
 from clipadapt.backbones.open_clip import PREFIX, load_open_clip
 from clipadapt.errors import BackboneError
 
-EMBEDDED = Path(__file__).with_name("embedded")
+SHIPPED = {  # what `load_backbone` calls the models inside the package
+    "embedded": Path(__file__).with_name("embedded"),
+    "embedded-photos": Path(__file__).with_name("embedded_photos"),
+}
 
 
 def load_backbone(
@@ -24,7 +27,8 @@ def load_backbone(
 ) -> Backbone:
     """Load a CLIP-like model, frozen and in float32.
 
-    source      nothing or "embedded": the small model that ships with clipadapt;
+    source      nothing or "embedded": the small model that ships with clipadapt, which knows drawings;
+                "embedded-photos": the one that ships with it and knows photographs, slower;
                 a hub id such as "openai/clip-vit-base-patch16", or a folder written by transformers;
                 a file of weights in OpenAI's or OpenCLIP's ViT naming;
                 "open_clip:MODEL/TAG" for what transformers has no class for (extra [open-clip], encoding only)
@@ -35,10 +39,11 @@ def load_backbone(
     """
     if activation is not None and (source is None or Path(source).suffix not in SUFFIXES):
         raise BackboneError(f"{source or 'The embedded model'} tells its activation; give none.")
-    if source is None or source == "embedded":
-        if not (EMBEDDED / "config.json").is_file():
-            raise BackboneError("This installation has no embedded model; give a hub id or a folder.")
-        return Backbone("embedded", from_pretrained(str(EMBEDDED)), device)
+    if source is None or str(source) in SHIPPED:
+        name = "embedded" if source is None else str(source)
+        if not (SHIPPED[name] / "config.json").is_file():
+            raise BackboneError(f"This installation lacks the model {name!r}; give a hub id or a folder.")
+        return Backbone(name, from_pretrained(str(SHIPPED[name])), device)
     if str(source).startswith(PREFIX):
         return load_open_clip(str(source), device)  # type: ignore[return-value]  # encodes as one, refuses the rest
     path = Path(source)

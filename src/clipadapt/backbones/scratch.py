@@ -7,6 +7,7 @@ import os
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save
@@ -137,12 +138,18 @@ def _initialise(model: CLIPModel, generator: torch.Generator) -> None:
 
 
 def save_clip(
-    model: CLIPModel, tokenizer: PreTrainedTokenizerBase, folder: str | Path, *, dtype: torch.dtype = torch.float32
+    model: CLIPModel,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: str | Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+    processor: Any = None,
 ) -> Path:
     """Write a plain `transformers` folder: configuration, weights stored as `dtype`, tokenizer and image preprocessing.
 
     The configuration keeps saying float32: weights stored in half still load, and compute, in single precision.
-    Every file is renamed into place when it is whole, so that a reader never meets half a file. Returns the folder.
+    Without a `processor`, CLIP's for the model's size is written. Every file is renamed into place when it is whole, so
+    that a reader never meets half a file. Returns the folder.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -151,7 +158,7 @@ def save_clip(
     weights = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in model.state_dict().items()}
     with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as aside:
         Path(aside, "model.safetensors").write_bytes(save(weights, metadata={"format": "pt"}))
-        for part in (config, tokenizer, _processor(model)):
+        for part in (config, tokenizer, processor or _processor(model)):
             part.save_pretrained(aside)
         for file in sorted(Path(aside).iterdir()):
             os.replace(file, folder / file.name)

@@ -95,6 +95,7 @@ def embedded(
     """Make the embedded model: teach its text tower, then train both towers; it is in OUT/together/model in the end."""
     from clipadapt.backbones import load_backbone
     from clipadapt.data.corpus.pairs import Corpus
+    from clipadapt.errors import ClipadaptError
     from clipadapt.evaluation.studies.pretraining import corpus_hooks
     from clipadapt.training.contrastive import train_contrastive
     from clipadapt.training.embedded.lessons import Lessons, taught
@@ -104,6 +105,9 @@ def embedded(
     from clipadapt.training.recipe import Recipe
 
     stages = read_recipe(recipe)
+    for name in ("text", "together"):
+        if name not in stages:
+            raise ClipadaptError(f'{recipe} lacks "{name}", the recipe of a stage.')
     first, second = (Recipe.from_dict(stages[name]) for name in ("text", "together"))
     archives = archives or corpus / "archives"
     lessons, images, kept = Lessons.open(corpus / "lessons"), Corpus.open(corpus), KeptPatches.open(corpus / "patches")

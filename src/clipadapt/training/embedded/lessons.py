@@ -33,7 +33,7 @@ TEMPLATES = (
     ("the {}", 0.05),
     ("a {}.", 0.1),
 )
-EXPLAINED = 0.05  # of the texts are explanations
+EXPLAINED = 0.05  # of the batches are explanations: the longest text of a batch sets its cost
 LONGEST, LONG_NAME = 100, 40  # characters of an explanation, and of a name that goes without a template
 SHARES = {"things": 0.55, "classes": 0.15, "corpus": 0.30}
 SHARPNESS = 20.0  # of the likeness of texts to one another
@@ -58,7 +58,7 @@ class Lessons:
                 texts["names"], texts["explained"], np.load(folder / "targets.npy"), np.load(folder / "shares.npy")
             )
         except OSError:
-            raise DataError(f"{folder} holds no lessons; make them with: clipadapt pretrain lessons.") from None
+            raise DataError(f"{folder} holds no lessons; make them with: clipadapt pretrain prepare.") from None
 
     def save(self, folder: Path) -> None:
         """Write them to `folder`; texts.json comes last."""
@@ -76,17 +76,19 @@ class Lessons:
         """Texts and their targets of one step."""
         rng = np.random.default_rng([seed, step])
         rows = rng.choice(len(self.names), batch_size, replace=False, p=self.shares)
-        return {"text": [self._text(row, rng) for row in rows], "target": self.targets[rows]}
+        explained = rng.random() < EXPLAINED
+        texts = [self._text(row, rng, explained) for row in rows]
+        return {"text": texts, "target": self.targets[rows]}
 
-    def _text(self, row: int, rng: np.random.Generator) -> str:
-        explained, names = self.explained[row], self.names[row]
-        if explained is not None and rng.random() < EXPLAINED:
-            return explained[:LONGEST]
+    def _text(self, row: int, rng: np.random.Generator, explained: bool) -> str:
+        explanation, names = self.explained[row], self.names[row]
+        if explained and explanation is not None:
+            return explanation[:LONGEST]
         return templated(names[rng.integers(len(names))], rng)
 
 
 def templated(name: str, rng: np.random.Generator) -> str:
-    """A name in one of TEMPLATES; a long one as it is, since the longest text of a batch sets its cost."""
+    """A name in one of TEMPLATES; a long one as it is."""
     templates, shares = zip(*TEMPLATES, strict=True)
     return name if len(name) > LONG_NAME else rng.choice(templates, p=shares).format(name)
 

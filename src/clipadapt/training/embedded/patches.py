@@ -39,7 +39,7 @@ class KeptPatches:
     def open(cls, folder: Path) -> KeptPatches:
         """Raises `DataError` when `folder` does not hold all of them."""
         if any(not (folder / name).exists() for name in _FILES) or not np.load(folder / "done.npy").all():
-            raise DataError(f"{folder} holds no whole set of patches; make it with: clipadapt pretrain patches.")
+            raise DataError(f"{folder} holds no whole set of patches; make it with: clipadapt pretrain prepare.")
         return cls(np.load(folder / "patches.npy", mmap_mode="r"), np.load(folder / "views.npy"))
 
 
