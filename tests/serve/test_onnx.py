@@ -67,6 +67,17 @@ def test_text_towers_of_every_kind(family, tmp_path):
     np.testing.assert_allclose(exported.encode_texts(TEXTS), model.encode_texts(TEXTS).numpy(), atol=1e-5)
 
 
+def test_a_trunk_is_part_of_the_graph(tmp_path, monkeypatch):
+    """And of no plain transformers folder, which its weights would otherwise go to."""
+    monkeypatch.setattr("clipadapt.serve.onnx._texts_are_plain", lambda method: False)
+    model = fitted("fine-tune", tiny("clip_trunk"))
+    queries = colours(3, seed=2)
+    graphs = OnnxModel(export_onnx(model, tmp_path / "graphs"))
+    np.testing.assert_allclose(graphs.run(queries)[1], model.image_logits(queries)[0].numpy(), rtol=1e-4, atol=1e-4)
+    with pytest.raises(ClipadaptError, match="fine-tune: transformers has no class for towers behind a trunk"):
+        model.export(tmp_path / "plain")
+
+
 def test_int8_is_smaller_and_near(tmp_path):
     model = create("linear-probe").fit(load_backbone(), colours(8, seed=1))
     export_onnx(model, tmp_path, int8=True)

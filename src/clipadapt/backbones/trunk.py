@@ -110,7 +110,7 @@ class TrunkEmbeddings(CLIPVisionEmbeddings):
             raise ValueError(
                 f"Images of {height} x {width} pixels; without interpolation the size is {self.image_size}."
             )
-        rows = torch.cat([self.class_embedding.expand(len(patches), 1, -1), patches.flatten(2).mT], 1)
+        rows = torch.cat([self.class_embedding.expand(patches.shape[0], 1, -1), patches.flatten(2).mT], 1)
         if interpolate_pos_encoding:
             return rows + self.interpolate_pos_encoding(rows, height, width)
         return rows + self.position_embedding(self.position_ids)

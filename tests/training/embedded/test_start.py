@@ -65,7 +65,7 @@ def test_it_is_a_whole_backbone(start, tmp_path):
     assert start.capabilities == {
         *("texts", "patches", "prompts", "attention", "gradients", "weights", "causal-text", "class-token", "trunk")
     }
-    assert start.logit_scale == pytest.approx(100, rel=1e-6)
+    assert start.logit_scale == pytest.approx(20, rel=1e-6)
     start.save(tmp_path / "start")
     assert load_backbone(tmp_path / "start").fingerprint == start.fingerprint
     assert (start.preprocess.mean[0] * 255, start.preprocess.std[0] * 255) == pytest.approx((127, 128))

@@ -312,9 +312,13 @@ class WeightMethod(Method):
         """Write the adapted towers as a plain transformers folder that any other program can load.
 
         Raises:
-            ClipadaptError: what was learned is not weights of the towers.
+            ClipadaptError: what was learned is not weights of the towers, or transformers has no class for them.
         """
         model = self._model("it has no towers to export")
+        if "trunk" in model.capabilities:
+            raise ClipadaptError(
+                f"{self.card.key}: transformers has no class for towers behind a trunk ({model.source}); export ONNX."
+            )
         if not self.plain_texts or self._changed_images(model) is not None:
             raise ClipadaptError(
                 f"{self.card.key}: what it learned is not weights of the towers and cannot be exported."

@@ -7,6 +7,7 @@ image's feature is nearly the mean of its patches, and what the classifier knows
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -22,6 +23,7 @@ from clipadapt.training.embedded.lessons import Lessons, templated
 
 MEAN, DEVIATION = 127 / 255, 128 / 255  # of pixels, as the trunk was trained
 SIZES = {"image_size": 160, "width": 256, "layers": 4, "heads": 4, "text_width": 256, "text_layers": 4, "text_heads": 4}
+SCALE = 20.0  # of cosines, which are not in a narrow cone here as CLIP's are
 WORD, RIDGE = 0.02, 1e-3  # size of a token's numbers; regularisation of the text tower's first projection
 SMALL = 0.3  # of the steps of blocks behind the first: a step of zero would give prompts and low-rank pairs no gradient
 
@@ -59,7 +61,7 @@ def new_embedded(
         for number, block in enumerate(vision.encoder.layers):
             _quiet(block, first=number == 0)
         model.visual_projection.weight.copy_(torch.eye(size["width"]))
-        model.logit_scale.fill_(torch.tensor(100.0).log())
+        model.logit_scale.fill_(math.log(SCALE))
     side = {"height": size["image_size"], "width": size["image_size"]}
     processor = CLIPImageProcessorPil(
         size={"shortest_edge": size["image_size"]}, crop_size=side, image_mean=[MEAN] * 3, image_std=[DEVIATION] * 3
