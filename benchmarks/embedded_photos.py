@@ -85,7 +85,7 @@ def caltech(backbone: Backbone, data: Path, known: set[str]) -> dict[str, Any]:
     features = encode_images(backbone, split.test).features
     names = split.test.class_names
     labels = np.array(split.test.labels)
-    zero = clipadapt.create("zero-shot", templates="photo").fit(backbone, split.train.class_names)
+    zero = clipadapt.create("zero-shot", templates="photo").fit(backbone, class_names=split.train.class_names)
     found = np.asarray(zero.logits(features))
     right = found.argmax(1) == labels
     place = (found >= found[np.arange(len(labels)), labels][:, None]).sum(1)

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from clipadapt.backbones import load_backbone
+from clipadapt.backbones.scratch import new_backbone
 from clipadapt.errors import ArtifactError, ClipadaptError
 from clipadapt.methods import create
 from clipadapt.serve.onnx import OnnxModel, export_onnx
@@ -79,7 +80,8 @@ def test_a_trunk_is_part_of_the_graph(tmp_path, monkeypatch):
 
 
 def test_int8_is_smaller_and_near(tmp_path):
-    model = create("linear-probe").fit(load_backbone(), colours(8, seed=1))
+    wide = {"vision_width": 192, "vision_heads": 3, "text_width": 192, "text_heads": 3, "projection_dim": 192}
+    model = create("linear-probe").fit(new_backbone("tiny", **wide), colours(8, seed=1))
     export_onnx(model, tmp_path, int8=True)
     assert (tmp_path / "image.int8.onnx").stat().st_size < 0.5 * (tmp_path / "image.onnx").stat().st_size
     queries = colours(8, seed=2)

@@ -28,8 +28,6 @@ Path(sys.argv[1], f"process-{PartialState().process_index}").touch()
 """
 LAUNCHERS = {
     "torchrun": ["torch.distributed.run", "--standalone", "--nproc-per-node=2"],
-    # without --multi_gpu, `accelerate launch` starts several processes on CPUs by MPI only
-    "accelerate": ["accelerate.commands.launch", "--multi_gpu", "--num_processes=2", "--main_process_port=0"],
     "accelerate-fsdp": [
         *("accelerate.commands.launch", "--num_processes=2", "--main_process_port=0"),
         *("--use_fsdp", "--fsdp_version=2"),

@@ -32,7 +32,7 @@ def prepare(
     archives: Annotated[
         Path | None, typer.Option("--from", help="Folder of packages fetched before; missing ones are added.")
     ] = None,
-    views: Annotated[int, typer.Option(help="Random views of each drawing that are kept.", min=1)] = 2,
+    views: Annotated[int, typer.Option(help="Random views of each drawing that are kept.", min=1)] = 1,
 ) -> None:
     """Make in CORPUS the model to begin with, the lessons of its text tower, and the patches that its trunk gives.
 

@@ -263,7 +263,7 @@ class Corpus:
         rng = np.random.default_rng([seed, step])
         indices, texts = self.draw_pairs(batch_size, rng)
         order = np.argsort(indices)  # read the disk in order
-        rgba = np.empty((batch_size, SIZE, SIZE, 4), np.uint8)
+        rgba = np.empty((batch_size, *self.images.shape[1:]), np.uint8)
         for position in order:
             rgba[position] = self.images[indices[position]]
         is_scene = np.array([self.pairs[index]["kind"] == "playground" for index in indices])

@@ -49,7 +49,7 @@ def keep_patches(
     photos: Sequence[Path],
     folder: Path,
     *,
-    views: int = 2,
+    views: int = 1,
     photo_views: int = 16,
     seed: int = 0,
     report: Callable[[str], None] = print,

