@@ -262,10 +262,8 @@ class Corpus:
         """
         rng = np.random.default_rng([seed, step])
         indices, texts = self.draw_pairs(batch_size, rng)
-        order = np.argsort(indices)  # read the disk in order
-        rgba = np.empty((batch_size, *self.images.shape[1:]), np.uint8)
-        for position in order:
-            rgba[position] = self.images[indices[position]]
+        read = {index: self.images[index] for index in sorted(indices)}  # the disk in order
+        rgba = np.stack([read[index] for index in indices])
         is_scene = np.array([self.pairs[index]["kind"] == "playground" for index in indices])
         return augment(rgba, is_scene, image_size, rng), texts
 
