@@ -20,7 +20,7 @@ def corpus(
     playground: Annotated[int, typer.Option(help="Images of the playground to draw.")] = 22_000,
     workers: Annotated[int | None, typer.Option(help="Processes that draw; default: one per core.")] = None,
 ) -> None:
-    """Fetch icon sets, annotations and clip art, and draw them into OUT (about 1.2 GB)."""
+    """Fetch icon sets, annotations and clip art, and draw them into OUT (about 4.6 GB)."""
     from clipadapt.data.corpus.pairs import build_corpus
 
     build_corpus(out, archives=archives, playground=playground, workers=workers, report=typer.echo)

@@ -78,7 +78,7 @@ def build_corpus(
     """Builds the corpus in the folder `out` and returns it.
 
     `archives` holds the packages that were fetched before (missing ones are fetched into it; default `out`/archives).
-    `playground` is the number of its images to draw. Drawing takes a minute or two on two cores.
+    `playground` is the number of its images to draw. Drawing takes some ten minutes on two cores.
     """
     out = Path(out)
     folder = Path(archives) if archives else out / "archives"
