@@ -51,8 +51,17 @@ def scratch_clip(
         raise BackboneError("The tokenizer lacks a start or an end token; CLIP's text tower needs both.")
     if tokenizer.eos_token_id == 2:
         raise BackboneError("The tokenizer's end token has id 2, which CLIP in transformers reads otherwise.")
-    config = CLIPConfig(
-        text_config={
+    config = CLIPConfig(**tower_configs(tokenizer, size))
+    with torch.random.fork_rng(devices=[]):  # the constructor draws from the global generator
+        model = CLIPModel(config)
+    _initialise(model, torch.Generator().manual_seed(seed))
+    return model
+
+
+def tower_configs(tokenizer: Any, size: Mapping[str, int]) -> dict[str, Any]:
+    """CLIP's configuration, as keywords, of two towers of these sizes (the keys of PRESETS["small"])."""
+    return {
+        "text_config": {
             "vocab_size": len(tokenizer),
             "hidden_size": size["text_width"],
             "intermediate_size": 4 * size["text_width"],
@@ -64,7 +73,7 @@ def scratch_clip(
             "eos_token_id": tokenizer.eos_token_id,
             "pad_token_id": tokenizer.pad_token_id,
         },
-        vision_config={
+        "vision_config": {
             "hidden_size": size["vision_width"],
             "intermediate_size": 4 * size["vision_width"],
             "num_hidden_layers": size["vision_layers"],
@@ -73,12 +82,8 @@ def scratch_clip(
             "patch_size": size["patch_size"],
             "hidden_act": "gelu",
         },
-        projection_dim=size["projection_dim"],
-    )
-    with torch.random.fork_rng(devices=[]):  # the constructor draws from the global generator
-        model = CLIPModel(config)
-    _initialise(model, torch.Generator().manual_seed(seed))
-    return model
+        "projection_dim": size["projection_dim"],
+    }
 
 
 def new_backbone(

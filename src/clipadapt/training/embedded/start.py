@@ -18,6 +18,7 @@ from transformers import CLIPImageProcessorPil, PreTrainedTokenizerBase
 
 from clipadapt.backbones import Backbone
 from clipadapt.backbones.families import Pretrained
+from clipadapt.backbones.scratch import tower_configs
 from clipadapt.backbones.trunk import HEAD, LITE0, STEM, TrunkClipConfig, TrunkClipModel, folded
 from clipadapt.training.embedded.lessons import Lessons, templated
 
@@ -121,26 +122,8 @@ def _quiet(block: Any, *, first: bool) -> None:
 
 
 def _config(size: Mapping[str, int], tokenizer: Any) -> TrunkClipConfig:
-    vision = {
-        "hidden_size": size["width"],
-        "intermediate_size": 4 * size["width"],
-        "num_hidden_layers": size["layers"],
-        "num_attention_heads": size["heads"],
-        "image_size": size["image_size"],
-        "patch_size": 32,
-        "hidden_act": "gelu",
-        "trunk": {"stages": [list(stage) for stage in LITE0], "stem": STEM, "head": HEAD},
-    }
-    text = {
-        "vocab_size": len(tokenizer),
-        "hidden_size": size["text_width"],
-        "intermediate_size": 4 * size["text_width"],
-        "num_hidden_layers": size["text_layers"],
-        "num_attention_heads": size["text_heads"],
-        "max_position_embeddings": tokenizer.model_max_length,
-        "hidden_act": "gelu",
-        "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": tokenizer.pad_token_id,
-    }
-    return TrunkClipConfig(text_config=text, vision_config=vision, projection_dim=size["width"])
+    both = {"vision_width": size["width"], "vision_layers": size["layers"], "vision_heads": size["heads"]}
+    both |= {"projection_dim": size["width"], "context_length": tokenizer.model_max_length, "patch_size": 32}
+    towers = tower_configs(tokenizer, {**size, **both})
+    towers["vision_config"]["trunk"] = {"stages": [list(stage) for stage in LITE0], "stem": STEM, "head": HEAD}
+    return TrunkClipConfig(**towers)
