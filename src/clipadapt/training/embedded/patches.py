@@ -9,9 +9,9 @@ The trunk does not learn, and it is most of the work: with its patches kept, tra
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +22,12 @@ from PIL import Image
 from clipadapt.backbones import Backbone
 from clipadapt.data.corpus.pairs import Corpus, augment
 from clipadapt.errors import DataError
+from clipadapt.features.views import RandomView
 from clipadapt.files import written_aside
 
 CHUNK = 512  # rows
+SEED = 0  # of all views
+PHOTO_SCALE = 0.35  # a view of a photo shows at least this share of it
 _FILES = ("patches.npy", "views.npy", "done.npy")
 
 
@@ -51,7 +54,6 @@ def keep_patches(
     *,
     views: int = 1,
     photo_views: int = 16,
-    seed: int = 0,
     report: Callable[[str], None] = print,
 ) -> None:
     """Keep `views` of each drawing of the training split and `photo_views` of each photo in `folder`."""
@@ -70,11 +72,11 @@ def keep_patches(
     if len(done) != chunks or not np.array_equal(np.load(folder / "views.npy"), rows):
         raise DataError(f"{folder} holds the patches of other images or views; give a new folder.")
     patches = np.lib.format.open_memmap(folder / "patches.npy", "r+")
-    photo_files = _Photos(photos)
+    photo = lru_cache(1)(lambda number: Image.open(photos[number]).convert("RGB"))  # its views follow each other
     for chunk in np.flatnonzero(~done):
         part = slice(chunk * CHUNK, (chunk + 1) * CHUNK)
-        rng = np.random.default_rng([seed, int(chunk)])
-        patches[part] = _passed(backbone, _views(corpus, photo_files, rows[part], side, rng))
+        rng = np.random.default_rng([SEED, int(chunk)])
+        patches[part] = _passed(backbone, _views(corpus, photo, rows[part], side, rng))
         patches.flush()
         done[chunk] = True
         with written_aside(folder / "done.npy") as aside, aside.open("wb") as file:
@@ -92,7 +94,9 @@ def _passed(backbone: Backbone, pixels: torch.Tensor) -> np.ndarray:
     return torch.cat(batches).half().cpu().numpy()
 
 
-def _views(corpus: Corpus, photos: _Photos, rows: np.ndarray, side: int, rng: np.random.Generator) -> torch.Tensor:
+def _views(
+    corpus: Corpus, photo: Callable[[int], Image.Image], rows: np.ndarray, side: int, rng: np.random.Generator
+) -> torch.Tensor:
     """A random view of each row's image: (B, 3, side, side) uint8."""
     out = torch.empty(len(rows), 3, side, side, dtype=torch.uint8)
     drawn = np.flatnonzero(rows[:, 0] >= 0)
@@ -101,27 +105,6 @@ def _views(corpus: Corpus, photos: _Photos, rows: np.ndarray, side: int, rng: np
         scenes = np.array([corpus.pairs[index]["kind"] == "playground" for index in indices])
         out[drawn] = augment(corpus.images[indices], scenes, side, rng)
     for place in np.flatnonzero(rows[:, 0] < 0):
-        out[place] = torch.from_numpy(photos.crop(-1 - int(rows[place, 0]), side, rng).transpose(2, 0, 1).copy())
+        number, view = -1 - int(rows[place, 0]), RandomView(int(rows[place, 1]), SEED, PHOTO_SCALE)
+        out[place] = torch.from_numpy(np.array(view.of(photo(number), str(number), (side, side)))).permute(2, 0, 1)
     return out
-
-
-class _Photos:
-    """Photos that are cropped several times one after the other: decoded once."""
-
-    def __init__(self, files: Sequence[Path]) -> None:
-        self.files = files
-        self._last: tuple[int, Image.Image] | None = None
-
-    def crop(self, photo: int, side: int, rng: np.random.Generator) -> np.ndarray:
-        """A random part of a photo, a third of its area at least, mirrored half of the time: (side, side, 3) uint8."""
-        if self._last is None or self._last[0] != photo:
-            self._last = photo, Image.open(io.BytesIO(self.files[photo].read_bytes())).convert("RGB")
-        image = self._last[1]
-        area, ratio = rng.uniform(0.35, 1) * image.width * image.height, np.exp(rng.uniform(-0.29, 0.29))
-        width = min(image.width, round((area * ratio) ** 0.5))
-        height = min(image.height, round((area / ratio) ** 0.5))
-        left, top = (int(rng.integers(0, room + 1)) for room in (image.width - width, image.height - height))
-        part = image.resize((side, side), Image.Resampling.BICUBIC, box=(left, top, left + width, top + height))
-        if rng.random() < 0.5:
-            part = part.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        return np.asarray(part)
