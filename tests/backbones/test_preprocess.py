@@ -99,3 +99,10 @@ def test_seen_is_the_part_that_is_left(resize, crop, size):
     step = (right - left) / len(across), (bottom - top) / len(down)
     np.testing.assert_allclose(across, left + (np.arange(len(across)) + 0.5) * step[0], atol=0.03)
     np.testing.assert_allclose(down, top + (np.arange(len(down)) + 0.5) * step[1], atol=0.03)
+
+
+def test_bytes_of_the_right_size_become_what_the_image_becomes():
+    pixels = np.random.default_rng(0).integers(0, 256, (2, 8, 8, 3), np.uint8)
+    transform = Preprocess(resize=8, crop=(8, 8), mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4))
+    images = torch.stack([transform(Image.fromarray(one)) for one in pixels])
+    assert torch.equal(transform.of_bytes(torch.from_numpy(pixels).permute(0, 3, 1, 2)), images)

@@ -1,12 +1,10 @@
 """The evaluations during pretraining, on models that know everything or nothing."""
 
-from types import SimpleNamespace
-
 import numpy as np
 import pytest
 import torch
 
-from clipadapt.backbones.preprocess import OPENAI_MEAN, OPENAI_STD
+from clipadapt.backbones.preprocess import OPENAI_MEAN, OPENAI_STD, Preprocess
 from clipadapt.data.corpus.pairs import Corpus
 from clipadapt.evaluation.studies.pretraining import corpus_hooks
 
@@ -28,7 +26,7 @@ class WordIds:
 class ColourBackbone:
     """A backbone whose features are mean colours; `shift` confuses every text with the next one."""
 
-    preprocess = SimpleNamespace(mean=OPENAI_MEAN, std=OPENAI_STD)
+    preprocess = Preprocess()
     tokenizer = WordIds()
     context_length = 8
 

@@ -86,6 +86,11 @@ class Preprocess:
         planes = [table[channel][values[:, :, channel]] for channel in range(3)]
         return torch.from_numpy(np.stack(planes))
 
+    def of_bytes(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Bytes (B, 3, H, W) of RGB images that have their size already -> (B, 3, H, W) float32."""
+        table = torch.from_numpy(_value_table(self.rescale, self.mean, self.std))
+        return torch.stack([table[channel][pixels[:, channel].long()] for channel in range(3)], 1)
+
     def seen(self, size: tuple[int, int]) -> tuple[float, float, float, float]:
         """Which part of an image of `size` (width, height) is left: left, top, right, bottom, each a share in [0, 1].
 

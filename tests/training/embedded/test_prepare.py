@@ -105,7 +105,7 @@ def test_given_again_it_makes_nothing_again(folder, archives, monkeypatch):
 
     for name in ("new_embedded", "make_lessons"):
         monkeypatch.setattr(prepare, name, refuse)
-    monkeypatch.setattr(patches, "_passed", refuse)
+    monkeypatch.setattr(patches, "passed", refuse)
     invoke("prepare", folder, "--from", archives, "--views", 1)
 
 

@@ -13,6 +13,7 @@ from torch.nn.functional import normalize
 from clipadapt.backbones import Backbone
 from clipadapt.data.corpus.pairs import SIZE, Corpus
 from clipadapt.data.corpus.sources import HELDOUT_SETS
+from clipadapt.training.embedded.patches import passed
 
 Hook = Callable[[Backbone], dict[str, Any]]
 
@@ -46,25 +47,15 @@ def corpus_hooks(
 @torch.no_grad()
 def _images(backbone: Backbone, pixels: Tensor) -> Tensor:
     """Unit features of pixels, or of patches that a trunk gave."""
-    batches = pixels.split(256)
-    if pixels.dtype == torch.uint8:
-        batches = [_normalised(backbone, batch) for batch in batches]
-    features = [backbone.encode_images(batch.float(), normalize=False).cpu() for batch in batches]
+    transform: Any = backbone.preprocess
+    ready = transform.of_bytes if pixels.dtype == torch.uint8 else Tensor.float
+    features = [backbone.encode_images(ready(batch), normalize=False).cpu() for batch in pixels.split(256)]
     return normalize(torch.cat(features), dim=-1)
 
 
-def _normalised(backbone: Backbone, pixels: Tensor) -> Tensor:
-    transform: Any = backbone.preprocess
-    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (transform.mean, transform.std))
-    return (pixels / 255 - mean) / std
-
-
-@torch.no_grad()
 def _seen(pixels: Tensor, trunk: Backbone | None) -> Tensor:
     """Pixels (N, 3, S, S) uint8 as they are, or the patches that a trunk gives for them."""
-    if trunk is None:
-        return pixels
-    return torch.cat([trunk.encode_patches(_normalised(trunk, batch)).half() for batch in pixels.split(64)])
+    return pixels if trunk is None else passed(trunk, pixels)
 
 
 @torch.no_grad()

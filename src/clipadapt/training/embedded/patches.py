@@ -76,7 +76,7 @@ def keep_patches(
     for chunk in np.flatnonzero(~done):
         part = slice(chunk * CHUNK, (chunk + 1) * CHUNK)
         rng = np.random.default_rng([SEED, int(chunk)])
-        patches[part] = _passed(backbone, _views(corpus, photo, rows[part], side, rng))
+        patches[part] = passed(backbone, _views(corpus, photo, rows[part], side, rng))
         patches.flush()
         done[chunk] = True
         with written_aside(folder / "done.npy") as aside, aside.open("wb") as file:
@@ -86,12 +86,10 @@ def keep_patches(
 
 
 @torch.no_grad()
-def _passed(backbone: Backbone, pixels: torch.Tensor) -> np.ndarray:
-    """Pixels (B, 3, S, S) uint8 -> patches (B, W, h, w) float16."""
+def passed(backbone: Backbone, pixels: torch.Tensor) -> torch.Tensor:
+    """Pixels (B, 3, S, S) uint8 -> their patches (B, W, h, w) float16, on the CPU."""
     transform: Any = backbone.preprocess
-    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (transform.mean, transform.std))
-    batches = [backbone.encode_patches((part / 255 - mean) / std) for part in pixels.split(32)]
-    return torch.cat(batches).half().cpu().numpy()
+    return torch.cat([backbone.encode_patches(transform.of_bytes(part)).half().cpu() for part in pixels.split(32)])
 
 
 def _views(
