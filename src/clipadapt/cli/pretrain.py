@@ -8,15 +8,17 @@ from typing import Annotated, Any
 
 import typer
 
-app = typer.Typer(help="Train a small CLIP from scratch on images that anyone can download.", no_args_is_help=True)
+app = typer.Typer(help="Train a small CLIP on images and parts that anyone can download.", no_args_is_help=True)
+
+Archives = Annotated[
+    Path | None, typer.Option("--from", help="Folder of packages fetched before; missing ones are added.")
+]
 
 
 @app.command()
 def corpus(
     out: Annotated[Path, typer.Argument(help="Folder to build the corpus in.")],
-    archives: Annotated[
-        Path | None, typer.Option("--from", help="Folder of packages fetched before; missing ones are added.")
-    ] = None,
+    archives: Archives = None,
     playground: Annotated[int, typer.Option(help="Images of the playground to draw.")] = 22_000,
     workers: Annotated[int | None, typer.Option(help="Processes that draw; default: one per core.")] = None,
 ) -> None:
@@ -29,9 +31,7 @@ def corpus(
 @app.command()
 def prepare(
     corpus: Annotated[Path, typer.Argument(help="Folder built by `clipadapt pretrain corpus`.")],
-    archives: Annotated[
-        Path | None, typer.Option("--from", help="Folder of packages fetched before; missing ones are added.")
-    ] = None,
+    archives: Archives = None,
     views: Annotated[int, typer.Option(help="Random views of each drawing that are kept.", min=1)] = 1,
 ) -> None:
     """Make in CORPUS the model to begin with, the lessons of its text tower, and the patches that its trunk gives.
@@ -77,7 +77,7 @@ def run(
         plan,
         out,
         hooks=hooks,
-        on_log=lambda record: typer.echo(json.dumps(record)),
+        on_log=_tell,
         sharded=sharded or None,
     )
     typer.echo(f"The model is in {out / 'model'}")
@@ -88,9 +88,7 @@ def embedded(
     corpus: Annotated[Path, typer.Argument(help="Folder that `clipadapt pretrain prepare` has filled.")],
     out: Annotated[Path, typer.Option(help="Folder of the run; an unfinished run there is resumed.")],
     recipe: Annotated[Path, typer.Option(help='JSON file: two recipes, "text" and "together".')],
-    archives: Annotated[
-        Path | None, typer.Option("--from", help="Folder of packages fetched before; missing ones are added.")
-    ] = None,
+    archives: Archives = None,
 ) -> None:
     """Make the embedded model: teach its text tower, then train both towers; it is in OUT/together/model in the end."""
     from clipadapt.backbones import load_backbone
@@ -112,16 +110,17 @@ def embedded(
     archives = archives or corpus / "archives"
     lessons, images, kept = Lessons.open(corpus / "lessons"), Corpus.open(corpus), KeptPatches.open(corpus / "patches")
 
-    def told(record: dict[str, Any]) -> None:
-        typer.echo(json.dumps(record))
-
     start = load_backbone(corpus / "start")
     hooks = corpus_hooks(images, start.image_size[0], trunk=start)
-    taught_model = train_contrastive(start, lessons, first, out / "text", objective=taught, hooks=hooks, on_log=told)
+    taught_model = train_contrastive(start, lessons, first, out / "text", objective=taught, hooks=hooks, on_log=_tell)
     senses = wordnet(archives).senses
     source = Together(images, kept, lessons, [senses[one] for one in photo_files(archives)])
-    train_contrastive(taught_model, source, second, out / "together", objective=together, hooks=hooks, on_log=told)
+    train_contrastive(taught_model, source, second, out / "together", objective=together, hooks=hooks, on_log=_tell)
     typer.echo(f"The model is in {out / 'together' / 'model'}")
+
+
+def _tell(record: dict[str, Any]) -> None:
+    typer.echo(json.dumps(record))
 
 
 def read_recipe(file: Path) -> dict[str, Any]:

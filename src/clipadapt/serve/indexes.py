@@ -69,8 +69,7 @@ class Indexes:
             if served is None and made_with.model:
                 served = models.add(made_with.model)
             elif served is None:
-                source = made_with.backbone["source"]
-                served = models.add_backbone(None if source == "embedded" else source)
+                served = models.add_backbone(made_with.backbone["source"])
             index.check(served.model)
             self.searched[name] = SearchedIndex(name, index, served)
 

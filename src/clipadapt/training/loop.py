@@ -145,13 +145,8 @@ def train(
                 after_step(number)
             now = time.perf_counter()
             if run.report is not None:
-                line: dict[str, Any] = {
-                    "step": number + 1,
-                    "steps": len(steps),
-                    "loss": losses[-1],
-                    "lr": base[0] * factor,
-                }
-                line["seconds"] = earlier + now - start
+                line: dict[str, Any] = {"step": number + 1, "steps": len(steps), "loss": losses[-1]}
+                line |= {"lr": base[0] * factor, "seconds": earlier + now - start}
                 if isinstance(terms, dict):
                     line["terms"] = {name: term.item() for name, term in terms.items()}
                 if hits is not None:

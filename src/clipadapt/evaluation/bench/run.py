@@ -229,7 +229,7 @@ def _load_once(data: str, source: str, published: bool, root: Path | None) -> tu
     loaded = load(data, root, source if published else None)
     if loaded.class_features is not None:
         return loaded, PublishedFeatures(source, loaded.class_features, loaded.logit_scale)
-    return loaded, load_backbone(None if source == "embedded" else source)
+    return loaded, load_backbone(source)
 
 
 def _fingerprints(cell: Cell, root: Path | None) -> tuple[str, str] | ClipadaptError | OSError:

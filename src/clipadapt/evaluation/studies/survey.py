@@ -108,7 +108,7 @@ def domain_gaps(
     """
     found = {}
     for data, source in dict.fromkeys((row["data"], row["backbone"]) for row in rows if not row["published"]):
-        backbone = load_backbone(None if source == "embedded" else source)
+        backbone = load_backbone(source)
         if reference is None:
             known: Any = Playground(kinds=TRAIN_KINDS, styles=TRAIN_STYLES, seed=4).dataset(10)
         else:

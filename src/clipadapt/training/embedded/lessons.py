@@ -69,8 +69,8 @@ class Lessons:
             aside.write_text(json.dumps({"names": self.names, "explained": self.explained}, ensure_ascii=False) + "\n")
 
     def target(self) -> dict[str, np.ndarray]:
-        """The direction of each name."""
-        return {name: row for names, row in zip(self.names, self.targets, strict=True) for name in names[:1]}
+        """The direction of each lesson's first name."""
+        return {names[0]: row for names, row in zip(self.names, self.targets, strict=True)}
 
     def batch(self, step: int, batch_size: int, image_size: int, seed: int) -> dict[str, Any]:
         """Texts and their targets of one step."""
